@@ -1,0 +1,51 @@
+"""Distil a GPT-NeoX teacher into a Hyena student, and the student's long filters into recurrences.
+
+    accelerate launch recipes/quickstart.yaml
+    scavenger recipes/quickstart.yaml transfer.logits.steps=100
+    scavenger recipes/neox70m.yaml --plan
+"""
+
+import argparse
+import sys
+
+from scavenger.recipe import RecipeError, load_recipe
+
+
+def main() -> int:
+    """Run the recipe named on the command line; returns the exit code, 2 for a mistake in what was given."""
+    parser = argparse.ArgumentParser(prog="scavenger", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a recipe, as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as transfer.logits.steps=100")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
+    # Python has put the recipe in argv[0] where it was asked to run the recipe itself.
+    arguments = sys.argv if sys.argv[0].endswith((".yaml", ".yml")) else sys.argv[1:]
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        return run(recipe, args.plan)
+    except RecipeError as error:
+        print(f"scavenger: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nscavenger: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def run(recipe, plan_only=False) -> int:
+    """The whole pipeline; a stage whose folder is complete returns at once."""
+    from scavenger import checkpoint, data, teacher
+    from scavenger.processes import start
+
+    accelerator = start(recipe)
+    with accelerator.main_process_first():
+        run_dir = checkpoint.start_run(recipe)
+        tokenizer = teacher.tokenizer(recipe, run_dir)
+        data.run(recipe, run_dir, tokenizer)
+    teacher.run(recipe, run_dir, accelerator, tokenizer)
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Folders that are either complete or visibly not.
+
+Work in progress lives in `<folder>.partial` and is renamed when it is whole, so a folder that exists is complete, and
+a kill at any moment leaves either the folder or something to go on from.
+"""
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from scavenger.recipe import Recipe, RecipeError, differences, resolved
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scipy", "safetensors")
+
+
+def start_run(recipe: Recipe) -> Path:
+    """The run's folder, holding the resolved recipe; refuses a folder that was made by another recipe."""
+    run_dir = Path(recipe.run_dir)
+    saved = run_dir / "recipe.yaml"
+    if saved.is_file():
+        differing = differences(saved.read_text(encoding="utf-8"), recipe)
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise RecipeError(f"{saved}: the run was started with another recipe: {'; '.join(differing[:3])}{more}; "
+                              "name another run_dir, or delete the folder to start anew")
+        return run_dir
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RecipeError(f"run_dir: {run_dir} is a file; expected a folder")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "environment.json", {"python": platform.python_version(), "machine": platform.machine()}
+                   | {package: version(package) for package in PACKAGES})
+        write_text(saved, resolved(recipe))
+    except OSError as error:
+        raise RecipeError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from None
+    return run_dir
+
+
+def complete(folder: Path) -> bool:
+    """Whether the folder is there, hence whole; what a kill left behind after the rename is swept away."""
+    if folder.is_dir():
+        shutil.rmtree(folder / "steps", ignore_errors=True)
+        return True
+    return False
+
+
+def partial(folder: Path) -> Path:
+    """Where the folder is made."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def finish(folder: Path) -> Path:
+    """Declare a folder whole: `<folder>.partial` becomes `<folder>`, and its step checkpoints go."""
+    os.replace(partial(folder), folder)
+    shutil.rmtree(folder / "steps", ignore_errors=True)
+    return folder
+
+
+def step_folder(steps: Path, step: int) -> Path:
+    return steps / f"{step:09d}"
+
+
+def latest_step(steps: Path) -> int | None:
+    """The newest whole step checkpoint below `steps`, or None."""
+    found = [int(path.name) for path in steps.glob("[0-9]*") if path.name.isdigit()] if steps.is_dir() else []
+    return max(found, default=None)
+
+
+def keep_only(steps: Path, step: int):
+    """Remove every other step checkpoint and half-written one."""
+    for path in steps.iterdir():
+        if path != step_folder(steps, step):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def save_model(model, tokenizer, folder: Path):
+    """Write a model and its tokenizer so that `from_pretrained` opens the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_text(path: Path, text: str):
+    """Write beside and rename: readers see the old file or the new one."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write_json(path: Path, values):
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,58 @@
+"""Let Python run a recipe file, so that `accelerate launch recipes/x.yaml` works as typed.
+
+Python offers a script's path to `sys.path_hooks` before it opens the file; that is how a folder or a zip file is run.
+The hook below takes a path only when it ends in .yaml or .yml and its first line is `#!/usr/bin/env scavenger`. Every
+other path, and every other YAML, is left to whom it belongs. This module is imported at each start of the interpreter
+in which scavenger is installed, so it imports nothing but `sys` until a recipe is run.
+"""
+
+import sys
+
+
+MARKER = b"#!/usr/bin/env scavenger"
+
+
+def install():
+    """Add the hook; called by the line that the package installs in site-packages."""
+    if _finder not in sys.path_hooks:
+        sys.path_hooks.append(_finder)
+
+
+def is_recipe(path) -> bool:
+    """Whether the file carries the marker as its first line."""
+    if not (isinstance(path, str) and path.endswith((".yaml", ".yml"))):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.readline(len(MARKER) + 2).strip() == MARKER
+    except OSError:
+        return False
+
+
+def _finder(path):
+    if not is_recipe(path):
+        raise ImportError(f"{path} is no scavenger recipe")
+    return _RecipeFinder(path)
+
+
+class _RecipeFinder:
+    """Finds one module, `__main__`, in the file that Python was asked to run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def find_spec(self, name, target=None):
+        if name != "__main__":
+            return None
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec("__main__", _RecipeLoader(), origin=self.path)
+
+
+class _RecipeLoader:
+    def create_module(self, spec):
+        return None
+
+    def get_code(self, name):
+        """What Python runs as `__main__`; sys.argv is [recipe, overrides …] already."""
+        return compile("import sys\nfrom scavenger.__main__ import main\nsys.exit(main())\n", "<recipe>", "exec")

@@ -1,0 +1,33 @@
+"""How many processes there are, on what devices, and who logs."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from scavenger.recipe import Recipe, RecipeError
+
+
+def start(recipe: Recipe) -> Accelerator:
+    """accelerate's view of the launch: devices, processes and the recipe's tracker.
+
+    Raises RecipeError where the launcher started several processes that do not see each other: each would run the
+    whole recipe, on top of the others.
+    """
+    tracker = None if recipe.training.tracker == "none" else recipe.training.tracker
+    if tracker == "wandb" and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
+        os.environ["WANDB_MODE"] = "offline"  # no account: the log stays here, for `wandb sync`
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=tracker,
+        project_config=ProjectConfiguration(recipe.run_dir, logging_dir=str(Path(recipe.run_dir) / "logs")))
+    if accelerator.device.type == "cpu":
+        # accelerate leaves one thread to a process; the machine's cores are what there is.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RecipeError(f"launch: {launched} processes were started but do not see each other; expected a launch "
+                          "configuration such as accelerate_configs/cpu_two_processes.yaml")
+    return accelerator

@@ -1,0 +1,465 @@
+"""A recipe: one YAML file, one frozen dataclass per section, nothing left to guess.
+
+A section has the name of the module that reads it. Loading touches no file but the recipe and the folders it
+names, and imports neither torch nor transformers, so a mistake is answered at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+
+EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher-stdlib"
+
+# Published shapes (config.json of each model), so that a plan needs no network.
+PYTHIA_SHAPES = {
+    f"EleutherAI/pythia-{size}{suffix}": {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "vocab_size": 50304,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.25,
+    }
+    for size, width, layers, heads in [
+        ("14m", 128, 6, 4),
+        ("70m", 512, 6, 8),
+        ("160m", 768, 12, 12),
+        ("410m", 1024, 24, 16),
+        ("1b", 2048, 16, 8),
+    ]
+    for suffix in ("", "-deduped")
+}
+
+
+class RecipeError(Exception):
+    """One line for a person: what is wrong, where, and what would be right."""
+
+
+class _Wrong(Exception):
+    """A value that a section refuses; the loader adds the file and the section's name."""
+
+    def __init__(self, key, found, right):
+        super().__init__(key, found, right)
+        self.key, self.found, self.right = key, found, right
+
+
+def _require(condition, key, found, right):
+    if not condition:
+        raise _Wrong(key, found, right)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One optimisation: AdamW with linear warm-up and cosine decay."""
+
+    steps: int
+    batch_size: int  # sequences per step, over all processes
+    learning_rate: float
+    warmup_steps: int = 0
+
+    def __post_init__(self):
+        _require(self.steps > 0, "steps", self.steps, "a positive number of steps")
+        _require(self.batch_size > 0, "batch_size", self.batch_size, "a positive number of sequences")
+        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "a number between 0 and 1")
+        _require(0 <= self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"0 to steps ({self.steps})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherTraining(Stage):
+    """A GPT-NeoX from scratch, with a byte-level BPE tokenizer of its own."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("hidden_size", "num_layers", "num_heads"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
+        _require(self.hidden_size % self.num_heads == 0, "hidden_size", self.hidden_size,
+                 f"a multiple of num_heads ({self.num_heads})")
+        _require(self.hidden_size // self.num_heads % 2 == 0, "num_heads", self.num_heads,
+                 f"heads of even width (rotary turns pairs of channels), not {self.hidden_size // self.num_heads}")
+        _require(300 <= self.vocab_size <= 65536, "vocab_size", self.vocab_size,
+                 "300 to 65536 (256 bytes, special tokens and merges)")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Which GPT-NeoX: a local folder, else a Hub name, else one trained here, else the embedded one."""
+
+    name: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    train: TeacherTraining | None = None
+
+    def __post_init__(self):
+        _require(self.train is None or not (self.name or self.path), "train", "a section",
+                 "either train or name/path, not both")
+        _require(self.revision is None or self.name is not None, "revision", self.revision, "a revision goes with a name")
+        if self.path is not None:
+            _require((Path(self.path) / "config.json").is_file(), "path", self.path,
+                     "a folder with a GPT-NeoX checkpoint (config.json is missing)")
+
+    @property
+    def folder(self):
+        """The local folder of the teacher, or None where it lives on the Hub or is trained by the run."""
+        if self.path is not None:
+            return Path(self.path)
+        return EMBEDDED_TEACHER if self.name is None and self.train is None else None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which text: a local file or folder, else a Hub data set, else the standard library's own source."""
+
+    name: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    text_column: str = "text"
+    context_length: int = 256  # tokens per training example
+    evaluation_tokens: int = 65_536  # held-out tokens, in each of validation and test
+
+    def __post_init__(self):
+        _require(self.context_length >= 8, "context_length", self.context_length, "8 tokens or more")
+        _require(self.evaluation_tokens >= self.context_length, "evaluation_tokens", self.evaluation_tokens,
+                 f"at least one context ({self.context_length})")
+        for key in ("subset", "revision"):
+            _require(getattr(self, key) is None or self.name is not None, key, getattr(self, key),
+                     f"a {key} goes with a name")
+        if self.path is not None:
+            _require(Path(self.path).exists(), "path", self.path,
+                     "an existing file or folder of .txt, .md, .py, .jsonl, .json or .parquet")
+
+
+@dataclass(frozen=True)
+class Student:
+    """The mixer in place of attention, and its implicit filters (arXiv:2302.10866, appendix)."""
+
+    mixer: Literal["hyena", "multihyena"] = "multihyena"
+    num_filter_heads: int | None = None  # multihyena: filters per layer; None: the teacher's heads
+    short_filter_length: int = 3
+    filter_width: int = 64
+    position_features: int = 33
+    sine_frequency: float = 14.0
+
+    def __post_init__(self):
+        _require(1 <= self.short_filter_length <= 16, "short_filter_length", self.short_filter_length, "1 to 16 taps")
+        _require(self.filter_width > 0, "filter_width", self.filter_width, "a positive width")
+        _require(self.position_features > 0 and self.position_features % 2 == 1, "position_features",
+                 self.position_features, "an odd number (time, and a sine and cosine for each frequency)")
+        _require(self.sine_frequency > 0, "sine_frequency", self.sine_frequency, "a positive number")
+        _require(self.num_filter_heads is None or self.num_filter_heads > 0, "num_filter_heads",
+                 self.num_filter_heads, "a positive number of filters")
+        _require(self.num_filter_heads is None or self.mixer == "multihyena", "num_filter_heads",
+                 self.num_filter_heads, "nothing: hyena has one filter per channel; it goes with multihyena")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations(Stage):
+    """Match each mixer to the teacher's attention; mixers only."""
+
+    schedule: Literal["parallel", "progressive"] = "parallel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits(Stage):
+    """Match the teacher's distribution; every parameter free."""
+
+    cross_entropy: float = 0.0  # loss = (1 - cross_entropy) KL + cross_entropy CE
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(0 <= self.cross_entropy < 1, "cross_entropy", self.cross_entropy, "a share, 0 up to but not 1")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Stage one: activations, then logits."""
+
+    activations: Activations
+    logits: Logits
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The same student from scratch on the tokens that transfer saw, in the same batches and order."""
+
+    learning_rate: float
+    warmup_steps: int = 0
+
+    def __post_init__(self):
+        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "a number between 0 and 1")
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Stage two: the smallest state whose taps meet the tolerance."""
+
+    tolerance: float = 1e-2  # relative l2 error of the taps, per filter
+    max_state_size: int = 32  # complex modes per filter
+    horizon: int | None = None  # taps to match; None: the context length
+
+    def __post_init__(self):
+        _require(0 < self.tolerance < 1, "tolerance", self.tolerance, "a relative error between 0 and 1")
+        _require(self.max_state_size > 0, "max_state_size", self.max_state_size, "a positive number of modes")
+        _require(self.horizon is None or self.horizon >= 8, "horizon", self.horizon, "8 taps or more")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is measured when everything is made."""
+
+    context_lengths: tuple[int, ...] = (256, 2048)  # where generation is timed
+    sample_tokens: int = 96
+
+    def __post_init__(self):
+        _require(len(self.context_lengths) > 0 and min(self.context_lengths) > 0, "context_lengths",
+                 list(self.context_lengths), "a list of positive lengths")
+        _require(self.sample_tokens > 0, "sample_tokens", self.sample_tokens, "a positive number of tokens")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every optimisation shares: logging and checkpoints."""
+
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    log_every: int = 10  # steps
+    checkpoint_every: int = 200  # steps
+
+    def __post_init__(self):
+        for key in ("log_every", "checkpoint_every"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of steps")
+        _require(self.checkpoint_every % self.log_every == 0, "checkpoint_every", self.checkpoint_every,
+                 f"a multiple of log_every ({self.log_every}), so that a resumed run logs the same means")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. A section that is left out is a stage that is not run."""
+
+    run_dir: str
+    seed: int = 0
+    teacher: Teacher = field(default_factory=Teacher)
+    data: Data = field(default_factory=Data)
+    student: Student = field(default_factory=Student)
+    training: Training = field(default_factory=Training)
+    transfer: Transfer | None = None
+    baseline: Baseline | None = None
+    recurrence: Recurrence | None = None
+    report: Report | None = None
+
+    def __post_init__(self):
+        _require(self.run_dir != "", "run_dir", self.run_dir, "a folder for the run")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        for section in ("baseline", "recurrence", "report"):
+            _require(getattr(self, section) is None or self.transfer is not None, section, "a section",
+                     "nothing, or a transfer section before it")
+        _require(self.transfer is not None or self.teacher.train is not None, "transfer", None,
+                 "a transfer section, or teacher.train: the recipe makes nothing")
+        if self.baseline is not None:
+            steps = self.transfer.activations.steps + self.transfer.logits.steps
+            _require(self.baseline.warmup_steps <= steps, "baseline.warmup_steps", self.baseline.warmup_steps,
+                     f"0 to the steps of transfer ({steps})")
+        shape = teacher_shape(self)
+        heads = self.student.num_filter_heads
+        if self.transfer is not None and shape is not None and heads is not None:
+            _require(shape["hidden_size"] % heads == 0, "student.num_filter_heads", heads,
+                     f"a divisor of the teacher's width ({shape['hidden_size']})")
+
+
+def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe file and apply overrides of the form `section.key=value`.
+
+    Raises RecipeError, one line, for an unreadable file, broken YAML, an unknown key, a value of the wrong type or
+    an impossible value.
+    """
+    values = _read(path)
+    for override in overrides:
+        _override(values, override, path)
+    try:
+        return _build(Recipe, values, "")
+    except _Wrong as wrong:
+        raise RecipeError(f"{path}: {wrong.key}: found {_show(wrong.found)}; expected {wrong.right}") from None
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; itself a recipe."""
+    return "#!/usr/bin/env scavenger\n" + yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
+
+
+def differences(saved: str, recipe: Recipe) -> list[str]:
+    """The keys in which a saved, resolved recipe and this one differ, with both values."""
+    before, after = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(resolved(recipe)))
+    return [
+        f"{key} (the run has {_show(before.get(key))}, the recipe says {_show(after.get(key))})"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def teacher_shape(recipe: Recipe) -> dict | None:
+    """The teacher's config.json as far as it is known without the network; None for an unknown Hub name."""
+    if recipe.teacher.train is not None:
+        train = recipe.teacher.train
+        return {
+            "hidden_size": train.hidden_size,
+            "num_hidden_layers": train.num_layers,
+            "num_attention_heads": train.num_heads,
+            "intermediate_size": 4 * train.hidden_size,
+            "vocab_size": train.vocab_size,
+            "max_position_embeddings": recipe.data.context_length,
+        }
+    folder = recipe.teacher.folder
+    if folder is None:
+        return PYTHIA_SHAPES.get(recipe.teacher.name)
+    try:
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise _Wrong("teacher.path", str(folder), "a folder whose config.json can be read") from None
+    _require(shape.get("model_type") == "gpt_neox", "teacher.path", f"{folder} (model_type {shape.get('model_type')})",
+             "a GPT-NeoX checkpoint (model_type gpt_neox)")
+    return shape
+
+
+def _read(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; expected a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}); expected a YAML file") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise RecipeError(f"{path}: broken YAML{where}: {problem}; expected `key: value` lines") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: found {_show(values)}; expected sections such as `teacher:` and `transfer:`")
+    return values
+
+
+def _override(values, override, path):
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{path}: override {override!r}; expected section.key=value, as transfer.logits.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"{path}: override {override!r}: the value is broken YAML; expected section.key=value") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path}: override {override!r}: {section} is no section")
+    values[last] = value
+
+
+def _build(kind, values, where):
+    """An instance of dataclass `kind` from a mapping; `where` is the dotted path that messages name."""
+    if not isinstance(values, dict):
+        raise _Wrong(where or "recipe", values, "a section of `key: value` lines")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    prefix = where + "." if where else ""
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            right = f"`{near[0]}`" if near else "one of " + ", ".join(fields)
+            raise _Wrong(prefix + str(key), "an unknown key", right)
+    hints = typing.get_type_hints(kind)
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise _Wrong(prefix + name, "nothing", _describe(hints[name]))
+    made = {key: _convert(hints[key], value, prefix + key) for key, value in values.items()}
+    try:
+        return kind(**made)
+    except _Wrong as wrong:
+        raise _Wrong(prefix + wrong.key, wrong.found, wrong.right) from None
+
+
+def _convert(hint, value, where):
+    """`value` as the annotated type; YAML 1.1 reads 1e-3 as text, so text that is a number counts as one."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value is None and "none" in choices:
+            value = "none"
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+            hint_text = f" (did you mean {near[0]}?)" if near else ""
+            raise _Wrong(where, value, "one of " + ", ".join(choices) + hint_text)
+        return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise _Wrong(where, value, _describe(hint))
+        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
+    if hint in (int, float):
+        try:
+            number = float(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        # A number that is not finite, or an int with a fraction, is nobody's intention.
+        if number is None or number - number != 0 or (hint is int and number != int(number)):
+            raise _Wrong(where, value, _describe(hint))
+        return hint(number) if hint is float or not isinstance(value, int) else value
+    if not isinstance(value, hint):
+        raise _Wrong(where, value, _describe(hint))
+    return value
+
+
+def _describe(hint):
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(kind) for kind in typing.get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        required = [f.name for f in dataclasses.fields(hint) if f.default is dataclasses.MISSING]
+        return "a section" + (" with " + ", ".join(required) if required else "")
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "a list of whole numbers"
+    return {int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}[hint]
+
+
+def _show(value):
+    if isinstance(value, str) and " " in value:
+        return value
+    if isinstance(value, dict):
+        return "a section"
+    return json.dumps(value, default=str)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flat(values, prefix=""):
+    flat = {}
+    for key, value in (values or {}).items():
+        if isinstance(value, dict):
+            flat |= _flat(value, prefix + key + ".")
+        else:
+            flat[prefix + key] = value
+    return flat

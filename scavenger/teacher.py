@@ -1,0 +1,177 @@
+"""The teacher: a GPT-NeoX, loaded or trained here, frozen; and what goes in and out of its attention layers."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from scavenger import checkpoint, data, measure, training
+from scavenger.recipe import Recipe, RecipeError
+
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"  # as in the tokenizer of GPT-NeoX-20B
+
+
+def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path | None:
+    """Train the teacher where the recipe says so; returns its folder."""
+    folder = run_dir / "teacher"
+    train = recipe.teacher.train
+    if train is None or checkpoint.complete(folder):
+        return folder if train else None
+    torch.manual_seed(recipe.seed)
+    model = GPTNeoXForCausalLM(configuration(recipe, tokenizer))
+    blocks = data.blocks(run_dir / "data", "train")
+    history = training.train(
+        "teacher", model, _next_token_loss,
+        lambda step: data.batch(blocks, step * train.batch_size, train.batch_size, recipe.seed),
+        train, checkpoint.partial(folder) / "steps", accelerator, recipe.training)
+    if accelerator.is_main_process:
+        beside = checkpoint.partial(folder)
+        checkpoint.save_model(model, tokenizer, beside)
+        checkpoint.write_json(beside / "history.json", history)
+        checkpoint.write_text(beside / "README.md", _card(recipe, run_dir, model, history))
+        checkpoint.finish(folder)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def load(recipe: Recipe, run_dir: Path) -> GPTNeoXForCausalLM:
+    """The teacher, in float32, without gradients and in evaluation mode."""
+    where = recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)
+    with _clear_errors(where):
+        model = GPTNeoXForCausalLM.from_pretrained(where, revision=_revision(recipe), dtype=torch.float32,
+                                                   use_safetensors=True)
+    return model.requires_grad_(False).eval()
+
+
+def load_configuration(recipe: Recipe) -> GPTNeoXConfig:
+    """The configuration of a teacher that exists already."""
+    where = recipe.teacher.folder or recipe.teacher.name
+    with _clear_errors(where):
+        config = AutoConfig.from_pretrained(where, revision=_revision(recipe))
+    if not isinstance(config, GPTNeoXConfig):
+        raise RecipeError(f"teacher: {where} is a {config.model_type}; expected a GPT-NeoX model")
+    return config
+
+
+def tokenizer(recipe: Recipe, run_dir: Path) -> PreTrainedTokenizerFast:
+    """The teacher's tokenizer; for a teacher trained here, a byte-level BPE trained on the train split."""
+    train = recipe.teacher.train
+    if train is None:
+        where = recipe.teacher.folder or recipe.teacher.name
+        with _clear_errors(where):
+            found = AutoTokenizer.from_pretrained(where, revision=_revision(recipe))
+        if found.eos_token_id is None:
+            raise RecipeError(f"teacher: the tokenizer of {where} has no end-of-text token; expected one, to part documents")
+        return found
+    folder = run_dir / "tokenizer"
+    if not checkpoint.complete(folder):
+        made = _train_tokenizer(recipe, train.vocab_size)
+        beside = checkpoint.partial(folder)
+        beside.mkdir(parents=True, exist_ok=True)
+        made.save_pretrained(beside)
+        checkpoint.finish(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def configuration(recipe: Recipe, tokenizer) -> GPTNeoXConfig:
+    """Pythia's architecture (rotary on a quarter of each head, parallel residual) at the recipe's size."""
+    train = recipe.teacher.train
+    return GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=train.hidden_size, num_hidden_layers=train.num_layers,
+        num_attention_heads=train.num_heads, intermediate_size=4 * train.hidden_size,
+        max_position_embeddings=recipe.data.context_length, use_parallel_residual=True, tie_word_embeddings=False,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+@contextlib.contextmanager
+def captured(model: GPTNeoXForCausalLM):
+    """Within the context, each forward leaves what each attention layer took in and gave out, both
+    (batch, length, channel) per layer, in the yielded lists.
+
+    Hooks, because `output_hidden_states` gives blocks, not mixers, and its last entry is past the final norm.
+    """
+    inputs: list[Tensor] = [None] * len(model.gpt_neox.layers)
+    outputs: list[Tensor] = [None] * len(model.gpt_neox.layers)
+
+    def keep(index):
+        def hook(module, args, kwargs, output):
+            inputs[index] = args[0] if args else kwargs["hidden_states"]
+            outputs[index] = output[0]
+        return hook
+
+    handles = [layer.attention.register_forward_hook(keep(index), with_kwargs=True)
+               for index, layer in enumerate(model.gpt_neox.layers)]
+    try:
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _next_token_loss(model, ids):
+    return model(input_ids=ids, labels=ids, use_cache=False).loss, {}
+
+
+def _train_tokenizer(recipe, vocab_size):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts = (text for name, text in data.documents(recipe.data, recipe.seed) if data.split_of(name) == "train")
+    bpe.train_from_iterator(tqdm(texts, desc="tokenizer", unit="doc", leave=False), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
+                                   unk_token=END_OF_TEXT, pad_token=PADDING, padding_side="left")
+
+
+def _revision(recipe):
+    return recipe.teacher.revision if recipe.teacher.folder is None else None
+
+
+@contextlib.contextmanager
+def _clear_errors(where):
+    """transformers' long explanations of an unreachable or damaged checkpoint, as one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RecipeError(f"teacher: {where} cannot be loaded ({reason}); expected a reachable Hub name with "
+                          "safetensors, or teacher.path=<local folder>") from error
+
+
+def _card(recipe, run_dir, model, history):
+    """The model card: what it was trained on, for how long, and what it reaches on text it never saw."""
+    train = recipe.teacher.train
+    source = checkpoint.read_json(run_dir / "data" / "source.json")
+    found = measure.held_out(model, data.blocks(run_dir / "data", "test"))
+    tokens = train.steps * train.batch_size * recipe.data.context_length
+    facts = {
+        "architecture": f"GPTNeoXForCausalLM, {train.num_layers} layers, width {train.hidden_size}, {train.num_heads} heads, "
+                        f"context {recipe.data.context_length}",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "tokenizer": f"byte-level BPE, {len(AutoTokenizer.from_pretrained(run_dir / 'tokenizer')):,} tokens, trained on the train split",
+        "corpus": ", ".join(f"{key} {value}" for key, value in source.items() if not isinstance(value, dict)),
+        "distinct training tokens": f"{source['tokens']['train']:,}",
+        "tokens seen": f"{tokens:,} ({train.steps:,} steps of {train.batch_size} × {recipe.data.context_length})",
+        "held-out loss": f"{found.loss:.4f} nats per token (perplexity {found.perplexity:.3f}, {found.tokens:,} test tokens)",
+        "last training loss": f"{history[-1]['loss']:.4f}",
+        "training time": f"{history[-1]['seconds'] / 60:.0f} minutes on {torch.get_num_threads()} threads",
+        "seed": str(recipe.seed),
+        "made": time.strftime("%Y-%m-%d"),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return (f"---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [gpt_neox]\n---\n# {folder_title(recipe)}\n\n"
+            "A small GPT-NeoX teacher, made by a scavenger recipe. It knows Python's standard library and nothing else.\n\n"
+            f"| | |\n|---|---|\n{rows}\n")
+
+
+def folder_title(recipe):
+    return Path(recipe.run_dir).name
