@@ -34,7 +34,7 @@ def main() -> int:
 
 def run(recipe, plan_only=False) -> int:
     """The whole pipeline; a stage whose folder is complete returns at once."""
-    from scavenger import checkpoint, data, teacher
+    from scavenger import baseline, checkpoint, data, teacher, transfer
     from scavenger.processes import start
 
     accelerator = start(recipe)
@@ -43,6 +43,10 @@ def run(recipe, plan_only=False) -> int:
         tokenizer = teacher.tokenizer(recipe, run_dir)
         data.run(recipe, run_dir, tokenizer)
     teacher.run(recipe, run_dir, accelerator, tokenizer)
+    if recipe.transfer:
+        transfer.run(recipe, run_dir, accelerator, tokenizer)
+    if recipe.baseline:
+        baseline.run(recipe, run_dir, accelerator, tokenizer)
     accelerator.end_training()
     return 0
 

@@ -77,11 +77,20 @@ def keep_only(steps: Path, step: int):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def save_model(model, tokenizer, folder: Path):
-    """Write a model and its tokenizer so that `from_pretrained` opens the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def finish_model(model, tokenizer, history: list[dict], folder: Path, accelerator, more=lambda beside: None):
+    """Write model, tokenizer and history so that `from_pretrained` opens the folder, and declare it whole.
+
+    `more(folder)` may write further files before that.
+    """
+    if accelerator.is_main_process:
+        beside = partial(folder)
+        beside.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        write_json(beside / "history.json", history)
+        more(beside)
+        finish(folder)
+    accelerator.wait_for_everyone()
 
 
 def write_text(path: Path, text: str):

@@ -30,28 +30,25 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path | None:
         "teacher", model, _next_token_loss,
         lambda step: data.batch(blocks, step * train.batch_size, train.batch_size, recipe.seed),
         train, checkpoint.partial(folder) / "steps", accelerator, recipe.training)
-    if accelerator.is_main_process:
-        beside = checkpoint.partial(folder)
-        checkpoint.save_model(model, tokenizer, beside)
-        checkpoint.write_json(beside / "history.json", history)
-        checkpoint.write_text(beside / "README.md", _card(recipe, run_dir, model, history))
-        checkpoint.finish(folder)
-    accelerator.wait_for_everyone()
+    checkpoint.finish_model(
+        model, tokenizer, history, folder, accelerator,
+        more=lambda beside: checkpoint.write_text(beside / "README.md", _card(recipe, run_dir, model, history)))
     return folder
 
 
 def load(recipe: Recipe, run_dir: Path) -> GPTNeoXForCausalLM:
     """The teacher, in float32, without gradients and in evaluation mode."""
-    where = recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)
+    load_configuration(recipe, run_dir)
+    where = _where(recipe, run_dir)
     with _clear_errors(where):
         model = GPTNeoXForCausalLM.from_pretrained(where, revision=_revision(recipe), dtype=torch.float32,
                                                    use_safetensors=True)
     return model.requires_grad_(False).eval()
 
 
-def load_configuration(recipe: Recipe) -> GPTNeoXConfig:
-    """The configuration of a teacher that exists already."""
-    where = recipe.teacher.folder or recipe.teacher.name
+def load_configuration(recipe: Recipe, run_dir: Path) -> GPTNeoXConfig:
+    """The teacher's configuration."""
+    where = _where(recipe, run_dir)
     with _clear_errors(where):
         config = AutoConfig.from_pretrained(where, revision=_revision(recipe))
     if not isinstance(config, GPTNeoXConfig):
@@ -63,7 +60,7 @@ def tokenizer(recipe: Recipe, run_dir: Path) -> PreTrainedTokenizerFast:
     """The teacher's tokenizer; for a teacher trained here, a byte-level BPE trained on the train split."""
     train = recipe.teacher.train
     if train is None:
-        where = recipe.teacher.folder or recipe.teacher.name
+        where = _where(recipe, run_dir)
         with _clear_errors(where):
             found = AutoTokenizer.from_pretrained(where, revision=_revision(recipe))
         if found.eos_token_id is None:
@@ -132,6 +129,10 @@ def _train_tokenizer(recipe, vocab_size):
                                    unk_token=END_OF_TEXT, pad_token=PADDING, padding_side="left")
 
 
+def _where(recipe, run_dir):
+    return recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)
+
+
 def _revision(recipe):
     return recipe.teacher.revision if recipe.teacher.folder is None else None
 
@@ -168,10 +169,6 @@ def _card(recipe, run_dir, model, history):
         "made": time.strftime("%Y-%m-%d"),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    return (f"---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [gpt_neox]\n---\n# {folder_title(recipe)}\n\n"
+    return (f"---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [gpt_neox]\n---\n# {Path(recipe.run_dir).name}\n\n"
             "A small GPT-NeoX teacher, made by a scavenger recipe. It knows Python's standard library and nothing else.\n\n"
             f"| | |\n|---|---|\n{rows}\n")
-
-
-def folder_title(recipe):
-    return Path(recipe.run_dir).name

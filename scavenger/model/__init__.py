@@ -1,0 +1,17 @@
+"""The student: everything that inference needs, and nothing else; the folder travels with each saved checkpoint.
+
+Importing it registers the student with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .configuration_hyena_neox import HyenaNeoXConfig
+from .modeling_hyena_neox import HyenaCache, HyenaNeoXForCausalLM
+
+
+__all__ = ["HyenaCache", "HyenaNeoXConfig", "HyenaNeoXForCausalLM"]
+
+HyenaNeoXConfig.register_for_auto_class()
+HyenaNeoXForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+AutoConfig.register(HyenaNeoXConfig.model_type, HyenaNeoXConfig)
+AutoModelForCausalLM.register(HyenaNeoXConfig, HyenaNeoXForCausalLM)

@@ -1,0 +1,62 @@
+"""Configuration of a GPT-NeoX whose attention is replaced by Hyena."""
+
+from transformers import PreTrainedConfig
+
+
+class HyenaNeoXConfig(PreTrainedConfig):
+    """GPT-NeoX's own fields, and the mixer's.
+
+    `num_filters`: long filters of a layer; hidden_size for hyena, fewer for multihyena.
+    `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex modes of
+    each filter.
+    `context_length`: tokens of a training example, the unit of time of the implicit filters.
+    """
+
+    model_type = "hyena_neox"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    use_parallel_residual: bool = True
+    attention_bias: bool = True
+    rotary_fraction: float = 0.25
+    rotary_base: float = 10000.0
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    num_filters: int = 8
+    short_filter_length: int = 3
+    filter_width: int = 64
+    position_features: int = 33
+    sine_frequency: float = 14.0
+    context_length: int = 1024
+    filter: str = "implicit"
+    state_sizes: list[list[int]] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for key in ("num_attention_heads", "num_filters"):
+            if self.hidden_size % getattr(self, key):
+                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {key} {getattr(self, key)}")
+        if self.filter not in ("implicit", "modal"):
+            raise ValueError(f"filter is {self.filter!r}; expected 'implicit' or 'modal'")
+        if self.filter == "modal" and len(self.state_sizes or []) != self.num_hidden_layers:
+            raise ValueError(f"state_sizes has {len(self.state_sizes or [])} layers; expected {self.num_hidden_layers}")
+
+    @property
+    def rotary(self) -> bool:
+        """Whether q and k keep the teacher's rotary turn: only groups of whole heads leave it relative."""
+        return (self.hidden_size // self.num_filters) % (self.hidden_size // self.num_attention_heads) == 0
+
+    @property
+    def rotary_channels(self) -> int:
+        return int(self.hidden_size // self.num_attention_heads * self.rotary_fraction)

@@ -1,0 +1,76 @@
+"""The modal form: a filter as a sum of complex exponentials, and the recurrence that runs it.
+
+The one convention, used everywhere; time starts at 0, the real part is taken, there is no factor 2:
+
+    h_t = Re Σ_m R_m λ_m^t        x_t = λ ⊙ x_{t-1} + u_t,  x_{-1} = 0        y_t = Re Σ_m R_m x_{t,m} + D u_t
+
+Poles λ are per token, |λ| < 1. The modes of all filters of a layer lie in one flat axis; `mode_filter` says which
+filter a mode belongs to, so filters of different state sizes share one recurrence and nothing is padded.
+Source: arXiv:2310.18780, section 3; the matrix-valued input u = k vᵀ is that of MultiHyena, section 4.
+"""
+
+import torch
+from torch import Tensor
+
+from .convolution import toeplitz_block
+
+
+CHUNK = 64  # tokens of a prompt that are taken in one step; bounds what is in memory at once
+
+
+def powers(poles: Tensor, exponents: Tensor) -> Tensor:
+    """λ_m^t, (mode, time); taken in float64, because a float32 power of a pole near the circle drifts."""
+    return (poles.to(torch.complex128)[:, None] ** exponents).to(poles.dtype)
+
+
+def modal_taps(
+    poles: Tensor,  # (mode,) complex
+    residues: Tensor,  # (mode,) complex
+    mode_filter: Tensor,  # (mode,) which filter each mode belongs to
+    num_filters: int,
+    length: int,
+) -> Tensor:  # (filter, length) real
+    """h_t = Re Σ_m R_m λ_m^t of each filter, without the direct term."""
+    terms = (residues[:, None] * powers(poles, torch.arange(length, device=poles.device))).real
+    return terms.new_zeros(num_filters, length).index_add(0, mode_filter, terms)
+
+
+def modal_scan(
+    q: Tensor,  # (batch, filter, length, width)
+    k: Tensor,  # (batch, filter, length, width)
+    v: Tensor,  # (batch, filter, length, width)
+    taps: Tensor,  # (filter, min(length, CHUNK) or more), direct term included at t = 0
+    poles: Tensor,  # (mode,)
+    residues: Tensor,  # (mode,)
+    mode_filter: Tensor,  # (mode,)
+    recurrent_state: Tensor,  # (batch, mode, width, width) complex: Σ_s λ^{t-s} k_s v_sᵀ up to the token before q, k, v
+) -> tuple[Tensor, Tensor]:  # (batch, filter, length, width), the state after the last token
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s and the state, chunk by chunk; a chunk of one token is a decoding step.
+
+    Inside a chunk the filter's taps are used, across chunks the state:
+    y_t += Re Σ_m R_m λ_m^{t+1} q_tᵀ x_m,  x ← λ^C x + Σ_j λ^{C-1-j} k_j v_jᵀ.
+    """
+    outputs = []
+    for start in range(0, q.shape[2], CHUNK):
+        chunk = slice(start, start + CHUNK)
+        y, recurrent_state = _chunk(q[:, :, chunk], k[:, :, chunk], v[:, :, chunk], taps, poles, residues, mode_filter,
+                                    recurrent_state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2) if outputs else v, recurrent_state
+
+
+def _chunk(q, k, v, taps, poles, residues, mode_filter, state):
+    length = q.shape[2]
+    steps = torch.arange(length + 1, device=poles.device)
+    decay = powers(poles, steps)  # (mode, length + 1): λ^0 … λ^length
+    within = (q @ k.transpose(-1, -2)) * toeplitz_block(taps, range(length)) @ v
+    # A complex state times a real matrix is a real product over the state's two parts side by side.
+    read = torch.view_as_complex(
+        (q[:, mode_filter] @ torch.view_as_real(state).flatten(-2)).unflatten(-1, (-1, 2)).contiguous())
+    read = (read * (residues[:, None] * decay[:, 1:])[:, :, None]).real
+    y = within.index_add(1, mode_filter, read)
+    weighted = v[:, mode_filter] * decay[:, :length].flip(-1)[:, :, None]  # λ^{C-1-j} v_j
+    added = torch.view_as_complex(
+        (k[:, mode_filter].transpose(-1, -2) @ torch.view_as_real(weighted).flatten(-2))
+        .unflatten(-1, (-1, 2)).contiguous())
+    return y, state * decay[:, length, None, None] + added
