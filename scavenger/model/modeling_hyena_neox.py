@@ -196,6 +196,12 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        # Without a state the whole input is read at each token, whatever `use_cache` says.
+        if self.config.filter != "modal":
+            next_sequence_length = None
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -1,0 +1,51 @@
+"""Seeds, and the tiny models and folders that several tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(7)
+
+
+def tiny_teacher(**changes):
+    """3 layers, 5 heads of width 6 (2 of them turned): no two sizes are equal, none is a power of two."""
+    config = GPTNeoXConfig(**{
+        "vocab_size": 97, "hidden_size": 30, "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 44,
+        "max_position_embeddings": 63, "rotary_pct": 0.4, "bos_token_id": 0, "eos_token_id": 0} | changes)
+    torch.manual_seed(3)
+    return GPTNeoXForCausalLM(config).double().eval()
+
+
+def tiny_student(filters=5, modal=False, **changes):
+    """A student of the tiny teacher's shape, in float64; `filters` 5 is multihyena by head, 30 is hyena."""
+    sizes = {"filter": "modal", "state_sizes": [[1 + (3 * layer + filter) % 4 for filter in range(filters)]
+                                                for layer in range(3)]} if modal else {}
+    config = HyenaNeoXConfig(**{
+        "vocab_size": 97, "hidden_size": 30, "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 44,
+        "num_filters": filters, "filter_width": 11, "position_features": 9, "context_length": 63,
+        "rotary_fraction": 0.4} | sizes | changes)
+    torch.manual_seed(5)
+    model = HyenaNeoXForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for layer in model.gpt_neox.layers:
+            mixer = layer.mixer
+            mixer.query_key_value.weight.mul_(20)  # large enough that a wrong mixer shows in the logits
+            mixer.dense.weight.mul_(20)
+            mixer.short_filter.add_(0.3 * torch.randn_like(mixer.short_filter))
+            mixer.filter.direct.normal_()
+            if modal:
+                radius = 0.5 + 0.49 * torch.rand(len(mixer.filter.pole), dtype=torch.float64)
+                mixer.filter.pole.copy_(torch.view_as_real(torch.polar(radius, 3 * torch.rand_like(radius))))
+                mixer.filter.residue.normal_()
+    return model
