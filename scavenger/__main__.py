@@ -33,20 +33,28 @@ def main() -> int:
 
 
 def run(recipe, plan_only=False) -> int:
-    """The whole pipeline; a stage whose folder is complete returns at once."""
-    from scavenger import baseline, checkpoint, data, teacher, transfer
-    from scavenger.processes import start
+    """The whole pipeline, or its plan; a stage whose folder is complete returns at once."""
+    from scavenger import baseline, checkpoint, data, plan, processes, recurrence, report, teacher, transfer
 
-    accelerator = start(recipe)
+    if plan_only:
+        print(plan.show(recipe))
+        return 0
+    accelerator = processes.start(recipe)
+    accelerator.print(plan.show(recipe, accelerator.num_processes) + "\n")
     with accelerator.main_process_first():
         run_dir = checkpoint.start_run(recipe)
         tokenizer = teacher.tokenizer(recipe, run_dir)
         data.run(recipe, run_dir, tokenizer)
+    accelerator.init_trackers("scavenger")
     teacher.run(recipe, run_dir, accelerator, tokenizer)
     if recipe.transfer:
         transfer.run(recipe, run_dir, accelerator, tokenizer)
     if recipe.baseline:
         baseline.run(recipe, run_dir, accelerator, tokenizer)
+    if recipe.recurrence:
+        recurrence.run(recipe, run_dir, accelerator, tokenizer)
+    if recipe.report:
+        report.run(recipe, run_dir, accelerator, tokenizer)
     accelerator.end_training()
     return 0
 

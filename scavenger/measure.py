@@ -1,6 +1,7 @@
-"""What the pipeline and the reports measure on a model: loss and agreement on held-out text."""
+"""What the pipeline and the reports measure on a model: loss and agreement on held-out text, speed and state."""
 
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 
 
 BATCH_TOKENS = 8192  # tokens of one evaluation batch; bounds the logits in memory
+TIMED_STEPS = 32  # tokens timed after a prompt; the median step is what counts
+TIMED_SECONDS = 5.0  # a model that reads everything again at each token is timed no longer than this
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,49 @@ def held_out(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = N
     model.train(was_training)
     return HeldOut(loss / count, agree / count if teacher is not None else None,
                    divergence / count if teacher is not None else None, count)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sequence, after a prompt of `context_length` tokens."""
+
+    context_length: int
+    prefill_seconds: float
+    tokens_per_second: float  # of the median step
+    state_bytes: int | None  # what is kept between tokens; None where nothing is and the input is read again
+
+
+@torch.inference_mode()
+def generation(model: nn.Module, prompt: torch.Tensor) -> Generation:
+    """Time greedy steps after a prompt (1, length), by the model's own cache where it has one."""
+    device = next(model.parameters()).device
+    prompt = prompt.to(device)
+    model(input_ids=prompt[:, :2], use_cache=True)  # the first call pays for start-up
+    began = _now(device)
+    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    prefill = _now(device) - began
+    cache, ids, steps = out.past_key_values, prompt, []
+    while len(steps) < TIMED_STEPS and (len(steps) < 3 or sum(steps) < TIMED_SECONDS):
+        token = out.logits[:, -1:].argmax(-1)
+        began = _now(device)
+        if cache is None:
+            ids = torch.cat([ids, token], dim=1)
+            out = model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        else:
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        steps.append(_now(device) - began)
+    return Generation(prompt.shape[1], prefill, 1 / sorted(steps)[len(steps) // 2],
+                      None if cache is None else state_bytes(cache))
+
+
+def state_bytes(cache) -> int:
+    """Bytes that a cache keeps between tokens: a HyenaCache, or the keys and values of transformers' own."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
+
+
+def _now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from transformers.utils import logging as transformers_logging
 
 from scavenger.recipe import Recipe, RecipeError
 
@@ -16,6 +17,7 @@ def start(recipe: Recipe) -> Accelerator:
     Raises RecipeError where the launcher started several processes that do not see each other: each would run the
     whole recipe, on top of the others.
     """
+    transformers_logging.disable_progress_bar()  # one bar is ours; one per saved shard is noise
     tracker = None if recipe.training.tracker == "none" else recipe.training.tracker
     if tracker == "wandb" and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
         os.environ["WANDB_MODE"] = "offline"  # no account: the log stays here, for `wandb sync`

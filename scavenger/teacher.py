@@ -1,6 +1,7 @@
 """The teacher: a GPT-NeoX, loaded or trained here, frozen; and what goes in and out of its attention layers."""
 
 import contextlib
+import platform
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path | None:
         train, checkpoint.partial(folder) / "steps", accelerator, recipe.training)
     checkpoint.finish_model(
         model, tokenizer, history, folder, accelerator,
-        more=lambda beside: checkpoint.write_text(beside / "README.md", _card(recipe, run_dir, model, history)))
+        more=lambda beside: _write_card(recipe, run_dir, model, history, beside))
     return folder
 
 
@@ -148,27 +149,41 @@ def _clear_errors(where):
                           "safetensors, or teacher.path=<local folder>") from error
 
 
-def _card(recipe, run_dir, model, history):
-    """The model card: what it was trained on, for how long, and what it reaches on text it never saw."""
+def _write_card(recipe, run_dir, model, history, folder):
+    """The model card and `training.json`: what it was trained on, for how long, what it reaches on text it never saw."""
     train = recipe.teacher.train
     source = checkpoint.read_json(run_dir / "data" / "source.json")
     found = measure.held_out(model, data.blocks(run_dir / "data", "test"))
-    tokens = train.steps * train.batch_size * recipe.data.context_length
     facts = {
+        "tokens": train.steps * train.batch_size * recipe.data.context_length,
+        "distinct_tokens": source["tokens"]["train"],
+        "steps": train.steps,
+        "seconds": history[-1]["seconds"],
+        "test_loss": found.loss,
+        "test_perplexity": found.perplexity,
+        "test_tokens": found.tokens,
+        "last_training_loss": history[-1]["loss"],
+        "seed": recipe.seed,
+        "corpus": {key: value for key, value in source.items() if not isinstance(value, dict)},
+    }
+    checkpoint.write_json(folder / "training.json", facts)
+    corpus = ", ".join(f"{key} {value}" for key, value in facts["corpus"].items())
+    rows = {
         "architecture": f"GPTNeoXForCausalLM, {train.num_layers} layers, width {train.hidden_size}, {train.num_heads} heads, "
                         f"context {recipe.data.context_length}",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "tokenizer": f"byte-level BPE, {len(AutoTokenizer.from_pretrained(run_dir / 'tokenizer')):,} tokens, trained on the train split",
-        "corpus": ", ".join(f"{key} {value}" for key, value in source.items() if not isinstance(value, dict)),
-        "distinct training tokens": f"{source['tokens']['train']:,}",
-        "tokens seen": f"{tokens:,} ({train.steps:,} steps of {train.batch_size} × {recipe.data.context_length})",
-        "held-out loss": f"{found.loss:.4f} nats per token (perplexity {found.perplexity:.3f}, {found.tokens:,} test tokens)",
-        "last training loss": f"{history[-1]['loss']:.4f}",
-        "training time": f"{history[-1]['seconds'] / 60:.0f} minutes on {torch.get_num_threads()} threads",
-        "seed": str(recipe.seed),
+        "tokenizer": f"byte-level BPE, {model.config.vocab_size:,} tokens, trained on the train split",
+        "corpus": f"{corpus}; split by whole documents",
+        "tokens seen": f"{facts['tokens']:,} ({train.steps:,} steps of {train.batch_size} × {recipe.data.context_length}), "
+                       f"{facts['distinct_tokens']:,} of them distinct",
+        "held-out loss": f"{found.loss:.4f} nats per token, perplexity {found.perplexity:.3f} ({found.tokens:,} tokens of the test split)",
+        "last training loss": f"{facts['last_training_loss']:.4f}",
+        "training time": f"{facts['seconds'] / 60:.0f} minutes on {torch.get_num_threads()} threads of "
+                         f"{platform.machine() if model.device.type == 'cpu' else torch.cuda.get_device_name()}",
+        "seed": f"{recipe.seed}",
         "made": time.strftime("%Y-%m-%d"),
     }
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    return (f"---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [gpt_neox]\n---\n# {Path(recipe.run_dir).name}\n\n"
-            "A small GPT-NeoX teacher, made by a scavenger recipe. It knows Python's standard library and nothing else.\n\n"
-            f"| | |\n|---|---|\n{rows}\n")
+    checkpoint.write_text(folder / "README.md", "\n".join([
+        "---", "license: apache-2.0", "library_name: transformers", "tags: [gpt_neox]", "---", f"# {Path(recipe.run_dir).name}", "",
+        "A small GPT-NeoX, made by a scavenger recipe to be a teacher.", "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]))
