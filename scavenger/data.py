@@ -163,8 +163,8 @@ def _local_documents(data, seed):
         rows = rows.shuffle(seed=seed)
         texts = (row[column] for row in rows)
     else:
-        texts = [piece for row in rows for piece in _pieces(row[column])]
-        texts = (texts[index] for index in _order(len(texts), seed, 0))
+        pieces = [piece for row in rows for piece in _pieces(row[column])]
+        texts = (pieces[index] for index in _order(len(pieces), seed, 0))
     for text in texts:
         yield text, text
 

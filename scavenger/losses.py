@@ -6,12 +6,14 @@ from torch.nn import functional as F
 
 
 def activation_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖student - teacher‖² / ‖teacher‖² over all elements: 0 is a perfect match, 1 is as good as silence.
+    """‖student - teacher‖² / ‖teacher‖² of each sequence, a mean over sequences: 0 is a match, 1 is as good as silence.
 
-    Relative to the teacher's energy, so that layers compare and none needs a weight.
+    Both (batch, length, channel). Relative to the teacher's energy, so that layers compare and none needs a weight; a
+    mean over sequences, so that it does not matter how a batch is spread over processes.
     """
-    student, teacher = _wide(student), _wide(teacher)
-    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(torch.finfo(teacher.dtype).tiny)
+    student, teacher = _wide(student).flatten(1), _wide(teacher).flatten(1)
+    energy = teacher.square().sum(1).clamp_min(torch.finfo(teacher.dtype).tiny)
+    return ((student - teacher).square().sum(1) / energy).mean()
 
 
 def logit_divergence(student: Tensor, teacher: Tensor) -> Tensor:

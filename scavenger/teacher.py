@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -143,7 +144,7 @@ def _clear_errors(where):
     """transformers' long explanations of an unreachable or damaged checkpoint, as one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecipeError(f"teacher: {where} cannot be loaded ({reason}); expected a reachable Hub name with "
                           "safetensors, or teacher.path=<local folder>") from error

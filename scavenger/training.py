@@ -83,12 +83,11 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 
 def _groups(model):
-    """Matrices decay; biases, norms, filters' vectors and parameters marked `_no_weight_decay` do not."""
-    free = [p for p in model.parameters() if p.requires_grad]
-    decays = [p for p in free if p.ndim >= 2 and not getattr(p, "_no_weight_decay", False)]
-    kept = {id(p) for p in decays}
-    return [{"params": decays, "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in free if id(p) not in kept], "weight_decay": 0.0}]
+    """Matrices decay; biases, norms and all that shapes a filter do not. By name, which a loaded model shares."""
+    free = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decays = [p for name, p in free if p.ndim >= 2 and "filter" not in name]
+    kept = [p for name, p in free if not (p.ndim >= 2 and "filter" not in name)]
+    return [{"params": decays, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
 
 
 def _share(rows, accelerator):

@@ -1,5 +1,6 @@
 """Seeds, and the tiny models and folders that several tests share."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,3 +50,52 @@ def tiny_student(filters=5, modal=False, **changes):
                 mixer.filter.pole.copy_(torch.view_as_real(torch.polar(radius, 3 * torch.rand_like(radius))))
                 mixer.filter.residue.normal_()
     return model
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """A folder with a small teacher, some real text and a recipe that uses them, all stages in it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from scavenger import data
+
+    folder = tmp_path_factory.mktemp("workshop")
+    texts = [path.read_text(encoding="utf-8", errors="replace")[:6000] for path in list(data.stdlib_files().values())[:240]]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts[:40], trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>").save_pretrained(folder / "teacher")
+    tiny_teacher(vocab_size=320, rotary_pct=0.34).float().save_pretrained(folder / "teacher")
+    (folder / "recipe.yaml").write_text(f"""#!/usr/bin/env scavenger
+run_dir: {folder}/run
+teacher: {{path: {folder}/teacher}}
+data: {{path: {folder}/text.jsonl, context_length: 48, evaluation_tokens: 960}}
+student: {{filter_width: 8, position_features: 5, sine_frequency: 2.0}}
+training: {{log_every: 2, checkpoint_every: 4}}
+transfer:
+  activations: {{steps: 10, batch_size: 4, learning_rate: 1e-2}}
+  logits: {{steps: 10, batch_size: 4, learning_rate: 1e-2}}
+baseline: {{learning_rate: 3e-3}}
+recurrence: {{tolerance: 1e-3, max_state_size: 40}}
+report: {{context_lengths: [20, 60], sample_tokens: 5}}
+""")
+    return folder
+
+
+def scavenger(recipe, *overrides, plan=False):
+    """Run a recipe in this process."""
+    from scavenger.__main__ import run
+    from scavenger.recipe import load_recipe
+
+    assert run(load_recipe(str(recipe), list(overrides)), plan) == 0
+
+
+@pytest.fixture(scope="session")
+def finished(workshop):
+    """The run folder of the workshop's recipe, all stages done."""
+    scavenger(workshop / "recipe.yaml")
+    return workshop / "run"

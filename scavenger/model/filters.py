@@ -30,8 +30,6 @@ class ImplicitFilter(nn.Module):
         self.head = nn.Linear(width, num_filters, bias=False)
         self.frequency = nn.Parameter(torch.full((width,), sine_frequency))
         self.direct = nn.Parameter(torch.zeros(num_filters))
-        for parameter in self.parameters():
-            parameter._no_weight_decay = True  # decay would pull the filters' shape, not their size
 
     def reset_parameters(self):
         for layer in [*self.inner, self.head]:
@@ -74,8 +72,6 @@ class ModalFilter(nn.Module):
         self.pole = nn.Parameter(torch.zeros(modes, 2))  # real and imaginary part
         self.residue = nn.Parameter(torch.zeros(modes, 2))
         self.direct = nn.Parameter(torch.zeros(len(state_sizes)))
-        for parameter in self.parameters():
-            parameter._no_weight_decay = True
 
     @property
     def num_filters(self) -> int:

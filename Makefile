@@ -1,0 +1,23 @@
+# The few words a person needs. Only Python 3.11+ and make are expected.
+PYTHON ?= python3
+BIN := .venv/bin
+# Where there is no NVIDIA GPU, the CPU build of torch and not gigabytes of CUDA.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
+
+.PHONY: setup quickstart test quality
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints/cpu.txt scavenger-recipes.pth
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --quiet $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/accelerate launch recipes/quickstart.yaml
+
+test: setup
+	$(BIN)/pytest
+
+quality: setup
+	$(BIN)/ruff check .

@@ -1,0 +1,288 @@
+"""The whole way, on a small teacher and real text: every folder, every launch, every interruption."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import scavenger
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
+from scavenger import data, measure, plan, teacher, training
+from scavenger.checkpoint import read_json
+from scavenger.recipe import RecipeError, load_recipe
+
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def command(*words, **options):
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, **options)
+
+
+def curve(run, stage):
+    return [entry["loss"] for entry in read_json(run / stage / "history.json")]
+
+
+def test_every_folder_opens(finished):
+    for name in ("transfer", "transfer/activations", "baseline", "recurrence"):
+        model = AutoModelForCausalLM.from_pretrained(finished / name)
+        assert model.config.filter == ("modal" if name == "recurrence" else "implicit")
+        assert AutoTokenizer.from_pretrained(finished / name).eos_token == "<|endoftext|>"
+    assert not list(finished.rglob("*.partial")) and not list(finished.rglob("steps"))
+    assert not list(finished.rglob("*.bin")) and not list(finished.rglob("*.pt")), "safetensors only"
+    assert list((finished / "logs").rglob("events*")), "the tracker's log"
+
+
+def test_transfer_learns(finished):
+    errors = read_json(finished / "transfer/activations/history.json")
+    for layer in range(3):
+        assert errors[-1][f"layer_{layer}"] < 0.9 * errors[0][f"layer_{layer}"]
+    losses = curve(finished, "transfer")
+    assert losses[-1] < 0.8 * losses[0]
+    assert curve(finished, "baseline")[-1] < curve(finished, "baseline")[0]
+
+
+def test_activations_touch_mixers_only(finished, workshop):
+    student = AutoModelForCausalLM.from_pretrained(finished / "transfer/activations").state_dict()
+    for key, value in AutoModelForCausalLM.from_pretrained(workshop / "teacher").state_dict().items():
+        if ".attention." not in key:
+            assert torch.equal(student[key], value), key
+
+
+def test_recurrent_student_is_the_distilled_one(finished):
+    filters = read_json(finished / "recurrence/filters.json")
+    assert filters["filters"] == 15 and filters["largest_radius"] < 1
+    distilled, recurrent = (AutoModelForCausalLM.from_pretrained(finished / name) for name in ("transfer", "recurrence"))
+    for layer, (exact, modal) in enumerate(zip(distilled.gpt_neox.layers, recurrent.gpt_neox.layers, strict=True)):
+        taps, found = exact.mixer.filter(48), modal.mixer.filter(48)
+        for row, facts in enumerate(filters["layers"][layer]):
+            error = ((taps[row] - found[row]).norm() / taps[row].norm()).item()
+            assert error == pytest.approx(facts["relative_error"], rel=0.05, abs=1e-5)
+            assert facts["relative_error"] >= facts["floor"] * (1 - 1e-9)
+            assert facts["relative_error"] <= 1e-3 or facts["state_size"] >= 20
+    blocks = data.blocks(finished / "data", "test")
+    assert measure.held_out(recurrent, blocks, distilled).divergence < 1e-4
+
+
+def test_recurrent_student_generates_as_it_reads(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "recurrence").double()
+    ids = torch.from_numpy(data.blocks(finished / "data", "test")[:2, :30].astype(np.int64))
+    arguments = dict(attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
+
+
+def test_report(finished):
+    figures = read_json(finished / "report/report.json")
+    assert list(figures["models"]) == ["teacher", "pre-trained", "distilled", "recurrent"]
+    assert figures["models"]["distilled"]["tokens_seen"] == figures["models"]["pre-trained"]["tokens_seen"] == 20 * 4 * 48
+    assert figures["models"]["teacher"]["ratio_to_teacher"] == 1
+    first, second = figures["models"]["recurrent"]["generation"]
+    assert first["state_bytes"] == second["state_bytes"] > 0
+    first, second = figures["models"]["teacher"]["generation"]
+    assert second["state_bytes"] - first["state_bytes"] == (60 - 20) * 2 * 3 * 30 * 4
+    page = (finished / "report/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 == len(list((finished / "report").glob("*.png")))
+    for name in figures["models"]:
+        assert name in page
+
+
+def test_held_out_figures_are_the_models_own(finished, workshop):
+    model = AutoModelForCausalLM.from_pretrained(workshop / "teacher")
+    blocks = data.blocks(finished / "data", "test")
+    found = measure.held_out(model, blocks, model)
+    ids = torch.from_numpy(blocks.astype(np.int64))
+    assert found.loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+    assert found.agreement == 1 and abs(found.divergence) < 1e-6 and found.tokens == ids[:, 1:].numel()
+
+
+def test_a_finished_run_is_not_run_again(finished, workshop, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    scavenger_output(workshop / "recipe.yaml", capsys)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+def scavenger_output(recipe, capsys):
+    scavenger(recipe)
+    out = capsys.readouterr().out
+    assert "(complete)" in out and "× teacher" in out and "report.html" in out
+
+
+def test_another_recipe_is_refused(finished, workshop):
+    with pytest.raises(RecipeError, match=r"transfer.logits.steps \(the run has 10, the recipe says 11\)"):
+        scavenger(workshop / "recipe.yaml", "transfer.logits.steps=11")
+
+
+def test_progressive_schedule(workshop, tmp_path):
+    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "transfer.activations.schedule=progressive",
+              "transfer.activations.steps=30", "baseline=null", "recurrence=null", "report=null")
+    history = read_json(tmp_path / "run/transfer/activations/history.json")
+    assert [entry["step"] for entry in history] == list(range(2, 31, 2))
+    for layer in range(3):
+        mine = [entry[f"layer_{layer}"] for entry in history if f"layer_{layer}" in entry]
+        assert len(mine) == 5 and mine[-1] < mine[0]
+
+
+def test_hyena_with_cross_entropy(workshop, tmp_path):
+    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "student.mixer=hyena", "transfer.logits.cross_entropy=0.25",
+              "report.context_lengths=[20]")
+    entry = read_json(tmp_path / "run/transfer/history.json")[-1]
+    assert entry["loss"] == pytest.approx(0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"], rel=1e-4)
+    assert read_json(tmp_path / "run/recurrence/filters.json")["filters"] == 90
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("fatal", [3, 7, 13, 17, 24, 33, 39])
+def test_interrupted_is_uninterrupted(finished, workshop, tmp_path, monkeypatch, fatal):
+    """Killed at the n-th step of all stages together, then run again: the same weights to the last bit."""
+    recipe = workshop / "recipe.yaml"
+    overrides = [f"run_dir={tmp_path}/run", "recurrence=null", "report=null"]
+    share, count = training._share, 0
+
+    def fatal_share(rows, accelerator):
+        nonlocal count
+        count += 1
+        if count == fatal:
+            raise Killed
+        return share(rows, accelerator)
+
+    monkeypatch.setattr(training, "_share", fatal_share)
+    with pytest.raises(Killed):
+        scavenger(recipe, *overrides)
+    monkeypatch.setattr(training, "_share", share)
+    scavenger(recipe, *overrides)
+    for name in ("transfer", "baseline"):
+        mine, whole = (AutoModelForCausalLM.from_pretrained(run / name).state_dict() for run in (tmp_path / "run", finished))
+        assert all(torch.equal(mine[key], whole[key]) for key in whole)
+        assert curve(tmp_path / "run", name) == curve(finished, name)
+
+
+def test_killed_for_real(workshop, tmp_path):
+    """SIGKILL in the middle, from outside; the same command goes on from a checkpoint and ends."""
+    words = [BIN / "scavenger", workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "transfer.logits.steps=400", "baseline=null",
+             "report=null", "recurrence=null"]
+    steps = tmp_path / "run/transfer.partial/steps"
+    with subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (steps.is_dir() and any(path.name.isdigit() for path in steps.iterdir())):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "run/transfer").exists()
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    assert "(goes on)" in done.stdout
+    assert len(curve(tmp_path / "run", "transfer")) == 200
+
+
+@pytest.mark.parametrize("how", ["accelerate", "configured", "module", "scavenger", "python", "program"])
+def test_launch_lines(workshop, how):
+    recipe = workshop / "recipe.yaml"
+    recipe.chmod(0o755)
+    words = {
+        "accelerate": [BIN / "accelerate", "launch", recipe],
+        "configured": [BIN / "accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", recipe],
+        "module": [BIN / "accelerate", "launch", "-m", "scavenger", recipe],
+        "scavenger": [BIN / "scavenger", recipe],
+        "python": [sys.executable, recipe],
+        "program": [recipe],
+    }[how]
+    done = command(*words, "transfer.logits.steps=123", "--plan", f"run_dir={workshop}/never")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("logits") and " 123 " in line]
+    assert not (workshop / "never").exists(), "a plan writes nothing"
+
+
+def test_two_processes_are_one(finished, workshop, tmp_path):
+    done = command(BIN / "accelerate", "launch", "--config_file", "accelerate_configs/cpu_two_processes.yaml", workshop / "recipe.yaml",
+                   f"run_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    for stage in ("transfer/activations", "transfer", "baseline"):
+        np.testing.assert_allclose(curve(tmp_path / "run", stage), curve(finished, stage), rtol=2e-3)
+    assert done.stdout.count("× teacher") == 1
+    assert (tmp_path / "run/report/report.html").is_file()
+
+
+def test_processes_that_do_not_see_each_other_are_refused(workshop, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    from scavenger import processes
+    monkeypatch.setattr(processes, "Accelerator", lambda **kwargs: type("One", (), {"num_processes": 1, "device": torch.device("cpu")}))
+    with pytest.raises(RecipeError, match="2 processes were started but do not see each other"):
+        processes.start(load_recipe(str(workshop / "recipe.yaml")))
+
+
+def test_mistakes_end_in_one_line(workshop, tmp_path):
+    done = command(BIN / "scavenger", workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "transfer.logits.stesp=3")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("scavenger: error: ") and done.stderr.count("\n") == 1 and "`steps`" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_teacher_is_one_line(workshop, tmp_path):
+    shutil.copytree(workshop / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher/model.safetensors").write_bytes(b"not a safetensors file")
+    done = command(BIN / "scavenger", workshop / "recipe.yaml", f"run_dir={tmp_path}/run", f"teacher.path={tmp_path}/teacher")
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("scavenger: error: teacher: ") and "cannot be loaded" in last and "Traceback" not in done.stderr
+
+
+def test_other_yaml_is_left_alone(tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text("print: 1\n")
+    done = command(sys.executable, path)
+    assert done.returncode == 0 and done.stdout == "", "python reads it as Python: an annotation"
+    path.write_text("a: [1\n")
+    assert "SyntaxError" in command(sys.executable, path).stderr
+
+
+def test_neox70m_is_planned_and_runs_scaled_down(workshop, tmp_path):
+    recipe = load_recipe(str(ROOT / "recipes/neox70m.yaml"))
+    shown = plan.show(recipe)
+    assert "EleutherAI/pythia-70m: GPT-NeoX, 70,426,624 parameters" in shown and "multihyena" in shown
+    scavenger(ROOT / "recipes/neox70m.yaml", f"run_dir={tmp_path}/run", f"teacher.path={workshop}/teacher", f"data.path={workshop}/text.jsonl",
+              "data.context_length=40", "data.evaluation_tokens=400", "training.checkpoint_every=10", "transfer.activations.steps=2",
+              "transfer.activations.warmup_steps=1", "transfer.logits.steps=2", "transfer.logits.warmup_steps=1", "baseline.warmup_steps=1",
+              "report.context_lengths=[10]", "report.sample_tokens=3")
+    figures = json.loads((tmp_path / "run/report/report.json").read_text())
+    assert set(figures["models"]) == {"teacher", "pre-trained", "distilled", "recurrent"}
+
+
+def test_a_teacher_is_trained(tmp_path):
+    """recipes/teacher-stdlib.yaml, small: tokenizer, teacher and card, and the teacher serves a student at once."""
+    values = yaml.safe_load((ROOT / "recipes/teacher-stdlib.yaml").read_text())
+    assert values["teacher"]["train"]["steps"] * values["teacher"]["train"]["batch_size"] * values["data"]["context_length"] >= 20e6
+    scavenger(ROOT / "recipes/teacher-stdlib.yaml", f"run_dir={tmp_path}/run", "teacher.train.vocab_size=300", "teacher.train.hidden_size=16",
+              "teacher.train.num_layers=1", "teacher.train.num_heads=2", "teacher.train.steps=12", "teacher.train.warmup_steps=2",
+              "teacher.train.batch_size=2", "data.context_length=32", "data.evaluation_tokens=640", "training.log_every=4", "training.checkpoint_every=8")
+    folder = tmp_path / "run/teacher"
+    facts = read_json(folder / "training.json")
+    assert facts["tokens"] == 12 * 2 * 32 and facts["corpus"]["python"] and facts["test_loss"] < 6
+    assert "content_sha256" in (folder / "README.md").read_text()
+    model = teacher.load(load_recipe(str(ROOT / "recipes/quickstart.yaml"), [f"teacher.path={folder}"]), tmp_path)
+    assert not any(p.requires_grad for p in model.parameters())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "def f(x):\n    return x + 1\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_learning_rate_schedule():
+    stage = load_recipe(str(ROOT / "recipes/quickstart.yaml")).transfer.logits
+    rates = [training.learning_rate(stage, step) for step in range(stage.steps)]
+    assert max(rates) == pytest.approx(stage.learning_rate) and rates.index(max(rates)) in (stage.warmup_steps - 1, stage.warmup_steps)
+    assert rates[-1] == pytest.approx(0.1 * stage.learning_rate, rel=0.01)
+    assert all(a < b for a, b in zip(rates[: stage.warmup_steps - 1], rates[1 : stage.warmup_steps], strict=False))

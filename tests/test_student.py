@@ -1,0 +1,160 @@
+"""The student has everything of its teacher's but the softmax, and its saved folder stands on its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_student, tiny_teacher
+from reference import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from scavenger import student, teacher
+from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.recipe import Recipe, Student, Teacher, TeacherTraining
+
+
+RECIPE = Recipe(run_dir="x", teacher=Teacher(train=TeacherTraining(
+    steps=1, batch_size=1, learning_rate=0.1, hidden_size=30, num_layers=3, num_heads=5, vocab_size=300)))
+
+
+@pytest.mark.parametrize("mixer", ["hyena", "multihyena"])
+def test_only_filters_and_short_filters_are_new(mixer):
+    recipe = Recipe(run_dir="x", teacher=RECIPE.teacher, student=Student(mixer=mixer))
+    model = tiny_teacher()
+    made = student.from_teacher(recipe, model)
+    theirs = {key.replace(".attention.", ".mixer."): value for key, value in model.state_dict().items()}
+    new = set(made.state_dict()) - set(theirs)
+    filter_parts = ["direct", "frequency", "head.weight", *(f"inner.{i}.{part}" for i in range(3) for part in ("weight", "bias"))]
+    assert new == {f"gpt_neox.layers.{layer}.mixer.{name}" for layer in range(3)
+                   for name in ["short_filter", *(f"filter.{part}" for part in filter_parts)]}
+    assert set(theirs) <= set(made.state_dict())
+    for key, value in theirs.items():
+        assert torch.equal(made.state_dict()[key], value.float()), key
+    assert made.config.num_filters == (30 if mixer == "hyena" else 5)
+    assert made.config.rotary == (mixer == "multihyena")
+
+
+class TeacherAttention(torch.nn.Module):
+    """The teacher's own attention, where a mixer is expected."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden, cos, sin, mask=None, cache=None):
+        length = hidden.shape[1]
+        causal = torch.full((length, length), -torch.inf, dtype=hidden.dtype).triu(1)[None, None]
+        return self.attention(hidden, attention_mask=causal, position_embeddings=(cos, sin))[0]
+
+
+@pytest.mark.parametrize("parallel_residual", [True, False])
+def test_a_student_with_the_teachers_attention_is_the_teacher(parallel_residual):
+    model = tiny_teacher(use_parallel_residual=parallel_residual, attn_implementation="eager")
+    made = student.from_teacher(RECIPE, model).double()
+    for mine, theirs in zip(made.gpt_neox.layers, model.gpt_neox.layers, strict=True):
+        mine.mixer = TeacherAttention(theirs.attention)
+    ids = torch.randint(0, 97, (2, 23))
+    assert_close(model(input_ids=ids).logits, made(input_ids=ids).logits, 1e-6)  # the teacher's angles are float32
+
+
+def test_captured_activations_are_the_mixers():
+    model = tiny_teacher()
+    ids = torch.randint(0, 97, (2, 23))
+    with teacher.captured(model) as (inputs, outputs):
+        logits = model(input_ids=ids).logits
+    assert [x.shape for x in inputs] == [x.shape for x in outputs] == [(2, 23, 30)] * 3
+    last = model.gpt_neox.layers[-1]
+    hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-2]  # what goes into the last block
+    assert torch.equal(last.input_layernorm(hidden), inputs[-1])
+    block = hidden + outputs[-1] + last.mlp(last.post_attention_layernorm(hidden))
+    assert_close(logits, model.lm_head(model.gpt_neox.final_layer_norm(block)), 1e-14)
+    inputs[0] = None
+    model(input_ids=ids)
+    assert inputs[0] is None, "the hooks are gone"
+
+
+def test_generate_greedy_is_the_parallel_model():
+    for modal in (True, False):
+        model = tiny_student(modal=modal)
+        ids = torch.randint(1, 97, (2, 7))
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False, eos_token_id=None, pad_token_id=0)
+        for _ in range(25):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(found, ids)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_short_prompts(length):
+    model = tiny_student(modal=True)
+    ids = torch.randint(1, 97, (2, length))
+    arguments = dict(attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
+
+
+def test_beams_and_padded_batches():
+    model = tiny_student(modal=True)
+    ids = torch.randint(1, 97, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    arguments = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for beams in (1, 3):
+        found = model.generate(ids, attention_mask=mask, num_beams=beams, **arguments)
+        alone = model.generate(ids[:1, 4:], attention_mask=mask[:1, 4:], num_beams=beams, **arguments)
+        assert torch.equal(found[:1, 9:], alone[:, 5:])
+        assert torch.equal(found, model.generate(ids, attention_mask=mask, num_beams=beams, use_cache=False, **arguments))
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=True, num_return_sequences=3, pad_token_id=0,
+                          eos_token_id=None).shape == (6, 12)
+
+
+def test_labels_are_shifted_as_everywhere():
+    model = tiny_student()
+    ids = torch.randint(0, 97, (2, 23))
+    out = model(input_ids=ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected, check_dtype=False, rtol=1e-6, atol=0)
+    embedded = model(inputs_embeds=model.gpt_neox.embed_in(ids)).logits
+    assert torch.equal(out.logits, embedded)
+
+
+@pytest.mark.parametrize("modal", [False, True])
+def test_saved_and_loaded(tmp_path, modal):
+    model = tiny_student(modal=modal).float()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (2, 23))
+    assert torch.equal(model(input_ids=ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), HyenaNeoXConfig)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == "modeling_hyena_neox.HyenaNeoXForCausalLM"
+    half = HyenaNeoXForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert {p.dtype for layer in half.gpt_neox.layers for p in layer.mixer.filter.parameters()} == {torch.float32}
+    assert half(input_ids=ids).logits.dtype == torch.bfloat16
+
+
+def test_saved_folder_needs_no_scavenger(tmp_path):
+    model = tiny_student(modal=True).float()
+    model.save_pretrained(tmp_path / "student")
+    ids = torch.randint(1, 97, (1, 11))
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None)
+    code = f"""
+import sys
+sys.modules["scavenger"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "student")!r}, trust_remote_code=True)
+ids = torch.tensor({ids.tolist()})
+print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
+                          env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"})
+    assert json.loads(done.stdout.splitlines()[-1]) == expected.tolist()
+
+
+def test_impossible_configurations():
+    with pytest.raises(ValueError, match="num_filters 7"):
+        HyenaNeoXConfig(hidden_size=30, num_attention_heads=5, num_filters=7)
+    with pytest.raises(ValueError, match="state_sizes has 0 layers"):
+        HyenaNeoXConfig(filter="modal")
+
+
