@@ -1,8 +1,8 @@
 """Distil a GPT-NeoX teacher into a Hyena student, and the student's long filters into recurrences.
 
-    accelerate launch recipes/quickstart.yaml
-    scavenger recipes/quickstart.yaml transfer.logits.steps=100
-    scavenger recipes/neox70m.yaml --plan
+accelerate launch recipes/quickstart.yaml
+scavenger recipes/quickstart.yaml transfer.logits.steps=100
+scavenger recipes/neox70m.yaml --plan
 """
 
 import argparse
@@ -13,8 +13,9 @@ from scavenger.recipe import RecipeError, load_recipe
 
 def main() -> int:
     """Run the recipe named on the command line; returns the exit code, 2 for a mistake in what was given."""
-    parser = argparse.ArgumentParser(prog="scavenger", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="scavenger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="a recipe, as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as transfer.logits.steps=100")
     parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")

@@ -7,7 +7,7 @@ from scavenger.recipe import Recipe, Stage
 
 
 def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
-    """Make `baseline/`: next-token training on the same blocks, in the same batches and order as both steps of transfer."""
+    """Make `baseline/`: next-token training on the blocks of both steps of transfer, in the same batches and order."""
     folder = run_dir / "baseline"
     if checkpoint.complete(folder):
         return folder
@@ -24,8 +24,9 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
     def loss(module, ids):
         return losses.cross_entropy(module(input_ids=ids, use_cache=False).logits, ids), {}
 
-    stage = Stage(activations.steps + logits.steps, logits.batch_size, recipe.baseline.learning_rate,
-                  recipe.baseline.warmup_steps)
+    stage = Stage(
+        activations.steps + logits.steps, logits.batch_size, recipe.baseline.learning_rate, recipe.baseline.warmup_steps
+    )
     beside = checkpoint.partial(folder)
     history = training.train("baseline", model, loss, batch, stage, beside / "steps", accelerator, recipe.training)
     checkpoint.finish_model(model, tokenizer, history, folder, accelerator)

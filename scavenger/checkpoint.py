@@ -25,15 +25,20 @@ def start_run(recipe: Recipe) -> Path:
         differing = differences(saved.read_text(encoding="utf-8"), recipe)
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise RecipeError(f"{saved}: the run was started with another recipe: {'; '.join(differing[:3])}{more}; "
-                              "name another run_dir, or delete the folder to start anew")
+            raise RecipeError(
+                f"{saved}: the run was started with another recipe: {'; '.join(differing[:3])}{more}; "
+                "name another run_dir, or delete the folder to start anew"
+            )
         return run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise RecipeError(f"run_dir: {run_dir} is a file; expected a folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "environment.json", {"python": platform.python_version(), "machine": platform.machine()}
-                   | {package: version(package) for package in PACKAGES})
+        write_json(
+            run_dir / "environment.json",
+            {"python": platform.python_version(), "machine": platform.machine()}
+            | {package: version(package) for package in PACKAGES},
+        )
         write_text(saved, resolved(recipe))
     except OSError as error:
         raise RecipeError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from None

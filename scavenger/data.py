@@ -34,22 +34,32 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
     folder = run_dir / "data"
     if checkpoint.complete(folder):
         return folder
-    wanted = {"train": tokens_needed(recipe), "validation": recipe.data.evaluation_tokens,
-              "test": recipe.data.evaluation_tokens}
+    wanted = {
+        "train": tokens_needed(recipe),
+        "validation": recipe.data.evaluation_tokens,
+        "test": recipe.data.evaluation_tokens,
+    }
     tokens = tokenise(documents(recipe.data, recipe.seed), tokenizer, wanted)
     length = recipe.data.context_length
     for split in SPLITS:
         if len(tokens[split]) < length:
-            raise RecipeError(f"data: the {split} split has {len(tokens[split])} tokens, less than one context of "
-                              f"{length}; documents go 90/5/5 by hash, so expected a hundred documents or more")
+            raise RecipeError(
+                f"data: the {split} split has {len(tokens[split])} tokens, less than one context of "
+                f"{length}; documents go 90/5/5 by hash, so expected a hundred documents or more"
+            )
     beside = checkpoint.partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     for split, ids in tokens.items():
         np.save(beside / f"{split}.npy", ids[: len(ids) // length * length].reshape(-1, length))
-    checkpoint.write_json(beside / "source.json", source(recipe.data) | {
-        "tokens": {split: len(ids) // length * length for split, ids in tokens.items()},
-        "sha256": {split: hashlib.sha256(ids.tobytes()).hexdigest() for split, ids in tokens.items()}})
+    checkpoint.write_json(
+        beside / "source.json",
+        source(recipe.data)
+        | {
+            "tokens": {split: len(ids) // length * length for split, ids in tokens.items()},
+            "sha256": {split: hashlib.sha256(ids.tobytes()).hexdigest() for split, ids in tokens.items()},
+        },
+    )
     return checkpoint.finish(folder)
 
 
@@ -74,8 +84,9 @@ def tokens_needed(recipe: Recipe) -> int:
     """Tokens of training text that the longest training of the recipe sees."""
     sequences = [stage.steps * stage.batch_size for stage in [recipe.teacher.train] if stage]
     if recipe.transfer:
-        sequences.append(sum(stage.steps * stage.batch_size
-                             for stage in (recipe.transfer.activations, recipe.transfer.logits)))
+        sequences.append(
+            sum(stage.steps * stage.batch_size for stage in (recipe.transfer.activations, recipe.transfer.logits))
+        )
     return max(sequences) * recipe.data.context_length
 
 
@@ -102,8 +113,9 @@ def tokenise(stream: Iterator[tuple[str, str]], tokenizer, wanted: dict[str, int
             bar.update(len(ids))
             if all(counts[s] >= wanted[s] for s in SPLITS):
                 break
-    return {split: np.concatenate(parts)[: wanted[split]] if parts else np.zeros(0, kind)
-            for split, parts in kept.items()}
+    return {
+        split: np.concatenate(parts)[: wanted[split]] if parts else np.zeros(0, kind) for split, parts in kept.items()
+    }
 
 
 def documents(data: Data, seed: int) -> Iterator[tuple[str, str]]:
@@ -138,8 +150,13 @@ def source(data: Data) -> dict:
     files = stdlib_files()
     for name, path in files.items():
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return {"source": "standard library", "python": platform.python_version(), "modules": len(files),
-            "bytes": sum(path.stat().st_size for path in files.values()), "content_sha256": digest.hexdigest()}
+    return {
+        "source": "standard library",
+        "python": platform.python_version(),
+        "modules": len(files),
+        "bytes": sum(path.stat().st_size for path in files.values()),
+        "content_sha256": digest.hexdigest(),
+    }
 
 
 def _local_documents(data, seed):
@@ -149,8 +166,10 @@ def _local_documents(data, seed):
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in LOADERS) if path.is_dir() else [path]
     kinds = {LOADERS.get(file.suffix) for file in files}
     if len(kinds) != 1 or None in kinds:
-        raise RecipeError(f"data.path: {path}: found {sorted(k or 'unknown' for k in kinds) or 'no text'}; expected "
-                          f"files of one kind: {', '.join(LOADERS)}")
+        raise RecipeError(
+            f"data.path: {path}: found {sorted(k or 'unknown' for k in kinds) or 'no text'}; expected "
+            f"files of one kind: {', '.join(LOADERS)}"
+        )
     kind = kinds.pop()
     options = {"sample_by": "document"} if kind == "text" else {}
     try:
@@ -176,8 +195,10 @@ def _hub_documents(data, seed):
         rows = load_dataset(data.name, data.subset, revision=data.revision, split="train", streaming=True)
         first = next(iter(rows))
     except Exception as error:  # network, permission and format errors have no common class
-        raise RecipeError(f"data.name: {data.name} cannot be read from the Hub ({_first_line(error)}); "
-                          "expected a reachable data set, or data.path=<local folder>") from error
+        raise RecipeError(
+            f"data.name: {data.name} cannot be read from the Hub ({_first_line(error)}); "
+            "expected a reachable data set, or data.path=<local folder>"
+        ) from error
     _require_column(list(first), data.text_column, f"data.name: {data.name}")
     for row in rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
         yield row[data.text_column], row[data.text_column]
@@ -185,8 +206,10 @@ def _hub_documents(data, seed):
 
 def _require_column(columns, column, where):
     if column not in columns:
-        raise RecipeError(f"{where}: found columns {', '.join(columns)}; expected data.text_column to name one of them "
-                          f"(it says {column})")
+        raise RecipeError(
+            f"{where}: found columns {', '.join(columns)}; expected data.text_column to name one of them "
+            f"(it says {column})"
+        )
 
 
 def _pieces(text):

@@ -52,8 +52,12 @@ def held_out(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = N
             agree += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
             divergence += (log_q.exp() * (log_q - log_p)).sum().double().item()
     model.train(was_training)
-    return HeldOut(loss / count, agree / count if teacher is not None else None,
-                   divergence / count if teacher is not None else None, count)
+    return HeldOut(
+        loss / count,
+        agree / count if teacher is not None else None,
+        divergence / count if teacher is not None else None,
+        count,
+    )
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ def generation(model: nn.Module, prompt: torch.Tensor) -> Generation:
         else:
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
         steps.append(_now(device) - began)
-    return Generation(prompt.shape[1], prefill, 1 / sorted(steps)[len(steps) // 2],
-                      None if cache is None else state_bytes(cache))
+    return Generation(
+        prompt.shape[1], prefill, 1 / sorted(steps)[len(steps) // 2], None if cache is None else state_bytes(cache)
+    )
 
 
 def state_bytes(cache) -> int:

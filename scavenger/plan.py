@@ -12,8 +12,8 @@ from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, teacher_shape
 
 
-# Share of the measured matrix rate that a training step reaches: small kernels, element-wise work and the optimiser take
-# the rest. Seen with the quickstart on two CPU threads; a plan is a plan.
+# Share of the measured matrix rate that a training step reaches: small kernels, element-wise work and the optimiser
+# take the rest. Seen with the quickstart on two CPU threads; a plan is a plan.
 EFFICIENCY = 0.35
 ADAM_BYTES = 16  # per trained parameter: weight, gradient and two moments in float32
 ACTIVATION_FLOATS = 34  # per token, layer and channel kept for the backward pass of a GPT-NeoX block
@@ -35,30 +35,57 @@ def show(recipe: Recipe, processes: int = 1) -> str:
     rate = _matrix_rate() * EFFICIENCY * processes
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     where = recipe.teacher.folder or recipe.teacher.name or "trained by this run"
-    lines = [f"run       {recipe.run_dir}", f"data      {recipe.data.path or recipe.data.name or 'the Python standard library on this machine'}"
-             f", contexts of {recipe.data.context_length} tokens",
-             f"teacher   {where}: GPT-NeoX, {sizes['teacher']:,} parameters, {teacher_config.num_hidden_layers} layers of width "
-             f"{teacher_config.hidden_size}"]
+    lines = [
+        f"run       {recipe.run_dir}",
+        f"data      {recipe.data.path or recipe.data.name or 'the Python standard library on this machine'}"
+        f", contexts of {recipe.data.context_length} tokens",
+        f"teacher   {where}: GPT-NeoX, {sizes['teacher']:,} parameters, {teacher_config.num_hidden_layers} layers "
+        f"of width {teacher_config.hidden_size}",
+    ]
     if recipe.transfer:
         filters = student.configuration(recipe, teacher_config).num_filters
-        lines.append(f"student   {recipe.student.mixer}, {sizes['student']:,} parameters, {filters} filters a layer, each over "
-                     f"{teacher_config.hidden_size // filters} channels")
+        lines.append(
+            f"student   {recipe.student.mixer}, {sizes['student']:,} parameters, {filters} filters a layer, each over "
+            f"{teacher_config.hidden_size // filters} channels"
+        )
     lines += ["", f"{'stage':<12}{'steps':>8}{'tokens':>14}{'time':>10}{'memory':>10}  folder"]
     for stage in stages:
-        done = "  (complete)" if stage.folder.is_dir() else "  (goes on)" if checkpoint.partial(stage.folder).is_dir() else ""
-        lines.append(f"{stage.name:<12}{stage.steps:>8,}{stage.tokens:>14,}{_duration(stage.flops / rate):>10}"
-                     f"{stage.memory / 2**30:>9.2f}G  {stage.folder}{done}")
+        done = (
+            "  (complete)"
+            if stage.folder.is_dir()
+            else "  (goes on)"
+            if checkpoint.partial(stage.folder).is_dir()
+            else ""
+        )
+        lines.append(
+            f"{stage.name:<12}{stage.steps:>8,}{stage.tokens:>14,}{_duration(stage.flops / rate):>10}"
+            f"{stage.memory / 2**30:>9.2f}G  {stage.folder}{done}"
+        )
     total = sum(stage.flops for stage in stages) / rate
-    lines.append(f"{'all':<12}{sum(s.steps for s in stages):>8,}{sum(s.tokens for s in stages):>14,}{_duration(total):>10}")
-    lines.append(f"Estimated for {processes} process{'es' if processes > 1 else ''} on {device}; time from a matrix rate measured just now.")
+    lines.append(
+        f"{'all':<12}{sum(s.steps for s in stages):>8,}{sum(s.tokens for s in stages):>14,}{_duration(total):>10}"
+    )
+    lines.append(
+        f"Estimated for {processes} process{'es' if processes > 1 else ''} on {device}; "
+        "time from a matrix rate measured just now."
+    )
     return "\n".join(lines)
 
 
 def _stages(recipe, processes):
     """The teacher's configuration, the parameter counts, and every optimisation of the recipe."""
     shape = teacher_shape(recipe)
-    config = teacher.load_configuration(recipe, Path(recipe.run_dir)) if shape is None else GPTNeoXConfig(**{
-        key: value for key, value in shape.items() if key not in ("architectures", "dtype", "transformers_version", "model_type")})
+    config = (
+        teacher.load_configuration(recipe, Path(recipe.run_dir))
+        if shape is None
+        else GPTNeoXConfig(
+            **{
+                key: value
+                for key, value in shape.items()
+                if key not in ("architectures", "dtype", "transformers_version", "model_type")
+            }
+        )
+    )
     length, run_dir = recipe.data.context_length, Path(recipe.run_dir)
     with torch.device("meta"):
         sizes = {"teacher": sum(p.numel() for p in GPTNeoXForCausalLM(config).parameters())}
@@ -71,8 +98,16 @@ def _stages(recipe, processes):
     def add(name, steps, batch_size, flops_per_token, trained, frozen, floats_per_token, folder):
         rows = -(-batch_size // processes)
         memory = ADAM_BYTES * trained + 4 * frozen + 4 * rows * length * floats_per_token
-        stages.append(PlannedStage(name, steps, steps * batch_size * length, steps * batch_size * length * flops_per_token,
-                                   memory, run_dir / folder))
+        stages.append(
+            PlannedStage(
+                name,
+                steps,
+                steps * batch_size * length,
+                steps * batch_size * length * flops_per_token,
+                memory,
+                run_dir / folder,
+            )
+        )
 
     with_logits = kept + 4 * config.vocab_size
     if recipe.teacher.train:
@@ -85,13 +120,31 @@ def _stages(recipe, processes):
         mixers = sum(p.numel() for layer in made.gpt_neox.layers for p in layer.mixer.parameters())
         forward = 2 * (sizes["student"] - embedding) + mixing
         activations, logits = recipe.transfer.activations, recipe.transfer.logits
-        add("activations", activations.steps, activations.batch_size, teacher_forward + 3 * (2 * mixers + mixing), mixers,
-            sizes["teacher"] + sizes["student"], kept, "transfer/activations")
-        add("logits", logits.steps, logits.batch_size, teacher_forward + 3 * forward, sizes["student"], sizes["teacher"],
-            with_logits + 4 * config.vocab_size, "transfer")
+        add(
+            "activations",
+            activations.steps,
+            activations.batch_size,
+            teacher_forward + 3 * (2 * mixers + mixing),
+            mixers,
+            sizes["teacher"] + sizes["student"],
+            kept,
+            "transfer/activations",
+        )
+        add(
+            "logits",
+            logits.steps,
+            logits.batch_size,
+            teacher_forward + 3 * forward,
+            sizes["student"],
+            sizes["teacher"],
+            with_logits + 4 * config.vocab_size,
+            "transfer",
+        )
         if recipe.baseline:
             for stage in (activations, logits):
-                add("baseline", stage.steps, stage.batch_size, 3 * forward, sizes["student"], 0, with_logits, "baseline")
+                add(
+                    "baseline", stage.steps, stage.batch_size, 3 * forward, sizes["student"], 0, with_logits, "baseline"
+                )
     return config, sizes, stages
 
 

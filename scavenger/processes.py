@@ -22,14 +22,18 @@ def start(recipe: Recipe) -> Accelerator:
     if tracker == "wandb" and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
         os.environ["WANDB_MODE"] = "offline"  # no account: the log stays here, for `wandb sync`
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=tracker,
-        project_config=ProjectConfiguration(recipe.run_dir, logging_dir=str(Path(recipe.run_dir) / "logs")))
+        cpu=not torch.cuda.is_available(),
+        log_with=tracker,
+        project_config=ProjectConfiguration(recipe.run_dir, logging_dir=str(Path(recipe.run_dir) / "logs")),
+    )
     if accelerator.device.type == "cpu":
         # accelerate leaves one thread to a process; the machine's cores are what there is.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
-        raise RecipeError(f"launch: {launched} processes were started but do not see each other; expected a launch "
-                          "configuration such as accelerate_configs/cpu_two_processes.yaml")
+        raise RecipeError(
+            f"launch: {launched} processes were started but do not see each other; expected a launch "
+            "configuration such as accelerate_configs/cpu_two_processes.yaml"
+        )
     return accelerator

@@ -86,12 +86,24 @@ class TeacherTraining(Stage):
         super().__post_init__()
         for key in ("hidden_size", "num_layers", "num_heads"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
-        _require(self.hidden_size % self.num_heads == 0, "hidden_size", self.hidden_size,
-                 f"a multiple of num_heads ({self.num_heads})")
-        _require(self.hidden_size // self.num_heads % 2 == 0, "num_heads", self.num_heads,
-                 f"heads of even width (rotary turns pairs of channels), not {self.hidden_size // self.num_heads}")
-        _require(300 <= self.vocab_size <= 65536, "vocab_size", self.vocab_size,
-                 "300 to 65536 (256 bytes, special tokens and merges)")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"a multiple of num_heads ({self.num_heads})",
+        )
+        _require(
+            self.hidden_size // self.num_heads % 2 == 0,
+            "num_heads",
+            self.num_heads,
+            f"heads of even width (rotary turns pairs of channels), not {self.hidden_size // self.num_heads}",
+        )
+        _require(
+            300 <= self.vocab_size <= 65536,
+            "vocab_size",
+            self.vocab_size,
+            "300 to 65536 (256 bytes, special tokens and merges)",
+        )
 
 
 @dataclass(frozen=True)
@@ -104,12 +116,22 @@ class Teacher:
     train: TeacherTraining | None = None
 
     def __post_init__(self):
-        _require(self.train is None or not (self.name or self.path), "train", "a section",
-                 "either train or name/path, not both")
-        _require(self.revision is None or self.name is not None, "revision", self.revision, "a revision goes with a name")
+        _require(
+            self.train is None or not (self.name or self.path),
+            "train",
+            "a section",
+            "either train or name/path, not both",
+        )
+        _require(
+            self.revision is None or self.name is not None, "revision", self.revision, "a revision goes with a name"
+        )
         if self.path is not None:
-            _require((Path(self.path) / "config.json").is_file(), "path", self.path,
-                     "a folder with a GPT-NeoX checkpoint (config.json is missing)")
+            _require(
+                (Path(self.path) / "config.json").is_file(),
+                "path",
+                self.path,
+                "a folder with a GPT-NeoX checkpoint (config.json is missing)",
+            )
 
     @property
     def folder(self):
@@ -133,14 +155,26 @@ class Data:
 
     def __post_init__(self):
         _require(self.context_length >= 8, "context_length", self.context_length, "8 tokens or more")
-        _require(self.evaluation_tokens >= self.context_length, "evaluation_tokens", self.evaluation_tokens,
-                 f"at least one context ({self.context_length})")
+        _require(
+            self.evaluation_tokens >= self.context_length,
+            "evaluation_tokens",
+            self.evaluation_tokens,
+            f"at least one context ({self.context_length})",
+        )
         for key in ("subset", "revision"):
-            _require(getattr(self, key) is None or self.name is not None, key, getattr(self, key),
-                     f"a {key} goes with a name")
+            _require(
+                getattr(self, key) is None or self.name is not None,
+                key,
+                getattr(self, key),
+                f"a {key} goes with a name",
+            )
         if self.path is not None:
-            _require(Path(self.path).exists(), "path", self.path,
-                     "an existing file or folder of .txt, .md, .py, .jsonl, .json or .parquet")
+            _require(
+                Path(self.path).exists(),
+                "path",
+                self.path,
+                "an existing file or folder of .txt, .md, .py, .jsonl, .json or .parquet",
+            )
 
 
 @dataclass(frozen=True)
@@ -157,13 +191,25 @@ class Student:
     def __post_init__(self):
         _require(1 <= self.short_filter_length <= 16, "short_filter_length", self.short_filter_length, "1 to 16 taps")
         _require(self.filter_width > 0, "filter_width", self.filter_width, "a positive width")
-        _require(self.position_features > 0 and self.position_features % 2 == 1, "position_features",
-                 self.position_features, "an odd number (time, and a sine and cosine for each frequency)")
+        _require(
+            self.position_features > 0 and self.position_features % 2 == 1,
+            "position_features",
+            self.position_features,
+            "an odd number (time, and a sine and cosine for each frequency)",
+        )
         _require(self.sine_frequency > 0, "sine_frequency", self.sine_frequency, "a positive number")
-        _require(self.num_filter_heads is None or self.num_filter_heads > 0, "num_filter_heads",
-                 self.num_filter_heads, "a positive number of filters")
-        _require(self.num_filter_heads is None or self.mixer == "multihyena", "num_filter_heads",
-                 self.num_filter_heads, "nothing: hyena has one filter per channel; it goes with multihyena")
+        _require(
+            self.num_filter_heads is None or self.num_filter_heads > 0,
+            "num_filter_heads",
+            self.num_filter_heads,
+            "a positive number of filters",
+        )
+        _require(
+            self.num_filter_heads is None or self.mixer == "multihyena",
+            "num_filter_heads",
+            self.num_filter_heads,
+            "nothing: hyena has one filter per channel; it goes with multihyena",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +272,12 @@ class Report:
     sample_tokens: int = 96
 
     def __post_init__(self):
-        _require(len(self.context_lengths) > 0 and min(self.context_lengths) > 0, "context_lengths",
-                 list(self.context_lengths), "a list of positive lengths")
+        _require(
+            len(self.context_lengths) > 0 and min(self.context_lengths) > 0,
+            "context_lengths",
+            list(self.context_lengths),
+            "a list of positive lengths",
+        )
         _require(self.sample_tokens > 0, "sample_tokens", self.sample_tokens, "a positive number of tokens")
 
 
@@ -242,8 +292,12 @@ class Training:
     def __post_init__(self):
         for key in ("log_every", "checkpoint_every"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of steps")
-        _require(self.checkpoint_every % self.log_every == 0, "checkpoint_every", self.checkpoint_every,
-                 f"a multiple of log_every ({self.log_every}), so that a resumed run logs the same means")
+        _require(
+            self.checkpoint_every % self.log_every == 0,
+            "checkpoint_every",
+            self.checkpoint_every,
+            f"a multiple of log_every ({self.log_every}), so that a resumed run logs the same means",
+        )
 
 
 @dataclass(frozen=True)
@@ -265,19 +319,35 @@ class Recipe:
         _require(self.run_dir != "", "run_dir", self.run_dir, "a folder for the run")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
         for section in ("baseline", "recurrence", "report"):
-            _require(getattr(self, section) is None or self.transfer is not None, section, "a section",
-                     "nothing, or a transfer section before it")
-        _require(self.transfer is not None or self.teacher.train is not None, "transfer", None,
-                 "a transfer section, or teacher.train: the recipe makes nothing")
+            _require(
+                getattr(self, section) is None or self.transfer is not None,
+                section,
+                "a section",
+                "nothing, or a transfer section before it",
+            )
+        _require(
+            self.transfer is not None or self.teacher.train is not None,
+            "transfer",
+            None,
+            "a transfer section, or teacher.train: the recipe makes nothing",
+        )
         if self.baseline is not None:
             steps = self.transfer.activations.steps + self.transfer.logits.steps
-            _require(self.baseline.warmup_steps <= steps, "baseline.warmup_steps", self.baseline.warmup_steps,
-                     f"0 to the steps of transfer ({steps})")
+            _require(
+                self.baseline.warmup_steps <= steps,
+                "baseline.warmup_steps",
+                self.baseline.warmup_steps,
+                f"0 to the steps of transfer ({steps})",
+            )
         shape = teacher_shape(self)
         heads = self.student.num_filter_heads
         if self.transfer is not None and shape is not None and heads is not None:
-            _require(shape["hidden_size"] % heads == 0, "student.num_filter_heads", heads,
-                     f"a divisor of the teacher's width ({shape['hidden_size']})")
+            _require(
+                shape["hidden_size"] % heads == 0,
+                "student.num_filter_heads",
+                heads,
+                f"a divisor of the teacher's width ({shape['hidden_size']})",
+            )
 
 
 def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
@@ -329,8 +399,12 @@ def teacher_shape(recipe: Recipe) -> dict | None:
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise _Wrong("teacher.path", str(folder), "a folder whose config.json can be read") from None
-    _require(shape.get("model_type") == "gpt_neox", "teacher.path", f"{folder} (model_type {shape.get('model_type')})",
-             "a GPT-NeoX checkpoint (model_type gpt_neox)")
+    _require(
+        shape.get("model_type") == "gpt_neox",
+        "teacher.path",
+        f"{folder} (model_type {shape.get('model_type')})",
+        "a GPT-NeoX checkpoint (model_type gpt_neox)",
+    )
     return shape
 
 
@@ -360,7 +434,9 @@ def _override(values, override, path):
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise RecipeError(f"{path}: override {override!r}: the value is broken YAML; expected section.key=value") from None
+        raise RecipeError(
+            f"{path}: override {override!r}: the value is broken YAML; expected section.key=value"
+        ) from None
     *sections, last = key.split(".")
     for section in sections:
         if values.get(section) is None:

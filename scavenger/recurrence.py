@@ -25,15 +25,24 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
     recurrent = recurrent_student(student, reduced)
     blocks = data.blocks(run_dir / "data", "validation")
     against = measure.held_out(recurrent.to(accelerator.device), blocks, student.to(accelerator.device))
-    filters = summary(reduced, recipe) | {"logits": {
-        "divergence": against.divergence, "agreement": against.agreement, "tokens": against.tokens}}
-    checkpoint.finish_model(recurrent, tokenizer, [], folder, accelerator,
-                            more=lambda beside: checkpoint.write_json(beside / "filters.json", filters))
+    filters = summary(reduced, recipe) | {
+        "logits": {"divergence": against.divergence, "agreement": against.agreement, "tokens": against.tokens}
+    }
+    checkpoint.finish_model(
+        recurrent,
+        tokenizer,
+        [],
+        folder,
+        accelerator,
+        more=lambda beside: checkpoint.write_json(beside / "filters.json", filters),
+    )
     return folder
 
 
 @torch.no_grad()
-def reduce_filters(student: HyenaNeoXForCausalLM, horizon: int, tolerance: float, max_state_size: int) -> list[list[ReducedFilter]]:
+def reduce_filters(
+    student: HyenaNeoXForCausalLM, horizon: int, tolerance: float, max_state_size: int
+) -> list[list[ReducedFilter]]:
     """The reduction of each filter of each layer, from its first `horizon` taps."""
     layers = [layer.mixer.filter for layer in student.gpt_neox.layers]
     with tqdm(total=sum(f.num_filters for f in layers), desc="recurrence", unit="filter", dynamic_ncols=True) as bar:
@@ -54,13 +63,19 @@ def reduce_filters(student: HyenaNeoXForCausalLM, horizon: int, tolerance: float
 def recurrent_student(student: HyenaNeoXForCausalLM, reduced: list[list[ReducedFilter]]) -> HyenaNeoXForCausalLM:
     """The same student with modal filters; every other parameter is the student's own."""
     values = student.config.to_dict() | {
-        "filter": "modal", "state_sizes": [[f.state_size for f in layer] for layer in reduced]}
+        "filter": "modal",
+        "state_sizes": [[f.state_size for f in layer] for layer in reduced],
+    }
     recurrent = HyenaNeoXForCausalLM(HyenaNeoXConfig.from_dict(values))
-    recurrent.load_state_dict({key: value for key, value in student.state_dict().items() if ".mixer.filter." not in key},
-                              strict=False)
+    recurrent.load_state_dict(
+        {key: value for key, value in student.state_dict().items() if ".mixer.filter." not in key}, strict=False
+    )
     for layer, filters in zip(recurrent.gpt_neox.layers, reduced, strict=True):
         target = layer.mixer.filter
-        for parameter, parts in ((target.pole, [f.poles for f in filters]), (target.residue, [f.residues for f in filters])):
+        for parameter, parts in (
+            (target.pole, [f.poles for f in filters]),
+            (target.residue, [f.residues for f in filters]),
+        ):
             parameter.copy_(torch.view_as_real(torch.from_numpy(np.concatenate(parts))))
         target.direct.copy_(torch.tensor([f.direct for f in filters]))
     return recurrent.eval()
@@ -76,14 +91,20 @@ def summary(reduced: list[list[ReducedFilter]], recipe: Recipe) -> dict:
         "within_tolerance": sum(f.relative_error <= tolerance for f in filters),
         "filters": len(filters),
         "largest_radius": max((float(abs(f.poles).max()) for f in filters if f.state_size), default=0.0),
-        "layers": [[{
-            "state_size": f.state_size,
-            "real_states": f.real_states,
-            "relative_error": f.relative_error,
-            "floor": f.floor,
-            "gain_floor": f.gain_floor,
-            "tail": f.tail,
-            "largest_radius": float(abs(f.poles).max()) if f.state_size else 0.0,
-            "hankel_values": [float(v) for v in f.hankel_values[:64] if math.isfinite(v)],
-        } for f in layer] for layer in reduced],
+        "layers": [
+            [
+                {
+                    "state_size": f.state_size,
+                    "real_states": f.real_states,
+                    "relative_error": f.relative_error,
+                    "floor": f.floor,
+                    "gain_floor": f.gain_floor,
+                    "tail": f.tail,
+                    "largest_radius": float(abs(f.poles).max()) if f.state_size else 0.0,
+                    "hankel_values": [float(v) for v in f.hankel_values[:64] if math.isfinite(v)],
+                }
+                for f in layer
+            ]
+            for layer in reduced
+        ],
     }

@@ -46,7 +46,11 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
 
 def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
     """Every figure of the report, from the folders of the run."""
-    folders = {"pre-trained": run_dir / "baseline", "distilled": run_dir / "transfer", "recurrent": run_dir / "recurrence"}
+    folders = {
+        "pre-trained": run_dir / "baseline",
+        "distilled": run_dir / "transfer",
+        "recurrent": run_dir / "recurrence",
+    }
     frozen = teacher.load(recipe, run_dir).to(device)
     models = {"teacher": frozen}
     for name, folder in folders.items():
@@ -66,8 +70,10 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
             "ratio_to_teacher": held_out.perplexity / (rows["teacher"]["perplexity"] if rows else held_out.perplexity),
             "agreement": held_out.agreement if name != "teacher" else 1.0,
             "divergence": held_out.divergence if name != "teacher" else 0.0,
-            "generation": [dataclasses.asdict(measure.generation(model, _prompt(test, length)))
-                           for length in recipe.report.context_lengths],
+            "generation": [
+                dataclasses.asdict(measure.generation(model, _prompt(test, length)))
+                for length in recipe.report.context_lengths
+            ],
             "sample": _sample(model, prompt, recipe, tokenizer),
         }
     read = checkpoint.read_json
@@ -79,9 +85,15 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
         "test_tokens": held_out.tokens,
         "models": rows,
         "prompt": tokenizer.decode(prompt[0]),
-        "history": {name: read(path) for name, path in {
-            "activations": run_dir / "transfer" / "activations" / "history.json", "logits": run_dir / "transfer" / "history.json",
-            "baseline": run_dir / "baseline" / "history.json"}.items() if path.is_file()},
+        "history": {
+            name: read(path)
+            for name, path in {
+                "activations": run_dir / "transfer" / "activations" / "history.json",
+                "logits": run_dir / "transfer" / "history.json",
+                "baseline": run_dir / "baseline" / "history.json",
+            }.items()
+            if path.is_file()
+        },
         "recurrence": read(recurrence) if recurrence.is_file() else None,
         "data": read(run_dir / "data" / "source.json"),
         "environment": read(run_dir / "environment.json"),
@@ -93,15 +105,30 @@ def text_table(figures: dict) -> str:
     header, rows = _cells(figures)
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    shown = ["  ".join(cell.ljust(width) if index == 0 else cell.rjust(width)
-                       for index, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    shown = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
     return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
 
 
 def draw(run_dir: Path, figures: dict, folder: Path) -> dict[str, str]:
     """Write the plots; returns file name to caption."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.alpha": 0.25, "figure.dpi": 130, "savefig.bbox": "tight", "legend.frameon": False})
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "figure.dpi": 130,
+            "savefig.bbox": "tight",
+            "legend.frameon": False,
+        }
+    )
     plots = {}
 
     def save(name, caption):
@@ -129,19 +156,34 @@ def page(figures: dict, plots: dict[str, str], folder: Path) -> str:
     table = _html_table(header, rows)
     images = "\n".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
-        f'{base64.b64encode((folder / name).read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
-        for name, caption in plots.items())
-    samples = "\n".join(f"<h3>{html.escape(name)}</h3><pre><span>{html.escape(figures['prompt'])}</span>"
-                        f"{html.escape(row['sample'])}</pre>" for name, row in figures["models"].items())
-    facts = _html_table(["", ""], [[key, str(value)] for key, value in {
-        **{f"text: {key}": value for key, value in figures["data"].items() if not isinstance(value, dict)},
-        "test tokens": f"{figures['test_tokens']:,}", "seed": figures["seed"], "student": figures["student"]["mixer"],
-        **figures["environment"]}.items()])
+        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for name, caption in plots.items()
+    )
+    samples = "\n".join(
+        f"<h3>{html.escape(name)}</h3><pre><span>{html.escape(figures['prompt'])}</span>"
+        f"{html.escape(row['sample'])}</pre>"
+        for name, row in figures["models"].items()
+    )
+    facts = _html_table(
+        ["", ""],
+        [
+            [key, str(value)]
+            for key, value in {
+                **{f"text: {key}": value for key, value in figures["data"].items() if not isinstance(value, dict)},
+                "test tokens": f"{figures['test_tokens']:,}",
+                "seed": figures["seed"],
+                "student": figures["student"]["mixer"],
+                **figures["environment"],
+            }.items()
+        ],
+    )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>scavenger: {html.escape(figures["run"])}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
 th:first-child, td:first-child {{ text-align: left }}
@@ -168,27 +210,50 @@ def verdict(figures: dict) -> str:
     """The comparison in a sentence or two."""
     models = figures["models"]
     distilled, teacher_row = models["distilled"], models["teacher"]
-    parts = [f"The distilled student reaches perplexity {distilled['perplexity']:.3f}, "
-             f"{distilled['ratio_to_teacher']:.3f} times its teacher's {teacher_row['perplexity']:.3f}"]
+    parts = [
+        f"The distilled student reaches perplexity {distilled['perplexity']:.3f}, "
+        f"{distilled['ratio_to_teacher']:.3f} times its teacher's {teacher_row['perplexity']:.3f}"
+    ]
     if "pre-trained" in models:
-        parts[0] += f"; the same student pre-trained on the same {distilled['tokens_seen']:,} tokens reaches {models['pre-trained']['perplexity']:.3f}"
+        parts[0] += (
+            f"; the same student pre-trained on the same {distilled['tokens_seen']:,} tokens reaches "
+            f"{models['pre-trained']['perplexity']:.3f}"
+        )
     if "recurrent" in models:
         change = models["recurrent"]["perplexity"] / distilled["perplexity"] - 1
-        parts.append(f"As a recurrence it changes by {100 * change:+.2f} % and keeps "
-                     f"{_bytes(models['recurrent']['generation'][0]['state_bytes'])} between tokens, whatever the length")
+        parts.append(
+            f"As a recurrence it changes by {100 * change:+.2f} % and keeps "
+            f"{_bytes(models['recurrent']['generation'][0]['state_bytes'])} between tokens, whatever the length"
+        )
     return ". ".join(parts) + "."
 
 
 def _cells(figures):
     lengths = [entry["context_length"] for entry in figures["models"]["teacher"]["generation"]]
-    header = ["", "parameters", "tokens seen", "perplexity", "× teacher", "agreement",
-              *(f"tokens/s @{length}" for length in lengths), *(f"state @{length}" for length in lengths)]
+    header = [
+        "",
+        "parameters",
+        "tokens seen",
+        "perplexity",
+        "× teacher",
+        "agreement",
+        *(f"tokens/s @{length}" for length in lengths),
+        *(f"state @{length}" for length in lengths),
+    ]
     rows = []
     for name, row in figures["models"].items():
-        rows.append([name, f"{row['parameters']:,}", f"{row['tokens_seen']:,}" if row["tokens_seen"] else "?",
-                     f"{row['perplexity']:.3f}", f"{row['ratio_to_teacher']:.3f}", f"{100 * row['agreement']:.1f} %",
-                     *(f"{entry['tokens_per_second']:.0f}" for entry in row["generation"]),
-                     *(_bytes(entry["state_bytes"]) for entry in row["generation"])])
+        rows.append(
+            [
+                name,
+                f"{row['parameters']:,}",
+                f"{row['tokens_seen']:,}" if row["tokens_seen"] else "?",
+                f"{row['perplexity']:.3f}",
+                f"{row['ratio_to_teacher']:.3f}",
+                f"{100 * row['agreement']:.1f} %",
+                *(f"{entry['tokens_per_second']:.0f}" for entry in row["generation"]),
+                *(_bytes(entry["state_bytes"]) for entry in row["generation"]),
+            ]
+        )
     return header, rows
 
 
@@ -212,16 +277,43 @@ def _recurrence_section(figures):
     for index, layer in enumerate(recurrence["layers"]):
         errors = [f["relative_error"] for f in layer]
         worst = layer[int(np.argmax(errors))]
-        rows.append([str(index), str(len(layer)), str(sum(f["state_size"] for f in layer)), f"{np.mean([f['state_size'] for f in layer]):.1f}",
-                     str(max(f["state_size"] for f in layer)), f"{np.mean(errors):.2e}", f"{worst['relative_error']:.2e}",
-                     f"{worst['floor']:.2e}", f"{max(f['tail'] for f in layer):.1e}", f"{max(f['largest_radius'] for f in layer):.4f}"])
-    table = _html_table(["layer", "filters", "modes", "mean modes", "most modes", "mean error", "worst error", "its proven floor",
-                         "largest tail", "largest |pole|"], rows)
-    return (f"<h2>Filters as recurrences</h2><p>{recurrence['within_tolerance']} of {recurrence['filters']} filters meet the tolerance of "
-            f"{recurrence['tolerance']:g} (relative l2 error of the taps) with at most {recurrence['max_state_size']} complex modes. "
-            "The floor is proven from the Hankel singular values: no recurrence with as many real states has a smaller error. "
-            f"Against the exact student on held-out text: KL {recurrence['logits']['divergence']:.2e} nats per token, the same most likely "
-            f"token at {100 * recurrence['logits']['agreement']:.2f} % of positions.</p><div class=\"wide\">{table}</div>")
+        rows.append(
+            [
+                str(index),
+                str(len(layer)),
+                str(sum(f["state_size"] for f in layer)),
+                f"{np.mean([f['state_size'] for f in layer]):.1f}",
+                str(max(f["state_size"] for f in layer)),
+                f"{np.mean(errors):.2e}",
+                f"{worst['relative_error']:.2e}",
+                f"{worst['floor']:.2e}",
+                f"{max(f['tail'] for f in layer):.1e}",
+                f"{max(f['largest_radius'] for f in layer):.4f}",
+            ]
+        )
+    table = _html_table(
+        [
+            "layer",
+            "filters",
+            "modes",
+            "mean modes",
+            "most modes",
+            "mean error",
+            "worst error",
+            "its proven floor",
+            "largest tail",
+            "largest |pole|",
+        ],
+        rows,
+    )
+    return (
+        f"<h2>Filters as recurrences</h2><p>{recurrence['within_tolerance']} of {recurrence['filters']} filters meet "
+        f"the tolerance of {recurrence['tolerance']:g} (relative l2 error of the taps) with at most "
+        f"{recurrence['max_state_size']} complex modes. The floor is proven from the Hankel singular values: no "
+        "recurrence with as many real states has a smaller error. Against the exact student on held-out text: KL "
+        f"{recurrence['logits']['divergence']:.2e} nats per token, the same most likely token at "
+        f'{100 * recurrence["logits"]["agreement"]:.2f} % of positions.</p><div class="wide">{table}</div>'
+    )
 
 
 def _draw_losses(figures):
@@ -233,14 +325,19 @@ def _draw_losses(figures):
         left.axhline(figures["models"][name]["loss"], color=COLOURS[name], linestyle=":", label=f"{name}, held-out")
     left.set(xlabel="step", ylabel="cross-entropy (nats)")
     left.legend()
-    right.plot(*_curve(history["logits"], "divergence" if "divergence" in history["logits"][0] else "loss"), color=COLOURS["distilled"])
+    right.plot(
+        *_curve(history["logits"], "divergence" if "divergence" in history["logits"][0] else "loss"),
+        color=COLOURS["distilled"],
+    )
     right.set(xlabel="step of the logits stage", ylabel="KL to the teacher (nats)", yscale="log")
     figure.tight_layout()
 
 
 def _draw_activations(figures):
     history = figures["history"]["activations"]
-    layers = sorted({key for entry in history for key in entry if key.startswith("layer_")}, key=lambda key: int(key[6:]))
+    layers = sorted(
+        {key for entry in history for key in entry if key.startswith("layer_")}, key=lambda key: int(key[6:])
+    )
     plt.figure(figsize=(4.6, 2.8))
     for index, layer in enumerate(layers):
         entries = [entry for entry in history if layer in entry]
@@ -269,11 +366,17 @@ def _draw_spectra(figures):
 
 def _draw_filter(run_dir, figures):
     layers = figures["recurrence"]["layers"]
-    error, layer, row = max((f["relative_error"], i, j) for i, filters in enumerate(layers) for j, f in enumerate(filters))
-    student, recurrent = (HyenaNeoXForCausalLM.from_pretrained(run_dir / name, dtype=torch.float32) for name in ("transfer", "recurrence"))
+    error, layer, row = max(
+        (f["relative_error"], i, j) for i, filters in enumerate(layers) for j, f in enumerate(filters)
+    )
+    student, recurrent = (
+        HyenaNeoXForCausalLM.from_pretrained(run_dir / name, dtype=torch.float32) for name in ("transfer", "recurrence")
+    )
     length = student.config.context_length
     with torch.no_grad():
-        exact, modal = (model.gpt_neox.layers[layer].mixer.filter(length)[row].numpy() for model in (student, recurrent))
+        exact, modal = (
+            model.gpt_neox.layers[layer].mixer.filter(length)[row].numpy() for model in (student, recurrent)
+        )
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(4.6, 3.2), sharex=True, height_ratios=[3, 1])
     top.plot(exact, color=COLOURS["distilled"], linewidth=2.4, alpha=0.5, label=f"layer {layer}, filter {row}")
     top.plot(modal, color=COLOURS["recurrent"], linewidth=1, label=f"{layers[layer][row]['state_size']} modes")
@@ -289,7 +392,9 @@ def _draw_generation(figures):
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
     for name, row in figures["models"].items():
         lengths = [str(entry["context_length"]) for entry in row["generation"]]
-        left.plot(lengths, [entry["tokens_per_second"] for entry in row["generation"]], "o-", color=COLOURS[name], label=name)
+        left.plot(
+            lengths, [entry["tokens_per_second"] for entry in row["generation"]], "o-", color=COLOURS[name], label=name
+        )
         held = [entry["state_bytes"] for entry in row["generation"]]
         if None not in held:
             right.plot(lengths, [size / 2**10 for size in held], "o-", color=COLOURS[name], label=name)
@@ -311,13 +416,23 @@ def _prompt(blocks, length):
 def _sample(model, prompt, recipe, tokenizer):
     torch.manual_seed(recipe.seed)
     with torch.inference_mode():
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=recipe.report.sample_tokens, do_sample=True,
-                             temperature=0.8, top_k=50, pad_token_id=tokenizer.eos_token_id)
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=recipe.report.sample_tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_k=50,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
 def _student_tokens(recipe):
-    return sum(s.steps * s.batch_size for s in (recipe.transfer.activations, recipe.transfer.logits)) * recipe.data.context_length
+    return (
+        sum(s.steps * s.batch_size for s in (recipe.transfer.activations, recipe.transfer.logits))
+        * recipe.data.context_length
+    )
 
 
 def _teacher_tokens(recipe, run_dir):

@@ -16,19 +16,44 @@ def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
     if rope.get("rope_type", "default") != "default":
         raise RecipeError(f"teacher: its rotary embedding is of type {rope['rope_type']}; expected the default type")
     settings = recipe.student
-    filters = teacher.hidden_size if settings.mixer == "hyena" else settings.num_filter_heads or teacher.num_attention_heads
+    filters = (
+        teacher.hidden_size if settings.mixer == "hyena" else settings.num_filter_heads or teacher.num_attention_heads
+    )
     if teacher.hidden_size % filters:
-        raise RecipeError(f"student.num_filter_heads: found {filters}; expected a divisor of the teacher's width "
-                          f"({teacher.hidden_size})")
-    shared = {key: getattr(teacher, key) for key in (
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-        "initializer_range", "layer_norm_eps", "use_parallel_residual", "attention_bias", "tie_word_embeddings",
-        "bos_token_id", "eos_token_id", "pad_token_id")}
+        raise RecipeError(
+            f"student.num_filter_heads: found {filters}; expected a divisor of the teacher's width "
+            f"({teacher.hidden_size})"
+        )
+    shared = {
+        key: getattr(teacher, key)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_act",
+            "initializer_range",
+            "layer_norm_eps",
+            "use_parallel_residual",
+            "attention_bias",
+            "tie_word_embeddings",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        )
+    }
     return HyenaNeoXConfig(
-        **shared, rotary_fraction=rope["partial_rotary_factor"], rotary_base=rope["rope_theta"], num_filters=filters,
-        short_filter_length=settings.short_filter_length, filter_width=settings.filter_width,
-        position_features=settings.position_features, sine_frequency=settings.sine_frequency,
-        context_length=recipe.data.context_length)
+        **shared,
+        rotary_fraction=rope["partial_rotary_factor"],
+        rotary_base=rope["rope_theta"],
+        num_filters=filters,
+        short_filter_length=settings.short_filter_length,
+        filter_width=settings.filter_width,
+        position_features=settings.position_features,
+        sine_frequency=settings.sine_frequency,
+        context_length=recipe.data.context_length,
+    )
 
 
 def new(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXForCausalLM:
@@ -44,6 +69,8 @@ def from_teacher(recipe: Recipe, teacher: GPTNeoXForCausalLM) -> HyenaNeoXForCau
     missing, unexpected = student.load_state_dict(copied, strict=False)
     strange = [key for key in missing if not any(name in key for name in NEW_PARAMETERS)] + unexpected
     if strange:
-        raise RecipeError(f"teacher: found a model whose parameters do not fit ({', '.join(strange[:3])}); expected a "
-                          "GPT-NeoX checkpoint")
+        raise RecipeError(
+            f"teacher: found a model whose parameters do not fit ({', '.join(strange[:3])}); expected a "
+            "GPT-NeoX checkpoint"
+        )
     return student

@@ -29,12 +29,23 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path | None:
     model = GPTNeoXForCausalLM(configuration(recipe, tokenizer))
     blocks = data.blocks(run_dir / "data", "train")
     history = training.train(
-        "teacher", model, _next_token_loss,
+        "teacher",
+        model,
+        _next_token_loss,
         lambda step: data.batch(blocks, step * train.batch_size, train.batch_size, recipe.seed),
-        train, checkpoint.partial(folder) / "steps", accelerator, recipe.training)
+        train,
+        checkpoint.partial(folder) / "steps",
+        accelerator,
+        recipe.training,
+    )
     checkpoint.finish_model(
-        model, tokenizer, history, folder, accelerator,
-        more=lambda beside: _write_card(recipe, run_dir, model, history, beside))
+        model,
+        tokenizer,
+        history,
+        folder,
+        accelerator,
+        more=lambda beside: _write_card(recipe, run_dir, model, history, beside),
+    )
     return folder
 
 
@@ -43,8 +54,9 @@ def load(recipe: Recipe, run_dir: Path) -> GPTNeoXForCausalLM:
     load_configuration(recipe, run_dir)
     where = _where(recipe, run_dir)
     with _clear_errors(where):
-        model = GPTNeoXForCausalLM.from_pretrained(where, revision=_revision(recipe), dtype=torch.float32,
-                                                   use_safetensors=True)
+        model = GPTNeoXForCausalLM.from_pretrained(
+            where, revision=_revision(recipe), dtype=torch.float32, use_safetensors=True
+        )
     return model.requires_grad_(False).eval()
 
 
@@ -66,7 +78,9 @@ def tokenizer(recipe: Recipe, run_dir: Path) -> PreTrainedTokenizerFast:
         with _clear_errors(where):
             found = AutoTokenizer.from_pretrained(where, revision=_revision(recipe))
         if found.eos_token_id is None:
-            raise RecipeError(f"teacher: the tokenizer of {where} has no end-of-text token; expected one, to part documents")
+            raise RecipeError(
+                f"teacher: the tokenizer of {where} has no end-of-text token; expected one, to part documents"
+            )
         return found
     folder = run_dir / "tokenizer"
     if not checkpoint.complete(folder):
@@ -82,10 +96,18 @@ def configuration(recipe: Recipe, tokenizer) -> GPTNeoXConfig:
     """Pythia's architecture (rotary on a quarter of each head, parallel residual) at the recipe's size."""
     train = recipe.teacher.train
     return GPTNeoXConfig(
-        vocab_size=len(tokenizer), hidden_size=train.hidden_size, num_hidden_layers=train.num_layers,
-        num_attention_heads=train.num_heads, intermediate_size=4 * train.hidden_size,
-        max_position_embeddings=recipe.data.context_length, use_parallel_residual=True, tie_word_embeddings=False,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=train.hidden_size,
+        num_hidden_layers=train.num_layers,
+        num_attention_heads=train.num_heads,
+        intermediate_size=4 * train.hidden_size,
+        max_position_embeddings=recipe.data.context_length,
+        use_parallel_residual=True,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 @contextlib.contextmanager
@@ -102,10 +124,13 @@ def captured(model: GPTNeoXForCausalLM):
         def hook(module, args, kwargs, output):
             inputs[index] = args[0] if args else kwargs["hidden_states"]
             outputs[index] = output[0]
+
         return hook
 
-    handles = [layer.attention.register_forward_hook(keep(index), with_kwargs=True)
-               for index, layer in enumerate(model.gpt_neox.layers)]
+    handles = [
+        layer.attention.register_forward_hook(keep(index), with_kwargs=True)
+        for index, layer in enumerate(model.gpt_neox.layers)
+    ]
     try:
         yield inputs, outputs
     finally:
@@ -123,12 +148,22 @@ def _train_tokenizer(recipe, vocab_size):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     texts = (text for name, text in data.documents(recipe.data, recipe.seed) if data.split_of(name) == "train")
     bpe.train_from_iterator(tqdm(texts, desc="tokenizer", unit="doc", leave=False), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
-                                   unk_token=END_OF_TEXT, pad_token=PADDING, padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        pad_token=PADDING,
+        padding_side="left",
+    )
 
 
 def _where(recipe, run_dir):
@@ -146,12 +181,14 @@ def _clear_errors(where):
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecipeError(f"teacher: {where} cannot be loaded ({reason}); expected a reachable Hub name with "
-                          "safetensors, or teacher.path=<local folder>") from error
+        raise RecipeError(
+            f"teacher: {where} cannot be loaded ({reason}); expected a reachable Hub name with "
+            "safetensors, or teacher.path=<local folder>"
+        ) from error
 
 
 def _write_card(recipe, run_dir, model, history, folder):
-    """The model card and `training.json`: what it was trained on, for how long, what it reaches on text it never saw."""
+    """The model card and `training.json`: what it was trained on, for how long, what it reaches on unseen text."""
     train = recipe.teacher.train
     source = checkpoint.read_json(run_dir / "data" / "source.json")
     found = measure.held_out(model, data.blocks(run_dir / "data", "test"))
@@ -170,21 +207,38 @@ def _write_card(recipe, run_dir, model, history, folder):
     checkpoint.write_json(folder / "training.json", facts)
     corpus = ", ".join(f"{key} {value}" for key, value in facts["corpus"].items())
     rows = {
-        "architecture": f"GPTNeoXForCausalLM, {train.num_layers} layers, width {train.hidden_size}, {train.num_heads} heads, "
-                        f"context {recipe.data.context_length}",
+        "architecture": f"GPTNeoXForCausalLM, {train.num_layers} layers, width {train.hidden_size}, "
+        f"{train.num_heads} heads, context {recipe.data.context_length}",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "tokenizer": f"byte-level BPE, {model.config.vocab_size:,} tokens, trained on the train split",
         "corpus": f"{corpus}; split by whole documents",
-        "tokens seen": f"{facts['tokens']:,} ({train.steps:,} steps of {train.batch_size} × {recipe.data.context_length}), "
-                       f"{facts['distinct_tokens']:,} of them distinct",
-        "held-out loss": f"{found.loss:.4f} nats per token, perplexity {found.perplexity:.3f} ({found.tokens:,} tokens of the test split)",
+        "tokens seen": f"{facts['tokens']:,} ({train.steps:,} steps of {train.batch_size} × "
+        f"{recipe.data.context_length}), {facts['distinct_tokens']:,} of them distinct",
+        "held-out loss": f"{found.loss:.4f} nats per token, perplexity {found.perplexity:.3f} "
+        f"({found.tokens:,} tokens of the test split)",
         "last training loss": f"{facts['last_training_loss']:.4f}",
         "training time": f"{facts['seconds'] / 60:.0f} minutes on {torch.get_num_threads()} threads of "
-                         f"{platform.machine() if model.device.type == 'cpu' else torch.cuda.get_device_name()}",
+        f"{platform.machine() if model.device.type == 'cpu' else torch.cuda.get_device_name()}",
         "seed": f"{recipe.seed}",
         "made": time.strftime("%Y-%m-%d"),
     }
-    checkpoint.write_text(folder / "README.md", "\n".join([
-        "---", "license: apache-2.0", "library_name: transformers", "tags: [gpt_neox]", "---", f"# {Path(recipe.run_dir).name}", "",
-        "A small GPT-NeoX, made by a scavenger recipe to be a teacher.", "",
-        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]))
+    checkpoint.write_text(
+        folder / "README.md",
+        "\n".join(
+            [
+                "---",
+                "license: apache-2.0",
+                "library_name: transformers",
+                "tags: [gpt_neox]",
+                "---",
+                f"# {Path(recipe.run_dir).name}",
+                "",
+                "A small GPT-NeoX, made by a scavenger recipe to be a teacher.",
+                "",
+                "| | |",
+                "|---|---|",
+                *(f"| {key} | {value} |" for key, value in rows.items()),
+                "",
+            ]
+        ),
+    )

@@ -42,8 +42,14 @@ def train(
     model.train()
     sums, counted, seconds = {}, 0, history[-1]["seconds"] if history else 0.0
     began = time.monotonic()
-    bar = tqdm(total=stage.steps, initial=start, desc=name, unit="step", dynamic_ncols=True,
-               disable=not accelerator.is_main_process)
+    bar = tqdm(
+        total=stage.steps,
+        initial=start,
+        desc=name,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not accelerator.is_main_process,
+    )
     for step in range(start, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
@@ -59,11 +65,16 @@ def train(
         if (step + 1) % settings.log_every == 0 or step + 1 == stage.steps:
             means = {key: _mean(item / counted, accelerator) for key, item in sums.items()}
             if not all(math.isfinite(item) for item in means.values()):
-                raise RecipeError(f"{name}: the loss is {means['loss']} at step {step + 1}; expected a finite one: "
-                                  f"lower the learning rate ({stage.learning_rate})")
+                raise RecipeError(
+                    f"{name}: the loss is {means['loss']} at step {step + 1}; expected a finite one: "
+                    f"lower the learning rate ({stage.learning_rate})"
+                )
             history.append({"step": step + 1, "seconds": seconds + time.monotonic() - began, **means})
-            accelerator.log({f"{name}/{key}": item for key, item in means.items()}
-                            | {f"{name}/learning_rate": learning_rate(stage, step)}, step=step + 1)
+            accelerator.log(
+                {f"{name}/{key}": item for key, item in means.items()}
+                | {f"{name}/learning_rate": learning_rate(stage, step)},
+                step=step + 1,
+            )
             bar.set_postfix(loss=f"{means['loss']:.4f}")
             sums, counted = {}, 0
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < stage.steps:

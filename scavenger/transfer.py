@@ -1,7 +1,7 @@
 """Stage one: what the teacher knows goes to the student, first by activations, then by logits.
 
-Sources: arXiv:2401.17574 (the two steps, layer by layer from the bottom), arXiv:2505.03005 (all layers in parallel, then
-everything free).
+Sources: arXiv:2401.17574 (the two steps, layer by layer from the bottom), arXiv:2505.03005 (all layers in parallel,
+then everything free).
 """
 
 from pathlib import Path
@@ -58,9 +58,17 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer) -
 
             name = "activations" if len(turns) == 1 else f"activations of layer {matched[0]}"
             found = training.train(
-                name, matching, loss,
-                lambda step, first=first: data.batch(blocks, (first + step) * stage.batch_size, stage.batch_size, recipe.seed),
-                _shortened(stage, steps), checkpoint.partial(reached) / "steps", accelerator, recipe.training)
+                name,
+                matching,
+                loss,
+                lambda step, first=first: data.batch(
+                    blocks, (first + step) * stage.batch_size, stage.batch_size, recipe.seed
+                ),
+                _shortened(stage, steps),
+                checkpoint.partial(reached) / "steps",
+                accelerator,
+                recipe.training,
+            )
         history += [entry | {"step": entry["step"] + first} for entry in found]
         checkpoint.finish_model(model, tokenizer, history, reached, accelerator)
     model.requires_grad_(True)
@@ -82,12 +90,21 @@ def match_logits(recipe, run_dir, frozen, model, steps_dir, accelerator) -> list
         if not stage.cross_entropy:
             return divergence, {}
         ce = losses.cross_entropy(logits, ids)
-        return (1 - stage.cross_entropy) * divergence + stage.cross_entropy * ce, {"divergence": divergence, "cross_entropy": ce}
+        return (1 - stage.cross_entropy) * divergence + stage.cross_entropy * ce, {
+            "divergence": divergence,
+            "cross_entropy": ce,
+        }
 
     return training.train(
-        "logits", model, loss,
+        "logits",
+        model,
+        loss,
         lambda step: data.batch(blocks, first + step * stage.batch_size, stage.batch_size, recipe.seed),
-        stage, steps_dir, accelerator, recipe.training)
+        stage,
+        steps_dir,
+        accelerator,
+        recipe.training,
+    )
 
 
 def sequences_of_activations(recipe: Recipe) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,21 +22,50 @@ def seed():
 
 def tiny_teacher(**changes):
     """3 layers, 5 heads of width 6 (2 of them turned): no two sizes are equal, none is a power of two."""
-    config = GPTNeoXConfig(**{
-        "vocab_size": 97, "hidden_size": 30, "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 44,
-        "max_position_embeddings": 63, "rotary_pct": 0.4, "bos_token_id": 0, "eos_token_id": 0} | changes)
+    config = GPTNeoXConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 30,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "intermediate_size": 44,
+            "max_position_embeddings": 63,
+            "rotary_pct": 0.4,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        | changes
+    )
     torch.manual_seed(3)
     return GPTNeoXForCausalLM(config).double().eval()
 
 
 def tiny_student(filters=5, modal=False, **changes):
     """A student of the tiny teacher's shape, in float64; `filters` 5 is multihyena by head, 30 is hyena."""
-    sizes = {"filter": "modal", "state_sizes": [[1 + (3 * layer + filter) % 4 for filter in range(filters)]
-                                                for layer in range(3)]} if modal else {}
-    config = HyenaNeoXConfig(**{
-        "vocab_size": 97, "hidden_size": 30, "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 44,
-        "num_filters": filters, "filter_width": 11, "position_features": 9, "context_length": 63,
-        "rotary_fraction": 0.4} | sizes | changes)
+    sizes = (
+        {
+            "filter": "modal",
+            "state_sizes": [[1 + (3 * layer + filter) % 4 for filter in range(filters)] for layer in range(3)],
+        }
+        if modal
+        else {}
+    )
+    config = HyenaNeoXConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 30,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "intermediate_size": 44,
+            "num_filters": filters,
+            "filter_width": 11,
+            "position_features": 9,
+            "context_length": 63,
+            "rotary_fraction": 0.4,
+        }
+        | sizes
+        | changes
+    )
     torch.manual_seed(5)
     model = HyenaNeoXForCausalLM(config).double().eval()
     with torch.no_grad():
@@ -61,14 +91,25 @@ def workshop(tmp_path_factory):
     from scavenger import data
 
     folder = tmp_path_factory.mktemp("workshop")
-    texts = [path.read_text(encoding="utf-8", errors="replace")[:6000] for path in list(data.stdlib_files().values())[:240]]
+    texts = [
+        path.read_text(encoding="utf-8", errors="replace")[:6000] for path in list(data.stdlib_files().values())[:240]
+    ]
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts[:40], trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>").save_pretrained(folder / "teacher")
+    bpe.train_from_iterator(
+        texts[:40],
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<|endoftext|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>").save_pretrained(
+        folder / "teacher"
+    )
     tiny_teacher(vocab_size=320, rotary_pct=0.34).float().save_pretrained(folder / "teacher")
     (folder / "recipe.yaml").write_text(f"""#!/usr/bin/env scavenger
 run_dir: {folder}/run

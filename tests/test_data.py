@@ -69,6 +69,7 @@ def test_local_text(tmp_path, kind):
     elif kind == "parquet":
         import pyarrow
         import pyarrow.parquet
+
         pyarrow.parquet.write_table(pyarrow.table({"body": texts}), path / "a.parquet")
     elif kind == "txt":
         for index, text in enumerate(texts):

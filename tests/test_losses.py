@@ -18,7 +18,9 @@ def test_no_difference_is_no_loss_and_no_gradient():
 def test_divergence_is_a_mean_over_positions_in_nats():
     certain, even = torch.tensor([[[100.0, 0.0]]]), torch.zeros(1, 1, 2)
     assert math.isclose(logit_divergence(even, certain).item(), math.log(2), rel_tol=1e-6)
-    assert math.isclose(logit_divergence(even.expand(3, 7, 2), certain.expand(3, 7, 2)).item(), math.log(2), rel_tol=1e-6)
+    assert math.isclose(
+        logit_divergence(even.expand(3, 7, 2), certain.expand(3, 7, 2)).item(), math.log(2), rel_tol=1e-6
+    )
     # a constant added to all logits of a position changes nothing
     p, q = torch.randn(2, 2, 5, 11, dtype=torch.float64)
     assert math.isclose(logit_divergence(q + 3, p - 5).item(), logit_divergence(q, p).item(), rel_tol=1e-12)

@@ -20,8 +20,11 @@ def test_fft_convolution_and_its_gradients():
     weight = torch.randn(2, 3, 63, dtype=F64)
     fast, slow = causal_convolution(u, taps), reference.convolution(u, taps)
     assert_close(slow, fast, 1e-14)  # measured 3e-16
-    for a, b in zip(torch.autograd.grad((slow * weight).sum(), (u, taps)),
-                    torch.autograd.grad((fast * weight).sum(), (u, taps)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((slow * weight).sum(), (u, taps)),
+        torch.autograd.grad((fast * weight).sum(), (u, taps)),
+        strict=True,
+    ):
         assert_close(a, b, 1e-14)
     assert_close(slow.float(), causal_convolution(u.float(), taps.float()), 5e-6)
 
@@ -90,8 +93,11 @@ def test_mixer_is_its_formula_with_gradients(filters):
     fast, slow = mixer._parallel(q, k, v), reference.mixer(q, k, v, taps)
     assert_close(slow, fast, 1e-13)
     variables = (q, k, v, *mixer.filter.parameters())
-    for a, b in zip(torch.autograd.grad((slow * weight).sum(), variables, retain_graph=True),
-                    torch.autograd.grad((fast * weight).sum(), variables), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((slow * weight).sum(), variables, retain_graph=True),
+        torch.autograd.grad((fast * weight).sum(), variables),
+        strict=True,
+    ):
         assert_close(a, b, 1e-11)
 
 
@@ -160,7 +166,9 @@ def test_left_padding_changes_nothing(filters):
 
 def test_state_size_does_not_depend_on_the_length():
     model = tiny_student(modal=True)
-    sizes = [model(input_ids=torch.randint(0, 97, (2, n)), use_cache=True).past_key_values.nbytes for n in (1, 5, 63, 200)]
+    sizes = [
+        model(input_ids=torch.randint(0, 97, (2, n)), use_cache=True).past_key_values.nbytes for n in (1, 5, 63, 200)
+    ]
     assert len(set(sizes)) == 1
     modes = sum(sum(layer) for layer in model.config.state_sizes)
     assert sizes[0] == 2 * (16 * modes * 6 * 6 + 8 * 3 * 2 * 90)
@@ -185,8 +193,11 @@ def test_modal_filter_gradients():
     assert filter(9).shape == (3, 9)
     assert filter(9)[1].abs().max() == 0
     assert torch.autograd.gradcheck(
-        lambda pole, residue: modal_taps(torch.view_as_complex(pole), torch.view_as_complex(residue), filter.mode_filter, 3, 9),
-        (filter.pole, filter.residue))
+        lambda pole, residue: modal_taps(
+            torch.view_as_complex(pole), torch.view_as_complex(residue), filter.mode_filter, 3, 9
+        ),
+        (filter.pole, filter.residue),
+    )
 
 
 def _modes():

@@ -28,7 +28,9 @@ ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THRE
 
 
 def command(*words, **options):
-    return subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, **options)
+    return subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, **options
+    )
 
 
 def curve(run, stage):
@@ -64,7 +66,9 @@ def test_activations_touch_mixers_only(finished, workshop):
 def test_recurrent_student_is_the_distilled_one(finished):
     filters = read_json(finished / "recurrence/filters.json")
     assert filters["filters"] == 15 and filters["largest_radius"] < 1
-    distilled, recurrent = (AutoModelForCausalLM.from_pretrained(finished / name) for name in ("transfer", "recurrence"))
+    distilled, recurrent = (
+        AutoModelForCausalLM.from_pretrained(finished / name) for name in ("transfer", "recurrence")
+    )
     for layer, (exact, modal) in enumerate(zip(distilled.gpt_neox.layers, recurrent.gpt_neox.layers, strict=True)):
         taps, found = exact.mixer.filter(48), modal.mixer.filter(48)
         for row, facts in enumerate(filters["layers"][layer]):
@@ -79,14 +83,18 @@ def test_recurrent_student_is_the_distilled_one(finished):
 def test_recurrent_student_generates_as_it_reads(finished):
     model = AutoModelForCausalLM.from_pretrained(finished / "recurrence").double()
     ids = torch.from_numpy(data.blocks(finished / "data", "test")[:2, :30].astype(np.int64))
-    arguments = dict(attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    arguments = dict(
+        attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
 
 
 def test_report(finished):
     figures = read_json(finished / "report/report.json")
     assert list(figures["models"]) == ["teacher", "pre-trained", "distilled", "recurrent"]
-    assert figures["models"]["distilled"]["tokens_seen"] == figures["models"]["pre-trained"]["tokens_seen"] == 20 * 4 * 48
+    assert (
+        figures["models"]["distilled"]["tokens_seen"] == figures["models"]["pre-trained"]["tokens_seen"] == 20 * 4 * 48
+    )
     assert figures["models"]["teacher"]["ratio_to_teacher"] == 1
     first, second = figures["models"]["recurrent"]["generation"]
     assert first["state_bytes"] == second["state_bytes"] > 0
@@ -125,8 +133,15 @@ def test_another_recipe_is_refused(finished, workshop):
 
 
 def test_progressive_schedule(workshop, tmp_path):
-    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "transfer.activations.schedule=progressive",
-              "transfer.activations.steps=30", "baseline=null", "recurrence=null", "report=null")
+    scavenger(
+        workshop / "recipe.yaml",
+        f"run_dir={tmp_path}/run",
+        "transfer.activations.schedule=progressive",
+        "transfer.activations.steps=30",
+        "baseline=null",
+        "recurrence=null",
+        "report=null",
+    )
     history = read_json(tmp_path / "run/transfer/activations/history.json")
     assert [entry["step"] for entry in history] == list(range(2, 31, 2))
     for layer in range(3):
@@ -135,8 +150,13 @@ def test_progressive_schedule(workshop, tmp_path):
 
 
 def test_hyena_with_cross_entropy(workshop, tmp_path):
-    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "student.mixer=hyena", "transfer.logits.cross_entropy=0.25",
-              "report.context_lengths=[20]")
+    scavenger(
+        workshop / "recipe.yaml",
+        f"run_dir={tmp_path}/run",
+        "student.mixer=hyena",
+        "transfer.logits.cross_entropy=0.25",
+        "report.context_lengths=[20]",
+    )
     entry = read_json(tmp_path / "run/transfer/history.json")[-1]
     assert entry["loss"] == pytest.approx(0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"], rel=1e-4)
     assert read_json(tmp_path / "run/recurrence/filters.json")["filters"] == 90
@@ -166,17 +186,28 @@ def test_interrupted_is_uninterrupted(finished, workshop, tmp_path, monkeypatch,
     monkeypatch.setattr(training, "_share", share)
     scavenger(recipe, *overrides)
     for name in ("transfer", "baseline"):
-        mine, whole = (AutoModelForCausalLM.from_pretrained(run / name).state_dict() for run in (tmp_path / "run", finished))
+        mine, whole = (
+            AutoModelForCausalLM.from_pretrained(run / name).state_dict() for run in (tmp_path / "run", finished)
+        )
         assert all(torch.equal(mine[key], whole[key]) for key in whole)
         assert curve(tmp_path / "run", name) == curve(finished, name)
 
 
 def test_killed_for_real(workshop, tmp_path):
     """SIGKILL in the middle, from outside; the same command goes on from a checkpoint and ends."""
-    words = [BIN / "scavenger", workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "transfer.logits.steps=400", "baseline=null",
-             "report=null", "recurrence=null"]
+    words = [
+        BIN / "scavenger",
+        workshop / "recipe.yaml",
+        f"run_dir={tmp_path}/run",
+        "transfer.logits.steps=400",
+        "baseline=null",
+        "report=null",
+        "recurrence=null",
+    ]
     steps = tmp_path / "run/transfer.partial/steps"
-    with subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         deadline = time.monotonic() + 120
         while not (steps.is_dir() and any(path.name.isdigit() for path in steps.iterdir())):
             assert process.poll() is None and time.monotonic() < deadline
@@ -208,8 +239,14 @@ def test_launch_lines(workshop, how):
 
 
 def test_two_processes_are_one(finished, workshop, tmp_path):
-    done = command(BIN / "accelerate", "launch", "--config_file", "accelerate_configs/cpu_two_processes.yaml", workshop / "recipe.yaml",
-                   f"run_dir={tmp_path}/run")
+    done = command(
+        BIN / "accelerate",
+        "launch",
+        "--config_file",
+        "accelerate_configs/cpu_two_processes.yaml",
+        workshop / "recipe.yaml",
+        f"run_dir={tmp_path}/run",
+    )
     assert done.returncode == 0, done.stderr
     for stage in ("transfer/activations", "transfer", "baseline"):
         np.testing.assert_allclose(curve(tmp_path / "run", stage), curve(finished, stage), rtol=2e-3)
@@ -220,7 +257,10 @@ def test_two_processes_are_one(finished, workshop, tmp_path):
 def test_processes_that_do_not_see_each_other_are_refused(workshop, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     from scavenger import processes
-    monkeypatch.setattr(processes, "Accelerator", lambda **kwargs: type("One", (), {"num_processes": 1, "device": torch.device("cpu")}))
+
+    monkeypatch.setattr(
+        processes, "Accelerator", lambda **kwargs: type("One", (), {"num_processes": 1, "device": torch.device("cpu")})
+    )
     with pytest.raises(RecipeError, match="2 processes were started but do not see each other"):
         processes.start(load_recipe(str(workshop / "recipe.yaml")))
 
@@ -235,10 +275,14 @@ def test_mistakes_end_in_one_line(workshop, tmp_path):
 def test_damaged_teacher_is_one_line(workshop, tmp_path):
     shutil.copytree(workshop / "teacher", tmp_path / "teacher")
     (tmp_path / "teacher/model.safetensors").write_bytes(b"not a safetensors file")
-    done = command(BIN / "scavenger", workshop / "recipe.yaml", f"run_dir={tmp_path}/run", f"teacher.path={tmp_path}/teacher")
+    done = command(
+        BIN / "scavenger", workshop / "recipe.yaml", f"run_dir={tmp_path}/run", f"teacher.path={tmp_path}/teacher"
+    )
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("scavenger: error: teacher: ") and "cannot be loaded" in last and "Traceback" not in done.stderr
+    assert (
+        last.startswith("scavenger: error: teacher: ") and "cannot be loaded" in last and "Traceback" not in done.stderr
+    )
 
 
 def test_other_yaml_is_left_alone(tmp_path):
@@ -254,10 +298,22 @@ def test_neox70m_is_planned_and_runs_scaled_down(workshop, tmp_path):
     recipe = load_recipe(str(ROOT / "recipes/neox70m.yaml"))
     shown = plan.show(recipe)
     assert "EleutherAI/pythia-70m: GPT-NeoX, 70,426,624 parameters" in shown and "multihyena" in shown
-    scavenger(ROOT / "recipes/neox70m.yaml", f"run_dir={tmp_path}/run", f"teacher.path={workshop}/teacher", f"data.path={workshop}/text.jsonl",
-              "data.context_length=40", "data.evaluation_tokens=400", "training.checkpoint_every=10", "transfer.activations.steps=2",
-              "transfer.activations.warmup_steps=1", "transfer.logits.steps=2", "transfer.logits.warmup_steps=1", "baseline.warmup_steps=1",
-              "report.context_lengths=[10]", "report.sample_tokens=3")
+    scavenger(
+        ROOT / "recipes/neox70m.yaml",
+        f"run_dir={tmp_path}/run",
+        f"teacher.path={workshop}/teacher",
+        f"data.path={workshop}/text.jsonl",
+        "data.context_length=40",
+        "data.evaluation_tokens=400",
+        "training.checkpoint_every=10",
+        "transfer.activations.steps=2",
+        "transfer.activations.warmup_steps=1",
+        "transfer.logits.steps=2",
+        "transfer.logits.warmup_steps=1",
+        "baseline.warmup_steps=1",
+        "report.context_lengths=[10]",
+        "report.sample_tokens=3",
+    )
     figures = json.loads((tmp_path / "run/report/report.json").read_text())
     assert set(figures["models"]) == {"teacher", "pre-trained", "distilled", "recurrent"}
 
@@ -265,10 +321,27 @@ def test_neox70m_is_planned_and_runs_scaled_down(workshop, tmp_path):
 def test_a_teacher_is_trained(tmp_path):
     """recipes/teacher-stdlib.yaml, small: tokenizer, teacher and card, and the teacher serves a student at once."""
     values = yaml.safe_load((ROOT / "recipes/teacher-stdlib.yaml").read_text())
-    assert values["teacher"]["train"]["steps"] * values["teacher"]["train"]["batch_size"] * values["data"]["context_length"] >= 20e6
-    scavenger(ROOT / "recipes/teacher-stdlib.yaml", f"run_dir={tmp_path}/run", "teacher.train.vocab_size=300", "teacher.train.hidden_size=16",
-              "teacher.train.num_layers=1", "teacher.train.num_heads=2", "teacher.train.steps=12", "teacher.train.warmup_steps=2",
-              "teacher.train.batch_size=2", "data.context_length=32", "data.evaluation_tokens=640", "training.log_every=4", "training.checkpoint_every=8")
+    assert (
+        values["teacher"]["train"]["steps"]
+        * values["teacher"]["train"]["batch_size"]
+        * values["data"]["context_length"]
+        >= 20e6
+    )
+    scavenger(
+        ROOT / "recipes/teacher-stdlib.yaml",
+        f"run_dir={tmp_path}/run",
+        "teacher.train.vocab_size=300",
+        "teacher.train.hidden_size=16",
+        "teacher.train.num_layers=1",
+        "teacher.train.num_heads=2",
+        "teacher.train.steps=12",
+        "teacher.train.warmup_steps=2",
+        "teacher.train.batch_size=2",
+        "data.context_length=32",
+        "data.evaluation_tokens=640",
+        "training.log_every=4",
+        "training.checkpoint_every=8",
+    )
     folder = tmp_path / "run/teacher"
     facts = read_json(folder / "training.json")
     assert facts["tokens"] == 12 * 2 * 32 and facts["corpus"]["python"] and facts["test_loss"] < 6
@@ -283,6 +356,9 @@ def test_a_teacher_is_trained(tmp_path):
 def test_learning_rate_schedule():
     stage = load_recipe(str(ROOT / "recipes/quickstart.yaml")).transfer.logits
     rates = [training.learning_rate(stage, step) for step in range(stage.steps)]
-    assert max(rates) == pytest.approx(stage.learning_rate) and rates.index(max(rates)) in (stage.warmup_steps - 1, stage.warmup_steps)
+    assert max(rates) == pytest.approx(stage.learning_rate) and rates.index(max(rates)) in (
+        stage.warmup_steps - 1,
+        stage.warmup_steps,
+    )
     assert rates[-1] == pytest.approx(0.1 * stage.learning_rate, rel=0.01)
     assert all(a < b for a, b in zip(rates[: stage.warmup_steps - 1], rates[1 : stage.warmup_steps], strict=False))

@@ -13,8 +13,10 @@ from scavenger.recipe import RecipeError, differences, load_recipe, resolved
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINIMAL = {
     "run_dir": "runs/x",
-    "transfer": {"activations": {"steps": 5, "batch_size": 2, "learning_rate": "1e-3"},
-                 "logits": {"steps": 7, "batch_size": 2, "learning_rate": 1e-3}},
+    "transfer": {
+        "activations": {"steps": 5, "batch_size": 2, "learning_rate": "1e-3"},
+        "logits": {"steps": 7, "batch_size": 2, "learning_rate": 1e-3},
+    },
 }
 
 
@@ -30,12 +32,18 @@ def test_every_shipped_recipe_loads(path, monkeypatch):
     recipe = load_recipe(str(path))
     assert path.read_text().startswith("#!/usr/bin/env scavenger\n")
     assert path.stat().st_mode & 0o100, "a recipe is a program"
-    for stage in (recipe.teacher.train, *((recipe.transfer.activations, recipe.transfer.logits) if recipe.transfer else ())):
+    for stage in (
+        recipe.teacher.train,
+        *((recipe.transfer.activations, recipe.transfer.logits) if recipe.transfer else ()),
+    ):
         assert stage is None or isinstance(stage.learning_rate, float)
 
 
 def test_numbers_overrides_and_defaults(tmp_path):
-    recipe = load_recipe(write(tmp_path, MINIMAL), ["transfer.logits.steps=100", "student.sine_frequency=1e1", "report.context_lengths=[3, 5]"])
+    recipe = load_recipe(
+        write(tmp_path, MINIMAL),
+        ["transfer.logits.steps=100", "student.sine_frequency=1e1", "report.context_lengths=[3, 5]"],
+    )
     assert recipe.transfer.activations.learning_rate == 1e-3
     assert recipe.transfer.logits.steps == 100
     assert recipe.student.sine_frequency == 10.0
@@ -52,36 +60,47 @@ def test_resolved_recipe_is_the_same_recipe(tmp_path):
     assert differences(resolved(recipe), changed) == ["transfer.logits.steps (the run has 7, the recipe says 8)"]
 
 
-@pytest.mark.parametrize(("overrides", "parts"), [
-    (["transfer.logits.stesp=3"], ["transfer.logits.stesp", "unknown key", "`steps`"]),
-    (["trnasfer={}"], ["trnasfer", "unknown key", "`transfer`"]),
-    (["transfer.logits.steps=-5"], ["transfer.logits.steps", "-5", "positive"]),
-    (["transfer.logits.steps=many"], ["transfer.logits.steps", "many", "whole number"]),
-    (["transfer.logits.steps=2.5"], ["transfer.logits.steps", "2.5", "whole number"]),
-    (["transfer.logits.steps=true"], ["transfer.logits.steps", "true", "whole number"]),
-    (["transfer.logits.learning_rate=.nan"], ["transfer.logits.learning_rate", "number"]),
-    (["transfer.logits.learning_rate=abc"], ["transfer.logits.learning_rate", "abc", "number"]),
-    (["transfer.logits.warmup_steps=70"], ["transfer.logits.warmup_steps", "70", "0 to steps (7)"]),
-    (["transfer.activations.schedule=paralel"], ["transfer.activations.schedule", "paralel", "did you mean parallel"]),
-    (["transfer.logits=3"], ["transfer.logits", "3", "section"]),
-    (["transfer.logits=null"], ["transfer.logits", "null", "section"]),
-    (["student.num_filter_heads=7"], ["student.num_filter_heads", "7", "divisor of the teacher's width"]),
-    (["student.mixer=hyena", "student.num_filter_heads=4"], ["student.num_filter_heads", "multihyena"]),
-    (["student.position_features=4"], ["student.position_features", "4", "odd"]),
-    (["teacher.path=/no/such/folder"], ["teacher.path", "/no/such/folder", "config.json"]),
-    (["data.path=/no/such/text"], ["data.path", "/no/such/text", "existing"]),
-    (["data.revision=abc"], ["data.revision", "abc", "name"]),
-    (["data.context_length=0"], ["data.context_length", "0", "8 tokens"]),
-    (["training.checkpoint_every=15"], ["training.checkpoint_every", "15", "multiple of log_every"]),
-    (["teacher.train={hidden_size: 30, num_layers: 1, num_heads: 4, vocab_size: 300, steps: 1, batch_size: 1, learning_rate: 0.1}"],
-     ["teacher.train.hidden_size", "30", "multiple of num_heads"]),
-    (["teacher.train={steps: 1}"], ["teacher.train.batch_size", "nothing", "whole number"]),
-    (["baseline.learning_rate=1e-3", "baseline.warmup_steps=99"], ["baseline.warmup_steps", "99", "12"]),
-    (["report.context_lengths=5"], ["report.context_lengths", "5", "list"]),
-    (["seed=-1"], ["seed", "-1"]),
-    (["seed"], ["'seed'", "section.key=value"]),
-    (["run_dir.x=1"], ["run_dir", "no section"]),
-])
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["transfer.logits.stesp=3"], ["transfer.logits.stesp", "unknown key", "`steps`"]),
+        (["trnasfer={}"], ["trnasfer", "unknown key", "`transfer`"]),
+        (["transfer.logits.steps=-5"], ["transfer.logits.steps", "-5", "positive"]),
+        (["transfer.logits.steps=many"], ["transfer.logits.steps", "many", "whole number"]),
+        (["transfer.logits.steps=2.5"], ["transfer.logits.steps", "2.5", "whole number"]),
+        (["transfer.logits.steps=true"], ["transfer.logits.steps", "true", "whole number"]),
+        (["transfer.logits.learning_rate=.nan"], ["transfer.logits.learning_rate", "number"]),
+        (["transfer.logits.learning_rate=abc"], ["transfer.logits.learning_rate", "abc", "number"]),
+        (["transfer.logits.warmup_steps=70"], ["transfer.logits.warmup_steps", "70", "0 to steps (7)"]),
+        (
+            ["transfer.activations.schedule=paralel"],
+            ["transfer.activations.schedule", "paralel", "did you mean parallel"],
+        ),
+        (["transfer.logits=3"], ["transfer.logits", "3", "section"]),
+        (["transfer.logits=null"], ["transfer.logits", "null", "section"]),
+        (["student.num_filter_heads=7"], ["student.num_filter_heads", "7", "divisor of the teacher's width"]),
+        (["student.mixer=hyena", "student.num_filter_heads=4"], ["student.num_filter_heads", "multihyena"]),
+        (["student.position_features=4"], ["student.position_features", "4", "odd"]),
+        (["teacher.path=/no/such/folder"], ["teacher.path", "/no/such/folder", "config.json"]),
+        (["data.path=/no/such/text"], ["data.path", "/no/such/text", "existing"]),
+        (["data.revision=abc"], ["data.revision", "abc", "name"]),
+        (["data.context_length=0"], ["data.context_length", "0", "8 tokens"]),
+        (["training.checkpoint_every=15"], ["training.checkpoint_every", "15", "multiple of log_every"]),
+        (
+            [
+                "teacher.train={hidden_size: 30, num_layers: 1, num_heads: 4, vocab_size: 300,"
+                " steps: 1, batch_size: 1, learning_rate: 0.1}"
+            ],
+            ["teacher.train.hidden_size", "30", "multiple of num_heads"],
+        ),
+        (["teacher.train={steps: 1}"], ["teacher.train.batch_size", "nothing", "whole number"]),
+        (["baseline.learning_rate=1e-3", "baseline.warmup_steps=99"], ["baseline.warmup_steps", "99", "12"]),
+        (["report.context_lengths=5"], ["report.context_lengths", "5", "list"]),
+        (["seed=-1"], ["seed", "-1"]),
+        (["seed"], ["'seed'", "section.key=value"]),
+        (["run_dir.x=1"], ["run_dir", "no section"]),
+    ],
+)
 def test_mistakes_are_named(tmp_path, overrides, parts):
     path = write(tmp_path, MINIMAL)
     with pytest.raises(RecipeError) as error:
@@ -92,13 +111,16 @@ def test_mistakes_are_named(tmp_path, overrides, parts):
         assert part in message, message
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("run_dir: [x\nseed: 1\n", ["broken YAML", "line"]),
-    ("- a\n- b\n", ["expected sections"]),
-    ("", ["expected sections"]),
-    ("run_dir: x\n", ["transfer", "makes nothing"]),
-    ("seed: 1\n", ["run_dir", "nothing", "text"]),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("run_dir: [x\nseed: 1\n", ["broken YAML", "line"]),
+        ("- a\n- b\n", ["expected sections"]),
+        ("", ["expected sections"]),
+        ("run_dir: x\n", ["transfer", "makes nothing"]),
+        ("seed: 1\n", ["run_dir", "nothing", "text"]),
+    ],
+)
 def test_broken_files(tmp_path, text, parts):
     with pytest.raises(RecipeError) as error:
         load_recipe(write(tmp_path, text))
@@ -118,5 +140,6 @@ def test_a_missing_recipe():
 
 
 def test_recipes_need_no_torch(tmp_path):
-    code = f"import sys; from scavenger.recipe import load_recipe; load_recipe({write(tmp_path, MINIMAL)!r}); assert 'torch' not in sys.modules"
+    loading = f"from scavenger.recipe import load_recipe; load_recipe({write(tmp_path, MINIMAL)!r})"
+    code = f"import sys; {loading}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

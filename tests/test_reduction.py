@@ -38,7 +38,9 @@ def test_hankel_values_and_their_order():
     np.testing.assert_allclose(matrix @ vectors, vectors * values, atol=1e-12)
 
 
-@pytest.mark.parametrize("taps", [rough(), rough(90, 0.1), impulse_response(length=150)], ids=["rough", "short", "system"])
+@pytest.mark.parametrize(
+    "taps", [rough(), rough(90, 0.1), impulse_response(length=150)], ids=["rough", "short", "system"]
+)
 def test_no_reduction_beats_its_floor_and_all_are_stable(taps):
     previous = np.inf
     floors = relative_floors(taps[1:])

@@ -15,8 +15,14 @@ from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, Student, Teacher, TeacherTraining
 
 
-RECIPE = Recipe(run_dir="x", teacher=Teacher(train=TeacherTraining(
-    steps=1, batch_size=1, learning_rate=0.1, hidden_size=30, num_layers=3, num_heads=5, vocab_size=300)))
+RECIPE = Recipe(
+    run_dir="x",
+    teacher=Teacher(
+        train=TeacherTraining(
+            steps=1, batch_size=1, learning_rate=0.1, hidden_size=30, num_layers=3, num_heads=5, vocab_size=300
+        )
+    ),
+)
 
 
 @pytest.mark.parametrize("mixer", ["hyena", "multihyena"])
@@ -26,9 +32,17 @@ def test_only_filters_and_short_filters_are_new(mixer):
     made = student.from_teacher(recipe, model)
     theirs = {key.replace(".attention.", ".mixer."): value for key, value in model.state_dict().items()}
     new = set(made.state_dict()) - set(theirs)
-    filter_parts = ["direct", "frequency", "head.weight", *(f"inner.{i}.{part}" for i in range(3) for part in ("weight", "bias"))]
-    assert new == {f"gpt_neox.layers.{layer}.mixer.{name}" for layer in range(3)
-                   for name in ["short_filter", *(f"filter.{part}" for part in filter_parts)]}
+    filter_parts = [
+        "direct",
+        "frequency",
+        "head.weight",
+        *(f"inner.{i}.{part}" for i in range(3) for part in ("weight", "bias")),
+    ]
+    assert new == {
+        f"gpt_neox.layers.{layer}.mixer.{name}"
+        for layer in range(3)
+        for name in ["short_filter", *(f"filter.{part}" for part in filter_parts)]
+    }
     assert set(theirs) <= set(made.state_dict())
     for key, value in theirs.items():
         assert torch.equal(made.state_dict()[key], value.float()), key
@@ -79,7 +93,14 @@ def test_generate_greedy_is_the_parallel_model():
     for modal in (True, False):
         model = tiny_student(modal=modal)
         ids = torch.randint(1, 97, (2, 7))
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False, eos_token_id=None, pad_token_id=0)
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=25,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         for _ in range(25):
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
         assert torch.equal(found, ids)
@@ -89,7 +110,9 @@ def test_generate_greedy_is_the_parallel_model():
 def test_short_prompts(length):
     model = tiny_student(modal=True)
     ids = torch.randint(1, 97, (2, length))
-    arguments = dict(attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    arguments = dict(
+        attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
 
 
@@ -103,9 +126,18 @@ def test_beams_and_padded_batches():
         found = model.generate(ids, attention_mask=mask, num_beams=beams, **arguments)
         alone = model.generate(ids[:1, 4:], attention_mask=mask[:1, 4:], num_beams=beams, **arguments)
         assert torch.equal(found[:1, 9:], alone[:, 5:])
-        assert torch.equal(found, model.generate(ids, attention_mask=mask, num_beams=beams, use_cache=False, **arguments))
-    assert model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=True, num_return_sequences=3, pad_token_id=0,
-                          eos_token_id=None).shape == (6, 12)
+        assert torch.equal(
+            found, model.generate(ids, attention_mask=mask, num_beams=beams, use_cache=False, **arguments)
+        )
+    assert model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=3,
+        do_sample=True,
+        num_return_sequences=3,
+        pad_token_id=0,
+        eos_token_id=None,
+    ).shape == (6, 12)
 
 
 def test_labels_are_shifted_as_everywhere():
@@ -123,9 +155,14 @@ def test_saved_and_loaded(tmp_path, modal):
     model = tiny_student(modal=modal).float()
     model.save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (2, 23))
-    assert torch.equal(model(input_ids=ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits)
+    assert torch.equal(
+        model(input_ids=ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits
+    )
     assert isinstance(AutoConfig.from_pretrained(tmp_path), HyenaNeoXConfig)
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == "modeling_hyena_neox.HyenaNeoXForCausalLM"
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+        == "modeling_hyena_neox.HyenaNeoXForCausalLM"
+    )
     half = HyenaNeoXForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert {p.dtype for layer in half.gpt_neox.layers for p in layer.mixer.filter.parameters()} == {torch.float32}
@@ -136,7 +173,9 @@ def test_saved_folder_needs_no_scavenger(tmp_path):
     model = tiny_student(modal=True).float()
     model.save_pretrained(tmp_path / "student")
     ids = torch.randint(1, 97, (1, 11))
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None)
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None
+    )
     code = f"""
 import sys
 sys.modules["scavenger"] = None
@@ -144,10 +183,17 @@ import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "student")!r}, trust_remote_code=True)
 ids = torch.tensor({ids.tolist()})
-print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None).tolist())
+arguments = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
+print(model.generate(ids, attention_mask=torch.ones_like(ids), **arguments).tolist())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
-                          env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+    )
     assert json.loads(done.stdout.splitlines()[-1]) == expected.tolist()
 
 
@@ -156,5 +202,3 @@ def test_impossible_configurations():
         HyenaNeoXConfig(hidden_size=30, num_attention_heads=5, num_filters=7)
     with pytest.raises(ValueError, match="state_sizes has 0 layers"):
         HyenaNeoXConfig(filter="modal")
-
-

@@ -7,8 +7,8 @@ class HyenaNeoXConfig(PreTrainedConfig):
     """GPT-NeoX's own fields, and the mixer's.
 
     `num_filters`: long filters of a layer; hidden_size for hyena, fewer for multihyena.
-    `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex modes of
-    each filter.
+    `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex
+    modes of each filter.
     `context_length`: tokens of a training example, the unit of time of the implicit filters.
     """
 

@@ -41,7 +41,8 @@ def toeplitz_block(
     rows: range,  # output positions
 ) -> Tensor:  # (filter, len(rows), rows.stop)
     """T_ts = h_{t-s} for t in `rows` and s < rows.stop, zero where s > t."""
-    lags = (torch.arange(rows.start, rows.stop, device=taps.device)[:, None]
-            - torch.arange(rows.stop, device=taps.device))
+    lags = torch.arange(rows.start, rows.stop, device=taps.device)[:, None] - torch.arange(
+        rows.stop, device=taps.device
+    )
     # One column of zeros in front takes every negative lag.
     return F.pad(taps, (1, 0))[:, (lags + 1).clamp(min=0)]

@@ -53,8 +53,9 @@ def modal_scan(
     outputs = []
     for start in range(0, q.shape[2], CHUNK):
         chunk = slice(start, start + CHUNK)
-        y, recurrent_state = _chunk(q[:, :, chunk], k[:, :, chunk], v[:, :, chunk], taps, poles, residues, mode_filter,
-                                    recurrent_state)
+        y, recurrent_state = _chunk(
+            q[:, :, chunk], k[:, :, chunk], v[:, :, chunk], taps, poles, residues, mode_filter, recurrent_state
+        )
         outputs.append(y)
     return torch.cat(outputs, dim=2) if outputs else v, recurrent_state
 
@@ -66,11 +67,14 @@ def _chunk(q, k, v, taps, poles, residues, mode_filter, state):
     within = (q @ k.transpose(-1, -2)) * toeplitz_block(taps, range(length)) @ v
     # A complex state times a real matrix is a real product over the state's two parts side by side.
     read = torch.view_as_complex(
-        (q[:, mode_filter] @ torch.view_as_real(state).flatten(-2)).unflatten(-1, (-1, 2)).contiguous())
+        (q[:, mode_filter] @ torch.view_as_real(state).flatten(-2)).unflatten(-1, (-1, 2)).contiguous()
+    )
     read = (read * (residues[:, None] * decay[:, 1:])[:, :, None]).real
     y = within.index_add(1, mode_filter, read)
     weighted = v[:, mode_filter] * decay[:, :length].flip(-1)[:, :, None]  # λ^{C-1-j} v_j
     added = torch.view_as_complex(
         (k[:, mode_filter].transpose(-1, -2) @ torch.view_as_real(weighted).flatten(-2))
-        .unflatten(-1, (-1, 2)).contiguous())
+        .unflatten(-1, (-1, 2))
+        .contiguous()
+    )
     return y, state * decay[:, length, None, None] + added

@@ -1,7 +1,7 @@
 """GPT-NeoX with a Hyena mixer where attention was, at home in transformers.
 
-Parameter names are GPT-NeoX's, with `mixer` for `attention`. A student whose filters are modal generates with a cache of
-constant size; one whose filters are implicit has no state yet and reads its whole input at each token.
+Parameter names are GPT-NeoX's, with `mixer` for `attention`. A student whose filters are modal generates with a cache
+of constant size; one whose filters are implicit has no state yet and reads its whole input at each token.
 """
 
 import torch
@@ -215,8 +215,11 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         outputs = self.gpt_neox(input_ids, attention_mask, inputs_embeds, past_key_values, use_cache)
         hidden = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
-            slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
+        kept = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else (slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
+        )
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:

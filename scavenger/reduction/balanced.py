@@ -1,8 +1,8 @@
 """Balanced truncation of a finite filter: one eigendecomposition gives the poles of every smaller recurrence.
 
-The shift register that holds the last inputs realises the filter exactly. Its balanced realisation, cut to d states, has
-the poles below; the residues are then the best there are for those poles, by least squares. Sources: Moore (1981) for
-the truncation, Kung (1978) for the Hankel form.
+The shift register that holds the last inputs realises the filter exactly. Its balanced realisation, cut to d states,
+has the poles below; the residues are then the best there are for those poles, by least squares. Sources: Moore (1981)
+for the truncation, Kung (1978) for the Hankel form.
 """
 
 from dataclasses import dataclass
@@ -85,13 +85,24 @@ def reduce(taps: NDArray, tolerance: float, max_state_size: int) -> ReducedFilte
         states -= 1
     within = [found for found in tried.values() if found is not None]
     met = [found for found in within if found[2][0] <= tolerance]
-    best = min(met, key=lambda found: (len(found[0]), found[2][0])) if met else min(within, key=lambda found: found[2][0])
+    best = (
+        min(met, key=lambda found: (len(found[0]), found[2][0])) if met else min(within, key=lambda found: found[2][0])
+    )
     poles, residues, (error, tail) = best
     real_states = int(np.sum(np.where(poles.imag == 0, 1, 2)))
     # Modes alone leave Re Σ R at t = 0; the direct term makes the first tap exact.
     direct = float(taps[0] - residues.real.sum())
-    return ReducedFilter(poles, residues, direct, real_states, error, float(floors[min(real_states, len(floors) - 1)]),
-                         tail, np.abs(values), float(gain_floors(values)[real_states]))
+    return ReducedFilter(
+        poles,
+        residues,
+        direct,
+        real_states,
+        error,
+        float(floors[min(real_states, len(floors) - 1)]),
+        tail,
+        np.abs(values),
+        float(gain_floors(values)[real_states]),
+    )
 
 
 def truncated_poles(values: NDArray, vectors: NDArray, states: int) -> NDArray:
@@ -127,5 +138,7 @@ def fit_residues(taps: NDArray, poles: NDArray) -> tuple[NDArray, tuple[float, f
     residues[complex_modes] += 1j * solution[len(poles) :]
     difference = basis @ solution - target
     norm = np.linalg.norm(taps)
-    return residues, (float(np.linalg.norm(difference[: length - 1]) / norm),
-                      float(np.linalg.norm(difference[length - 1 :]) / norm))
+    return residues, (
+        float(np.linalg.norm(difference[: length - 1]) / norm),
+        float(np.linalg.norm(difference[length - 1 :]) / norm),
+    )

@@ -25,7 +25,7 @@ def hankel_eigen(g: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def relative_floors(g: NDArray) -> NDArray:
-    """For d = 0, 1, …: no recurrence of d real states has a relative l2 error below the d-th entry, whatever the method.
+    """For d = 0, 1, …: no recurrence of d real states has a relative l2 error below the d-th entry, by any method.
 
     With w_i² = C(2i, i)/4^i the squares convolve to ones, (w² * w²)_t = 1, so ‖W H W‖_F² over the section that has all
     its taps is at most ‖g‖², and by Eckart and Young (1936) the error of any rank d is at least

@@ -1,0 +1,112 @@
+"""The README's commands run, and its tree is the disk's."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scavenger.checkpoint import read_json
+from scavenger.recipe import load_recipe
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+SMALL = [
+    "transfer.activations.steps=8",
+    "transfer.activations.warmup_steps=2",
+    "transfer.activations.batch_size=4",
+    "transfer.logits.steps=8",
+    "transfer.logits.warmup_steps=2",
+    "transfer.logits.batch_size=4",
+    "baseline.warmup_steps=2",
+    "data.evaluation_tokens=2048",
+    "report.context_lengths=[16, 64]",
+    "report.sample_tokens=8",
+    "recurrence.tolerance=0.3",
+]
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.split("#")[0].strip()]
+
+
+def run(words, cwd=ROOT):
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """A run of the quickstart with smaller numbers: the embedded teacher, the standard library, every stage."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    assert "accelerate launch recipes/quickstart.yaml" in README
+    done = run(["accelerate", "launch", "recipes/quickstart.yaml", f"run_dir={folder}", *SMALL])
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_quickstart(quickstart):
+    folder, printed = quickstart
+    assert (folder / "report/report.html").is_file() and "recurrent" in printed
+    models = read_json(folder / "report/report.json")["models"]
+    assert models["teacher"]["tokens_seen"] >= 20e6
+    assert models["teacher"]["perplexity"] < models["distilled"]["perplexity"] < models["pre-trained"]["perplexity"]
+
+
+def test_make_runs_those_commands():
+    found = commands()
+    assert found[:2] == ["make quickstart", "make test"]
+    for target, words in (("quickstart", "accelerate launch recipes/quickstart.yaml"), ("test", "pytest")):
+        assert words in run(["make", "--dry-run", target]).stdout
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_recipes_in_commands_load():
+    named = [words.split() for words in commands() if "recipes/" in words]
+    assert len(named) >= 5
+    for words in named:
+        index = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
+        overrides = [
+            word for word in words[index + 1 :] if "=" in word and not word.startswith(("teacher.path=", "data.path="))
+        ]
+        load_recipe(str(ROOT / words[index]), overrides)
+    for configuration in re.findall(r"accelerate_configs/\w+\.yaml", README):
+        assert (ROOT / configuration).is_file()
+
+
+def test_evaluation_commands(quickstart):
+    folder, _ = quickstart
+    for words in (words.split() for words in commands() if words.startswith("python eval/")):
+        words = [word.replace("runs/quickstart", str(folder)) for word in words]
+        done = run([sys.executable, *words[1:]])
+        assert done.returncode == 0, done.stderr
+
+
+def test_python_example(quickstart, tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(quickstart[0], tmp_path / "runs/quickstart")
+    done = run([sys.executable, "-c", code], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def main(")
+
+
+def test_file_tree_is_the_disk():
+    tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.S)[1].splitlines()
+    named = {line.split()[0] for line in tree if line.startswith("  ")}
+    tracked = run(["git", "ls-files", "scavenger"]).stdout.split()
+    entries = {path.split("/")[1] + ("/" if path.count("/") > 1 else "") for path in tracked}
+    assert named == entries - {"__init__.py"}
+    top = {line.split()[0] for line in tree if not line.startswith("  ")}
+    assert all((ROOT / name).exists() for name in top)
+
+
+def test_links_in_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
