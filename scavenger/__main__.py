@@ -28,6 +28,9 @@ def main() -> int:
     except RecipeError as error:
         print(f"scavenger: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder without permission, a network that went away
+        print(f"scavenger: error: {error}; what is complete is kept, the same command goes on", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nscavenger: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

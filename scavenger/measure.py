@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 BATCH_TOKENS = 8192  # tokens of one evaluation batch; bounds the logits in memory
 TIMED_STEPS = 32  # tokens timed after a prompt; the median step is what counts
-TIMED_SECONDS = 5.0  # a model that reads everything again at each token is timed no longer than this
+TIMED_SECONDS = 2.0  # a model that reads everything again at each token is timed no longer than this
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """How many processes there are, on what devices, and who logs."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -19,6 +20,10 @@ def start(recipe: Recipe) -> Accelerator:
     """
     transformers_logging.disable_progress_bar()  # one bar is ours; one per saved shard is noise
     tracker = None if recipe.training.tracker == "none" else recipe.training.tracker
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise RecipeError(
+            f"training.tracker: {tracker} is not installed; expected `pip install {tracker}`, or tracker: none"
+        )
     if tracker == "wandb" and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
         os.environ["WANDB_MODE"] = "offline"  # no account: the log stays here, for `wandb sync`
     accelerator = Accelerator(

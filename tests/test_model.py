@@ -8,7 +8,7 @@ from reference import assert_close
 
 from scavenger.model.convolution import causal_convolution, short_convolution, toeplitz_block
 from scavenger.model.filters import ImplicitFilter, ModalFilter
-from scavenger.model.modal import modal_scan, modal_taps
+from scavenger.model.modal import modal_scan, modal_step, modal_taps
 
 
 F64 = torch.float64
@@ -76,6 +76,10 @@ def test_modal_scan_is_the_recurrence(width, length):
     taps = modal_taps(poles, residues, mode_filter, 3, max(1, min(64, length)))
     taps[:, 0] += direct
     y, final = modal_scan(q, k, v, taps, poles, residues, mode_filter, state)
+    if length == 1:
+        step, stepped = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], direct, poles, residues, mode_filter, state)
+        assert_close(y[:, :, 0], step, 1e-13)
+        assert_close(final, stepped, 1e-13)
     if length:
         expected, expected_state = reference.recurrence(q, k, v, poles, residues, mode_filter, direct, state)
         assert_close(expected, y, 1e-13)  # measured 8e-15

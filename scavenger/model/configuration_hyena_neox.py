@@ -37,7 +37,7 @@ class HyenaNeoXConfig(PreTrainedConfig):
     short_filter_length: int = 3
     filter_width: int = 64
     position_features: int = 33
-    sine_frequency: float = 14.0
+    sine_frequency: float = 1.0
     context_length: int = 1024
     filter: str = "implicit"
     state_sizes: list[list[int]] | None = None

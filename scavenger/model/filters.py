@@ -20,13 +20,17 @@ class ImplicitFilter(nn.Module):
     along the same formula. Source: arXiv:2302.10866, section 3.3 and appendix. Taps are float32 or wider.
     """
 
-    def __init__(self, num_filters: int, width: int, position_features: int, sine_frequency: float, context_length: int):
+    def __init__(
+        self, num_filters: int, width: int, position_features: int, sine_frequency: float, context_length: int
+    ):
         super().__init__()
         self.num_filters = num_filters
         self.position_features = position_features
         self.sine_frequency = sine_frequency
         self.context_length = context_length
-        self.inner = nn.ModuleList([nn.Linear(position_features, width), nn.Linear(width, width), nn.Linear(width, width)])
+        self.inner = nn.ModuleList(
+            [nn.Linear(position_features, width), nn.Linear(width, width), nn.Linear(width, width)]
+        )
         self.head = nn.Linear(width, num_filters, bias=False)
         self.frequency = nn.Parameter(torch.full((width,), sine_frequency))
         self.direct = nn.Parameter(torch.zeros(num_filters))
@@ -44,8 +48,9 @@ class ImplicitFilter(nn.Module):
             time = torch.arange(length, device=device, dtype=wide)
             hidden = self._features(time)
             for layer in self.inner:
-                hidden = torch.sin(self.frequency.to(wide)
-                                   * nn.functional.linear(hidden, layer.weight.to(wide), layer.bias.to(wide)))
+                hidden = torch.sin(
+                    self.frequency.to(wide) * nn.functional.linear(hidden, layer.weight.to(wide), layer.bias.to(wide))
+                )
             taps = (hidden @ self.head.weight.to(wide).T).T
             decay = torch.linspace(SLOWEST_DECAY, FASTEST_DECAY, self.num_filters, device=device, dtype=wide)
             taps = taps * torch.exp(-decay[:, None] * time / self.context_length)
@@ -68,6 +73,7 @@ class ModalFilter(nn.Module):
     def __init__(self, state_sizes: list[int]):
         super().__init__()
         self.state_sizes = list(state_sizes)
+        self._mode_filter = None
         modes = sum(state_sizes)
         self.pole = nn.Parameter(torch.zeros(modes, 2))  # real and imaginary part
         self.residue = nn.Parameter(torch.zeros(modes, 2))
@@ -87,8 +93,10 @@ class ModalFilter(nn.Module):
 
     @property
     def mode_filter(self) -> Tensor:  # (mode,) the filter of each mode
-        sizes = torch.tensor(self.state_sizes, device=self.pole.device)
-        return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+        if self._mode_filter is None or self._mode_filter.device != self.pole.device:
+            owners = [index for index, size in enumerate(self.state_sizes) for _ in range(size)]
+            self._mode_filter = torch.tensor(owners, dtype=torch.long, device=self.pole.device)
+        return self._mode_filter
 
     def forward(self, length: int) -> Tensor:  # (filter, length)
         taps = modal_taps(self.poles, self.residues, self.mode_filter, self.num_filters, length)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .convolution import causal_convolution, short_convolution, toeplitz_block
 from .filters import ImplicitFilter, ModalFilter
-from .modal import CHUNK, modal_scan
+from .modal import CHUNK, modal_scan, modal_step
 
 
 BLOCK = 512  # query positions of one Toeplitz block, so that no length² matrix is held for all of a long input
@@ -34,8 +34,13 @@ class HyenaMixer(nn.Module):
         if config.filter == "modal":
             self.filter = ModalFilter(config.state_sizes[layer_index])
         else:
-            self.filter = ImplicitFilter(config.num_filters, config.filter_width, config.position_features,
-                                         config.sine_frequency, config.context_length)
+            self.filter = ImplicitFilter(
+                config.num_filters,
+                config.filter_width,
+                config.position_features,
+                config.sine_frequency,
+                config.context_length,
+            )
         # Linear attention adds up what softmax averages; the teacher's own scale is where it starts.
         self.scale = self.filter_head_width**-0.5
         self.reset_parameters()
@@ -58,8 +63,11 @@ class HyenaMixer(nn.Module):
         if mask is not None:
             projected = projected * mask[..., None].to(projected.dtype)
         layer_cache = None if cache is None else cache.layers[self.layer_index]
-        x, conv_state = short_convolution(self._by_stream(projected), self.short_filter.to(projected.dtype),
-                                          layer_cache.conv_state if layer_cache else None)
+        x, conv_state = short_convolution(
+            self._by_stream(projected),
+            self.short_filter.to(projected.dtype),
+            layer_cache.conv_state if layer_cache else None,
+        )
         q, k, v = self._split(x, cos, sin)
         if layer_cache is None:
             y = self._parallel(q, k, v)
@@ -101,8 +109,11 @@ class HyenaMixer(nn.Module):
         poles, residues = filter.poles, filter.residues
         if state is None:
             state = poles.new_zeros(q.shape[0], len(poles), self.filter_head_width, self.filter_head_width)
-        taps = filter(max(1, min(q.shape[2], CHUNK)))
-        return modal_scan(q, k, v, taps, poles, residues, filter.mode_filter, state)
+        modes = (poles, residues, filter.mode_filter, state)
+        if q.shape[2] == 1:
+            y, state = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], filter.direct, *modes)
+            return y[:, :, None], state
+        return modal_scan(q, k, v, filter(max(1, min(q.shape[2], CHUNK))), *modes)
 
 
 def rotary_angles(

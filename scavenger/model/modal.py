@@ -45,7 +45,7 @@ def modal_scan(
     mode_filter: Tensor,  # (mode,)
     recurrent_state: Tensor,  # (batch, mode, width, width) complex: Σ_s λ^{t-s} k_s v_sᵀ up to the token before q, k, v
 ) -> tuple[Tensor, Tensor]:  # (batch, filter, length, width), the state after the last token
-    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s and the state, chunk by chunk; a chunk of one token is a decoding step.
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s and the state, chunk by chunk.
 
     Inside a chunk the filter's taps are used, across chunks the state:
     y_t += Re Σ_m R_m λ_m^{t+1} q_tᵀ x_m,  x ← λ^C x + Σ_j λ^{C-1-j} k_j v_jᵀ.
@@ -58,6 +58,25 @@ def modal_scan(
         )
         outputs.append(y)
     return torch.cat(outputs, dim=2) if outputs else v, recurrent_state
+
+
+def modal_step(
+    q: Tensor,  # (batch, filter, width)
+    k: Tensor,  # (batch, filter, width)
+    v: Tensor,  # (batch, filter, width)
+    direct: Tensor,  # (filter,)
+    poles: Tensor,  # (mode,)
+    residues: Tensor,  # (mode,)
+    mode_filter: Tensor,  # (mode,)
+    recurrent_state: Tensor,  # (batch, mode, width, width) complex, up to the token before
+) -> tuple[Tensor, Tensor]:  # (batch, filter, width), the state after this token
+    """One token of modal_scan: x ← λ x + k vᵀ, y = Re Σ_m R_m qᵀ x_m + D (q · k) v."""
+    outer = (k[..., :, None] * v[..., None, :])[:, mode_filter]
+    state = torch.addcmul(outer.to(poles.dtype), recurrent_state, poles[:, None, None])
+    parts = torch.view_as_real(state).flatten(-2)
+    read = torch.view_as_complex((q[:, mode_filter, None, :] @ parts).unflatten(-1, (-1, 2)))[:, :, 0]
+    y = direct[:, None] * (q * k).sum(-1, keepdim=True) * v
+    return y.index_add(1, mode_filter, (read * residues[:, None]).real), state
 
 
 def _chunk(q, k, v, taps, poles, residues, mode_filter, state):
