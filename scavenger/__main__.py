@@ -45,21 +45,21 @@ def run(recipe, plan_only=False) -> int:
         return 0
     accelerator = processes.start(recipe)
     accelerator.print(plan.show(recipe, accelerator.num_processes) + "\n")
-    with accelerator.main_process_first():
-        run_dir = checkpoint.start_run(recipe)
-        tokenizer = teacher.tokenizer(recipe, run_dir)
-        data.run(recipe, run_dir, tokenizer)
-    accelerator.init_trackers("scavenger")
-    teacher.run(recipe, run_dir, accelerator, tokenizer)
-    if recipe.transfer:
-        transfer.run(recipe, run_dir, accelerator, tokenizer)
-    if recipe.baseline:
-        baseline.run(recipe, run_dir, accelerator, tokenizer)
-    if recipe.recurrence:
-        recurrence.run(recipe, run_dir, accelerator, tokenizer)
-    if recipe.report:
-        report.run(recipe, run_dir, accelerator, tokenizer)
-    accelerator.end_training()
+    with checkpoint.open_run(recipe, accelerator) as run_dir:
+        with accelerator.main_process_first():
+            tokenizer = teacher.tokenizer(recipe, run_dir)
+            data.run(recipe, run_dir, tokenizer)
+        accelerator.init_trackers("scavenger")
+        teacher.run(recipe, run_dir, accelerator, tokenizer)
+        if recipe.transfer:
+            transfer.run(recipe, run_dir, accelerator, tokenizer)
+        if recipe.baseline:
+            baseline.run(recipe, run_dir, accelerator, tokenizer)
+        if recipe.recurrence:
+            recurrence.run(recipe, run_dir, accelerator, tokenizer)
+        if recipe.report:
+            report.run(recipe, run_dir, accelerator, tokenizer)
+        accelerator.end_training()
     return 0
 
 

@@ -4,6 +4,8 @@ Work in progress lives in `<folder>.partial` and is renamed when it is whole, so
 a kill at any moment leaves either the folder or something to go on from.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -43,6 +45,23 @@ def start_run(recipe: Recipe) -> Path:
     except OSError as error:
         raise RecipeError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from None
     return run_dir
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe, accelerator):
+    """The run's folder, held until the context ends, however the process ends; refuses one that another run holds."""
+    with accelerator.main_process_first():
+        run_dir = start_run(recipe)
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            file = stack.enter_context(open(run_dir / "lock", "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RecipeError(
+                    f"run_dir: {run_dir} is in use by another process; expected one run at a time in a folder"
+                ) from None
+        yield run_dir
 
 
 def complete(folder: Path) -> bool:

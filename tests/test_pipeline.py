@@ -1,5 +1,6 @@
 """The whole way, on a small teacher and real text: every folder, every launch, every interruption."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -130,6 +131,14 @@ def scavenger_output(recipe, capsys):
 def test_another_recipe_is_refused(finished, workshop):
     with pytest.raises(RecipeError, match=r"transfer.logits.steps \(the run has 10, the recipe says 11\)"):
         scavenger(workshop / "recipe.yaml", "transfer.logits.steps=11")
+
+
+def test_a_run_in_use_is_refused(finished, workshop):
+    with open(finished / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RecipeError, match="in use by another process"):
+            scavenger(workshop / "recipe.yaml")
+    scavenger(workshop / "recipe.yaml")
 
 
 def test_progressive_schedule(workshop, tmp_path):
