@@ -9,6 +9,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/c
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints/cpu.txt scavenger-recipes.pth
+	@echo 'setting up .venv: about two minutes and 2 GB'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --quiet $(CONSTRAINTS) -e '.[dev]'
 	touch $@

@@ -49,7 +49,7 @@ def run(recipe, plan_only=False) -> int:
         with accelerator.main_process_first():
             tokenizer = teacher.tokenizer(recipe, run_dir)
             data.run(recipe, run_dir, tokenizer)
-        accelerator.init_trackers("scavenger")
+        accelerator.init_trackers("scavenger", init_kwargs={"wandb": {"name": run_dir.name, "dir": str(run_dir)}})
         teacher.run(recipe, run_dir, accelerator, tokenizer)
         if recipe.transfer:
             transfer.run(recipe, run_dir, accelerator, tokenizer)

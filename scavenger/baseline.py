@@ -28,6 +28,8 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
         activations.steps + logits.steps, logits.batch_size, recipe.baseline.learning_rate, recipe.baseline.warmup_steps
     )
     beside = checkpoint.partial(folder)
-    history = training.train("baseline", model, loss, batch, stage, beside / "steps", accelerator, recipe.training)
+    history = training.train(
+        "baseline", model, loss, batch, stage, beside / "steps", accelerator, recipe.training, begins=stage.steps
+    )
     checkpoint.finish_model(model, tokenizer, history, folder, accelerator)
     return folder

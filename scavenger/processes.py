@@ -1,6 +1,7 @@
 """How many processes there are, on what devices, and who logs."""
 
 import importlib.util
+import netrc
 import os
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def start(recipe: Recipe) -> Accelerator:
         raise RecipeError(
             f"training.tracker: {tracker} is not installed; expected `pip install {tracker}`, or tracker: none"
         )
-    if tracker == "wandb" and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
-        os.environ["WANDB_MODE"] = "offline"  # no account: the log stays here, for `wandb sync`
+    if tracker == "wandb" and "WANDB_MODE" not in os.environ and not _has_wandb_account():
+        os.environ["WANDB_MODE"] = "offline"  # the log stays here, for `wandb sync`
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=tracker,
@@ -42,3 +43,13 @@ def start(recipe: Recipe) -> Accelerator:
             "configuration such as accelerate_configs/cpu_two_processes.yaml"
         )
     return accelerator
+
+
+def _has_wandb_account():
+    """Whether a key is in the environment or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -30,11 +30,13 @@ def train(
     steps_dir: Path,
     accelerator: Accelerator,
     settings: Training,
+    begins: int = 0,
 ) -> list[dict]:
     """Train the parameters of `model` that require a gradient; returns the history, one entry per `log_every` steps.
 
     `batch(step)` gives the global batch of a step, of which each process takes its share; `loss(model, batch)` gives a
-    mean over sequences and further values to log. Resumes from the newest checkpoint below `steps_dir`.
+    mean over sequences and further values to log. Resumes from the newest checkpoint below `steps_dir`. `begins` is
+    the step of the whole run at which this training begins: trackers want an axis that only goes on.
     """
     optimizer = torch.optim.AdamW(_groups(model), lr=stage.learning_rate, betas=BETAS, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -73,7 +75,7 @@ def train(
             accelerator.log(
                 {f"{name}/{key}": item for key, item in means.items()}
                 | {f"{name}/learning_rate": learning_rate(stage, step)},
-                step=step + 1,
+                step=begins + step + 1,
             )
             bar.set_postfix(loss=f"{means['loss']:.4f}")
             sums, counted = {}, 0

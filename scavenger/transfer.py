@@ -4,6 +4,7 @@ Sources: arXiv:2401.17574 (the two steps, layer by layer from the bottom), arXiv
 then everything free).
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -68,11 +69,15 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer) -
                 checkpoint.partial(reached) / "steps",
                 accelerator,
                 recipe.training,
+                begins=first,
             )
         history += [entry | {"step": entry["step"] + first} for entry in found]
         checkpoint.finish_model(model, tokenizer, history, reached, accelerator)
     model.requires_grad_(True)
     checkpoint.finish_model(model, tokenizer, history, folder, accelerator)
+    if accelerator.is_main_process:
+        for turn in folder.glob("turn_*"):
+            shutil.rmtree(turn)
     return model.to(accelerator.device)
 
 
@@ -104,6 +109,7 @@ def match_logits(recipe, run_dir, frozen, model, steps_dir, accelerator) -> list
         steps_dir,
         accelerator,
         recipe.training,
+        begins=recipe.transfer.activations.steps,
     )
 
 
