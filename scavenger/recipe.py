@@ -183,6 +183,8 @@ class Student:
 
     mixer: Literal["hyena", "multihyena"] = "multihyena"
     num_filter_heads: int | None = None  # multihyena: filters per layer; None: the teacher's heads
+    attention_layers: tuple[int, ...] = ()  # layers that keep the teacher's attention, counted from 0
+    attention_window: int | None = None  # tokens that such a layer sees; None: the context length
     short_filter_length: int = 3
     filter_width: int = 64
     position_features: int = 33
@@ -191,6 +193,12 @@ class Student:
     sine_frequency: float = 1.0
 
     def __post_init__(self):
+        _require(
+            self.attention_window is None or self.attention_window > 0,
+            "attention_window",
+            self.attention_window,
+            "a positive number of tokens",
+        )
         _require(1 <= self.short_filter_length <= 16, "short_filter_length", self.short_filter_length, "1 to 16 taps")
         _require(self.filter_width > 0, "filter_width", self.filter_width, "a positive width")
         _require(
@@ -343,6 +351,15 @@ class Recipe:
             )
         shape = teacher_shape(self)
         heads = self.student.num_filter_heads
+        if self.transfer is not None and shape is not None:
+            layers = shape["num_hidden_layers"]
+            kept = set(self.student.attention_layers)
+            _require(
+                all(0 <= layer < layers for layer in kept) and len(kept) < layers,
+                "student.attention_layers",
+                list(self.student.attention_layers),
+                f"some, not all, of the teacher's layers 0 to {layers - 1}",
+            )
         if self.transfer is not None and shape is not None and heads is not None:
             _require(
                 shape["hidden_size"] % heads == 0,

@@ -44,10 +44,15 @@ def reduce_filters(
     student: HyenaNeoXForCausalLM, horizon: int, tolerance: float, max_state_size: int
 ) -> list[list[ReducedFilter]]:
     """The reduction of each filter of each layer, from its first `horizon` taps."""
-    layers = [layer.mixer.filter for layer in student.gpt_neox.layers]
-    with tqdm(total=sum(f.num_filters for f in layers), desc="recurrence", unit="filter", dynamic_ncols=True) as bar:
+    layers = [getattr(layer.mixer, "filter", None) for layer in student.gpt_neox.layers]
+    with tqdm(
+        total=sum(f.num_filters for f in layers if f is not None), desc="recurrence", unit="filter", dynamic_ncols=True
+    ) as bar:
         found = []
         for index, filter in enumerate(layers):
+            if filter is None:  # kept attention
+                found.append([])
+                continue
             taps = filter.double()(horizon).cpu().numpy()
             filter.float()
             if not np.isfinite(taps).all():
@@ -71,6 +76,8 @@ def recurrent_student(student: HyenaNeoXForCausalLM, reduced: list[list[ReducedF
         {key: value for key, value in student.state_dict().items() if ".mixer.filter." not in key}, strict=False
     )
     for layer, filters in zip(recurrent.gpt_neox.layers, reduced, strict=True):
+        if not filters:
+            continue
         target = layer.mixer.filter
         for parameter, parts in (
             (target.pole, [f.poles for f in filters]),

@@ -275,6 +275,8 @@ def _recurrence_section(figures):
         return ""
     rows = []
     for index, layer in enumerate(recurrence["layers"]):
+        if not layer:
+            continue  # kept attention has no filter
         errors = [f["relative_error"] for f in layer]
         worst = layer[int(np.argmax(errors))]
         rows.append(
@@ -352,6 +354,8 @@ def _draw_spectra(figures):
     layers = figures["recurrence"]["layers"]
     plt.figure(figsize=(4.6, 2.8))
     for index, layer in enumerate(layers):
+        if not layer:
+            continue
         spectra = [np.array(f["hankel_values"]) / (f["hankel_values"][0] or 1) for f in layer]
         count = min(len(s) for s in spectra)
         curves = np.array([s[:count] for s in spectra])

@@ -45,6 +45,8 @@ def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
     }
     return HyenaNeoXConfig(
         **shared,
+        attention_layers=sorted(set(settings.attention_layers)),
+        attention_window=settings.attention_window or recipe.data.context_length,
         rotary_fraction=rope["partial_rotary_factor"],
         rotary_base=rope["rope_theta"],
         num_filters=filters,

@@ -38,7 +38,7 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer) -
         return HyenaNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).to(accelerator.device)
     stage = recipe.transfer.activations
     model = student.from_teacher(recipe, frozen)
-    layers = range(model.config.num_hidden_layers)
+    layers = [layer for layer in range(model.config.num_hidden_layers) if layer not in model.config.attention_layers]
     turns = [list(layers)] if stage.schedule == "parallel" else [[layer] for layer in layers]
     blocks = data.blocks(run_dir / "data", "train")
     history = []

@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_student
 from reference import assert_close
 
+from scavenger.model import HyenaCache
 from scavenger.model.convolution import causal_convolution, short_convolution, toeplitz_block
 from scavenger.model.filters import ImplicitFilter, ModalFilter
 from scavenger.model.modal import modal_scan, modal_step, modal_taps
@@ -137,10 +138,11 @@ def test_the_future_does_not_leak(filters, modal):
     assert (before[:, 40:] - after[:, 40:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("attention_layers", [[], [0, 2]])
 @pytest.mark.parametrize("filters", [5, 30])
 @pytest.mark.parametrize("split", [[63], [1] * 63, [1, 62], [2, 1, 60], [40] + [1] * 23, [7, 30, 26]])
-def test_prompt_and_steps_give_the_whole_sequence(filters, split):
-    model = tiny_student(filters, modal=True)
+def test_prompt_and_steps_give_the_whole_sequence(filters, split, attention_layers):
+    model = tiny_student(filters, modal=True, attention_layers=attention_layers, attention_window=7)
     ids = torch.randint(0, 97, (2, 63))
     whole = model(input_ids=ids, use_cache=False).logits
     cache, pieces = None, []
@@ -151,13 +153,14 @@ def test_prompt_and_steps_give_the_whole_sequence(filters, split):
     assert_close(whole, torch.cat(pieces, dim=1), 1e-11)
     full = model(input_ids=ids, use_cache=True).past_key_values
     for a, b in zip(full.layers, cache.layers, strict=True):
-        assert_close(a.recurrent_state, b.recurrent_state, 1e-11)
-        assert_close(a.conv_state, b.conv_state, 1e-12)
+        for mine, other in zip(a.states, b.states, strict=True):
+            assert_close(mine.to(torch.complex128), other.to(torch.complex128), 1e-11)
 
 
+@pytest.mark.parametrize("attention_layers", [[], [1]])
 @pytest.mark.parametrize("filters", [5, 30])
-def test_left_padding_changes_nothing(filters):
-    model = tiny_student(filters, modal=True)
+def test_left_padding_changes_nothing(filters, attention_layers):
+    model = tiny_student(filters, modal=True, attention_layers=attention_layers, attention_window=7)
     ids = torch.randint(1, 97, (1, 20))
     padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], dim=1)
     mask = torch.cat([torch.zeros(1, 9), torch.ones(1, 20)], dim=1).long()
@@ -176,6 +179,22 @@ def test_state_size_does_not_depend_on_the_length():
     assert len(set(sizes)) == 1
     modes = sum(sum(layer) for layer in model.config.state_sizes)
     assert sizes[0] == 2 * (16 * modes * 6 * 6 + 8 * 3 * 2 * 90)
+
+
+def test_kept_attention_sees_its_window_and_no_more():
+    layer = tiny_student(attention_layers=[1], attention_window=7).gpt_neox.layers[1].mixer
+    hidden = torch.randn(2, 23, 30, dtype=F64)
+    ones, zeros = torch.ones(2, 23, 2, dtype=F64), torch.zeros(2, 23, 2, dtype=F64)
+    before = layer(hidden, ones, zeros)
+    for t in (6, 7, 15):
+        changed = hidden.clone()
+        changed[:, t] += 1
+        moved = (layer(changed, ones, zeros) - before).abs().amax((0, 2)) > 1e-9
+        assert moved.tolist() == [t <= place < t + 7 for place in range(23)]
+    full = HyenaCache(tiny_student(attention_layers=[1], attention_window=7).config)
+    for piece in hidden.split([3, 1, 12, 7], dim=1):
+        layer(piece, ones[:, : piece.shape[1]], zeros[:, : piece.shape[1]], None, full)
+        assert full.layers[1].keys.shape[2] <= 6
 
 
 def test_poles_stay_wide():

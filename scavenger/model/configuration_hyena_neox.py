@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 class HyenaNeoXConfig(PreTrainedConfig):
     """GPT-NeoX's own fields, and the mixer's.
 
+    `attention_layers`: layers that keep the teacher's attention, each token seeing `attention_window` tokens.
     `num_filters`: long filters of a layer; hidden_size for hyena, fewer for multihyena.
     `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex
     modes of each filter.
@@ -33,6 +34,8 @@ class HyenaNeoXConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
+    attention_layers: list[int] | tuple[int, ...] = ()
+    attention_window: int = 256
     num_filters: int = 8
     short_filter_length: int = 3
     filter_width: int = 64

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .convolution import causal_convolution, short_convolution, toeplitz_block
 from .filters import ImplicitFilter, ModalFilter
 from .modal import CHUNK, modal_scan, modal_step
+from .rotary import turn
 
 
 BLOCK = 512  # query positions of one Toeplitz block, so that no length² matrix is held for all of a long input
@@ -85,7 +86,7 @@ class HyenaMixer(nn.Module):
         """q, k, v, each (batch, filter, length, filter_head_width); rotary turns the teacher's heads."""
         q, k, v = x.chunk(3, dim=-1)
         if self.rotary:
-            q, k = (_turn(z.unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(-2) for z in (q, k))
+            q, k = (turn(z.unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(-2) for z in (q, k))
         q, k, v = (z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in (q, k, v))
         return q * self.scale, k, v
 
@@ -114,25 +115,3 @@ class HyenaMixer(nn.Module):
             y, state = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], filter.direct, *modes)
             return y[:, :, None], state
         return modal_scan(q, k, v, filter(max(1, min(q.shape[2], CHUNK))), *modes)
-
-
-def rotary_angles(
-    positions: Tensor,  # (batch, length)
-    channels: int,  # of each head that are turned
-    base: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # cos and sin, (batch, length, channels)
-    """cos and sin of p / base^{2i/channels}, each pair twice: GPT-NeoX turns channel i with channel i + channels/2."""
-    wide = torch.promote_types(dtype, torch.float32)
-    rate = base ** (-torch.arange(0, channels, 2, device=positions.device, dtype=wide) / max(channels, 1))
-    angle = positions[..., None].to(wide) * rate
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def _turn(x, cos, sin):
-    """Rotary position embedding on the first channels of each head: x is (batch, length, head, channel)."""
-    channels = cos.shape[-1]
-    turned, passed = x[..., :channels], x[..., channels:]
-    half = torch.cat([-turned[..., channels // 2 :], turned[..., : channels // 2]], dim=-1)
-    return torch.cat([turned * cos[:, :, None] + half * sin[:, :, None], passed], dim=-1)

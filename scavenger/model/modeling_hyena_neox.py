@@ -11,9 +11,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .attention import AttentionCacheLayer, WindowedAttention
 from .configuration_hyena_neox import HyenaNeoXConfig
 from .filters import ImplicitFilter
-from .hyena import HyenaMixer, rotary_angles
+from .hyena import HyenaMixer
+from .rotary import rotary_angles
 
 
 class HyenaCacheLayer:
@@ -27,6 +29,10 @@ class HyenaCacheLayer:
         self.conv_state: Tensor | None = None  # (batch, tap - 1, 3 channel)
         self.recurrent_state: Tensor | None = None  # (batch, mode, width, width) complex
 
+    @property
+    def states(self) -> tuple[Tensor | None, ...]:
+        return self.conv_state, self.recurrent_state
+
     def select(self, rows: Tensor):
         if self.conv_state is not None:
             self.conv_state = self.conv_state.index_select(0, rows.to(self.conv_state.device))
@@ -36,8 +42,15 @@ class HyenaCacheLayer:
 class HyenaCache(Cache):
     """The state of a sequence, of a size that does not depend on how much was read."""
 
-    def __init__(self, num_layers: int):
-        super().__init__(layers=[HyenaCacheLayer() for _ in range(num_layers)])
+    def __init__(self, config: HyenaNeoXConfig):
+        kept = set(config.attention_layers)
+        super().__init__(
+            layers=[
+                AttentionCacheLayer() if index in kept else HyenaCacheLayer()
+                for index in range(config.num_hidden_layers)
+            ]
+        )
+        self.config = config
         self.seen = 0  # tokens read, padding included
         self.padding: Tensor | None = None  # (batch,) tokens of left padding among them
 
@@ -48,7 +61,7 @@ class HyenaCache(Cache):
         return -1
 
     def reset(self):
-        self.__init__(len(self.layers))
+        self.__init__(self.config)
 
     def reorder_cache(self, beam_idx: Tensor):
         for layer in self.layers:
@@ -66,7 +79,7 @@ class HyenaCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held for all sequences of the batch."""
-        states = [state for layer in self.layers for state in (layer.conv_state, layer.recurrent_state)]
+        states = [state for layer in self.layers for state in layer.states]
         return sum(state.numel() * state.element_size() for state in states if state is not None)
 
 
@@ -87,7 +100,7 @@ class HyenaNeoXLayer(nn.Module):
         self.use_parallel_residual = config.use_parallel_residual
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = HyenaMixer(config, layer_index)
+        self.mixer = (WindowedAttention if layer_index in config.attention_layers else HyenaMixer)(config, layer_index)
         self.mlp = HyenaNeoXMLP(config)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
@@ -145,7 +158,7 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         use_cache = recurrent and (self.config.use_cache if use_cache is None else use_cache)
         cache = past_key_values if use_cache and isinstance(past_key_values, HyenaCache) else None
         if use_cache and cache is None:
-            cache = HyenaCache(self.config.num_hidden_layers)
+            cache = HyenaCache(self.config)
         mask, cos, sin = self.mask_and_angles(hidden, attention_mask, cache)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, cache)
