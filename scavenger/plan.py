@@ -43,10 +43,12 @@ def show(recipe: Recipe, processes: int = 1) -> str:
         f"of width {teacher_config.hidden_size}",
     ]
     if recipe.transfer:
-        filters = student.configuration(recipe, teacher_config).num_filters
+        config = student.configuration(recipe, teacher_config)
+        kept = ", ".join(map(str, config.attention_layers))
         lines.append(
-            f"student   {recipe.student.mixer}, {sizes['student']:,} parameters, {filters} filters a layer, each over "
-            f"{teacher_config.hidden_size // filters} channels"
+            f"student   {recipe.student.mixer}, {sizes['student']:,} parameters, {config.num_filters} filters a layer, "
+            f"each over {config.hidden_size // config.num_filters} channels"
+            + (f"; layer {kept} keeps attention in a window of {config.attention_window}" if kept else "")
         )
     lines += ["", f"{'stage':<12}{'steps':>8}{'tokens':>14}{'time':>10}{'memory':>10}  folder"]
     for stage in stages:
