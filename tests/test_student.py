@@ -77,9 +77,10 @@ def test_captured_activations_are_the_mixers():
     assert inputs[0] is None, "the hooks are gone"
 
 
-def test_generate_greedy_is_the_parallel_model():
+@pytest.mark.parametrize("attention_layers", [[], [0]])
+def test_generate_greedy_is_the_parallel_model(attention_layers):
     for modal in (True, False):
-        model = tiny_student(modal=modal)
+        model = tiny_student(modal=modal, attention_layers=attention_layers, attention_window=5)
         ids = torch.randint(1, 97, (2, 7))
         found = model.generate(
             ids,
@@ -104,8 +105,9 @@ def test_short_prompts(length):
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
 
 
-def test_beams_and_padded_batches():
-    model = tiny_student(modal=True)
+@pytest.mark.parametrize("attention_layers", [[], [1]])
+def test_beams_and_padded_batches(attention_layers):
+    model = tiny_student(modal=True, attention_layers=attention_layers, attention_window=5)
     ids = torch.randint(1, 97, (2, 9))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
