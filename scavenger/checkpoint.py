@@ -67,7 +67,7 @@ def open_run(recipe: Recipe, accelerator):
 def complete(folder: Path) -> bool:
     """Whether the folder is there, hence whole; what a kill left behind after the rename is swept away."""
     if folder.is_dir():
-        shutil.rmtree(folder / "steps", ignore_errors=True)
+        _sweep(folder)
         return True
     return False
 
@@ -80,8 +80,14 @@ def partial(folder: Path) -> Path:
 def finish(folder: Path) -> Path:
     """Declare a folder whole: `<folder>.partial` becomes `<folder>`, and its step checkpoints go."""
     os.replace(partial(folder), folder)
-    shutil.rmtree(folder / "steps", ignore_errors=True)
+    _sweep(folder)
     return folder
+
+
+def _sweep(folder):
+    """Remove what only making the folder needed: step checkpoints, and the turns of a progressive schedule."""
+    for path in [folder / "steps", *folder.glob("turn_*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def step_folder(steps: Path, step: int) -> Path:

@@ -1,8 +1,9 @@
 """Text into blocks of tokens, the same on every machine.
 
 Documents are split by a hash of what names them (train 90 %, validation 5 %, test 5 %), so a document is in the same
-split whatever the order, the machine or the amount read. Tokens are packed end to end, documents separated by the
-tokenizer's end-of-text token, and cut into blocks of `context_length`.
+split whatever the order, the machine or the amount read. A plain text file has no documents and is cut into pieces.
+Tokens are packed end to end, documents separated by the tokenizer's end-of-text token, and cut into blocks of
+`context_length`.
 """
 
 import hashlib
@@ -184,8 +185,10 @@ def _local_documents(data, seed):
     else:
         pieces = [piece for row in rows for piece in _pieces(row[column])]
         texts = (pieces[index] for index in _order(len(pieces), seed, 0))
-    for text in texts:
-        yield text, text
+    for value in texts:
+        text = _text(value, f"data.path: {path}")
+        if text is not None:
+            yield text, text
 
 
 def _hub_documents(data, seed):
@@ -200,8 +203,29 @@ def _hub_documents(data, seed):
             "expected a reachable data set, or data.path=<local folder>"
         ) from error
     _require_column(list(first), data.text_column, f"data.name: {data.name}")
-    for row in rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
-        yield row[data.text_column], row[data.text_column]
+    stream = iter(rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
+    while True:
+        try:
+            row = next(stream)
+        except StopIteration:
+            return
+        except Exception as error:  # as above, hours later
+            raise RecipeError(
+                f"data.name: {data.name} could not be read to the end ({_first_line(error)}); "
+                "the same command reads again"
+            ) from error
+        text = _text(row[data.text_column], f"data.name: {data.name}")
+        if text is not None:
+            yield text, text
+
+
+def _text(value, where):
+    """The text of a row; None for an empty one."""
+    if value is not None and not isinstance(value, str):
+        raise RecipeError(
+            f"{where}: found a {type(value).__name__} in the column; expected data.text_column to name text"
+        )
+    return value or None
 
 
 def _require_column(columns, column, where):

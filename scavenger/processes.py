@@ -3,14 +3,18 @@
 import importlib.util
 import netrc
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from transformers.utils import logging as transformers_logging
 
 from scavenger.recipe import Recipe, RecipeError
+
+
+PATIENCE = timedelta(days=7)  # the other processes wait while the first one reads and tokenises the text
 
 
 def start(recipe: Recipe) -> Accelerator:
@@ -30,6 +34,7 @@ def start(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=tracker,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_config=ProjectConfiguration(recipe.run_dir, logging_dir=str(Path(recipe.run_dir) / "logs")),
     )
     if accelerator.device.type == "cpu":
@@ -42,6 +47,15 @@ def start(recipe: Recipe) -> Accelerator:
             f"launch: {launched} processes were started but do not see each other; expected a launch "
             "configuration such as accelerate_configs/cpu_two_processes.yaml"
         )
+    stages = {"teacher.train": recipe.teacher.train}
+    if recipe.transfer:
+        stages |= {"transfer.activations": recipe.transfer.activations, "transfer.logits": recipe.transfer.logits}
+    for name, stage in stages.items():
+        if stage is not None and stage.batch_size % accelerator.num_processes:
+            raise RecipeError(
+                f"{name}.batch_size: found {stage.batch_size}; expected a multiple of the number of processes "
+                f"({accelerator.num_processes})"
+            )
     return accelerator
 
 

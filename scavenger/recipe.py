@@ -354,6 +354,13 @@ class Recipe:
         if self.transfer is not None and shape is not None:
             layers = shape["num_hidden_layers"]
             kept = set(self.student.attention_layers)
+            activations = self.transfer.activations
+            _require(
+                activations.schedule == "parallel" or activations.steps >= layers,
+                "transfer.activations.steps",
+                activations.steps,
+                f"at least one step for each of the teacher's {layers} layers, one after the other",
+            )
             _require(
                 all(0 <= layer < layers for layer in kept) and len(kept) < layers,
                 "student.attention_layers",
@@ -418,6 +425,11 @@ def teacher_shape(recipe: Recipe) -> dict | None:
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise _Wrong("teacher.path", str(folder), "a folder whose config.json can be read") from None
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if not isinstance(shape, dict) or (
+        shape.get("model_type") == "gpt_neox" and not all(isinstance(shape.get(key), int) for key in needed)
+    ):
+        raise _Wrong("teacher.path", str(folder), "a folder whose config.json gives " + ", ".join(needed))
     _require(
         shape.get("model_type") == "gpt_neox",
         "teacher.path",
@@ -436,7 +448,7 @@ def _read(path):
         raise RecipeError(f"{path}: cannot be read ({error}); expected a YAML file") from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
@@ -452,7 +464,7 @@ def _override(values, override, path):
         raise RecipeError(f"{path}: override {override!r}; expected section.key=value, as transfer.logits.steps=100")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(
             f"{path}: override {override!r}: the value is broken YAML; expected section.key=value"
         ) from None
@@ -512,7 +524,7 @@ def _convert(hint, value, where):
     if hint in (int, float):
         try:
             number = float(value) if not isinstance(value, bool) else None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
         # A number that is not finite, or an int with a fraction, is nobody's intention.
         if number is None or number - number != 0 or (hint is int and number != int(number)):

@@ -94,6 +94,7 @@ def summary(reduced: list[list[ReducedFilter]], recipe: Recipe) -> dict:
     filters = [f for layer in reduced for f in layer]
     return {
         "tolerance": tolerance,
+        "horizon": recipe.recurrence.horizon or recipe.data.context_length,
         "max_state_size": recipe.recurrence.max_state_size,
         "within_tolerance": sum(f.relative_error <= tolerance for f in filters),
         "filters": len(filters),

@@ -143,7 +143,7 @@ def draw(run_dir: Path, figures: dict, folder: Path) -> dict[str, str]:
     if figures["recurrence"]:
         _draw_spectra(figures)
         save("hankel.png", "Hankel singular values: how fast they fall decides how many states a filter needs.")
-        error = _draw_filter(run_dir, figures)
+        error = _draw_filter(run_dir, figures, figures["recurrence"]["horizon"])
         save("filter.png", f"The filter with the largest error ({error:.1e}) and its recurrence.")
     _draw_generation(figures)
     save("generation.png", "Generation, one sequence: speed, and what is kept between tokens, by context length.")
@@ -368,7 +368,7 @@ def _draw_spectra(figures):
     plt.legend(ncols=2)
 
 
-def _draw_filter(run_dir, figures):
+def _draw_filter(run_dir, figures, length):
     layers = figures["recurrence"]["layers"]
     error, layer, row = max(
         (f["relative_error"], i, j) for i, filters in enumerate(layers) for j, f in enumerate(filters)
@@ -376,7 +376,6 @@ def _draw_filter(run_dir, figures):
     student, recurrent = (
         HyenaNeoXForCausalLM.from_pretrained(run_dir / name, dtype=torch.float32) for name in ("transfer", "recurrence")
     )
-    length = student.config.context_length
     with torch.no_grad():
         exact, modal = (
             model.gpt_neox.layers[layer].mixer.filter(length)[row].numpy() for model in (student, recurrent)

@@ -104,9 +104,7 @@ def _groups(model):
 
 
 def _share(rows, accelerator):
-    count = accelerator.num_processes
-    if len(rows) % count:
-        raise RecipeError(f"batch_size: found {len(rows)}; expected a multiple of the number of processes ({count})")
+    count = accelerator.num_processes  # divides every batch: checked at the launch
     return rows[accelerator.process_index :: count].to(accelerator.device)
 
 

@@ -4,7 +4,6 @@ Sources: arXiv:2401.17574 (the two steps, layer by layer from the bottom), arXiv
 then everything free).
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -75,9 +74,6 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer) -
         checkpoint.finish_model(model, tokenizer, history, reached, accelerator)
     model.requires_grad_(True)
     checkpoint.finish_model(model, tokenizer, history, folder, accelerator)
-    if accelerator.is_main_process:
-        for turn in folder.glob("turn_*"):
-            shutil.rmtree(turn)
     return model.to(accelerator.device)
 
 
@@ -149,9 +145,9 @@ class MixerMatching(nn.Module):
 
 
 def _shares(turns, steps):
-    """Each turn with its first step and number of steps; every turn gets at least one."""
+    """Each turn with its first step and number of steps."""
     edges = [round(turn * steps / len(turns)) for turn in range(len(turns) + 1)]
-    return [(turn, edges[index], max(1, edges[index + 1] - edges[index])) for index, turn in enumerate(turns)]
+    return [(turn, edges[index], edges[index + 1] - edges[index]) for index, turn in enumerate(turns)]
 
 
 def _shortened(stage, steps):

@@ -91,6 +91,13 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path):
     assert sorted("".join(pieces).splitlines(True)) == sorted(lines)
 
 
+def test_rows_without_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "n": 1}\n{"text": null, "n": 2}\n{"text": "", "n": 3}')
+    assert [text for _, text in data.documents(Data(path=str(tmp_path)), 0)] == ["x"]
+    with pytest.raises(RecipeError, match="found a int.*name text"):
+        list(data.documents(Data(path=str(tmp_path), text_column="n"), 0))
+
+
 def test_data_that_cannot_be_read(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(RecipeError, match="files of one kind"):

@@ -5,6 +5,7 @@ import reference
 import torch
 from conftest import tiny_student
 from reference import assert_close
+from transformers import DynamicCache
 
 from scavenger.model import HyenaCache
 from scavenger.model.convolution import causal_convolution, short_convolution, toeplitz_block
@@ -169,6 +170,29 @@ def test_left_padding_changes_nothing(filters, attention_layers):
     first = model(input_ids=padded[:, :25], attention_mask=mask[:, :25], use_cache=True)
     second = model(input_ids=padded[:, 25:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
     assert_close(alone[:, 16:], second.logits, 1e-11)
+
+
+@pytest.mark.parametrize("attention_layers", [[], [1]])
+def test_right_padding_changes_nothing_without_a_cache(attention_layers):
+    model = tiny_student(modal=True, attention_layers=attention_layers, attention_window=7)
+    ids = torch.randint(1, 97, (1, 20))
+    padded = torch.cat([ids, torch.zeros(1, 9, dtype=torch.long)], dim=1)
+    mask = torch.cat([torch.ones(1, 20), torch.zeros(1, 9)], dim=1).long()
+    alone = model(input_ids=ids, use_cache=False).logits
+    assert_close(alone, model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, :20], 1e-11)
+    with pytest.raises(ValueError, match="pads on the right"):
+        model(input_ids=padded, attention_mask=mask, use_cache=True)
+
+
+def test_caches_that_do_not_fit_are_refused():
+    ids = torch.randint(1, 97, (1, 5))
+    cache = tiny_student(modal=True)(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="has no state"):
+        tiny_student()(input_ids=ids, past_key_values=cache)
+    other = DynamicCache()
+    other.update(torch.zeros(1, 5, 3, 6), torch.zeros(1, 5, 3, 6), 0)
+    with pytest.raises(ValueError, match="DynamicCache; expected a HyenaCache"):
+        tiny_student(modal=True)(input_ids=ids, past_key_values=other)
 
 
 def test_state_size_does_not_depend_on_the_length():

@@ -39,6 +39,7 @@ def curve(run, stage):
 
 
 def test_every_folder_opens(finished):
+    assert not list(finished.rglob("turn_*"))
     for name in ("transfer", "transfer/activations", "baseline", "recurrence"):
         model = AutoModelForCausalLM.from_pretrained(finished / name)
         assert model.config.filter == ("modal" if name == "recurrence" else "implicit")
@@ -261,6 +262,16 @@ def test_two_processes_are_one(finished, workshop, tmp_path):
         np.testing.assert_allclose(curve(tmp_path / "run", stage), curve(finished, stage), rtol=2e-3)
     assert done.stdout.count("× teacher") == 1
     assert (tmp_path / "run/report/report.html").is_file()
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(workshop, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    from scavenger import processes
+
+    three = type("Three", (), {"num_processes": 3, "device": torch.device("cpu")})
+    monkeypatch.setattr(processes, "Accelerator", lambda **kwargs: three)
+    with pytest.raises(RecipeError, match="transfer.activations.batch_size: found 4; expected a multiple.*3"):
+        processes.start(load_recipe(str(workshop / "recipe.yaml")))
 
 
 def test_processes_that_do_not_see_each_other_are_refused(workshop, monkeypatch):

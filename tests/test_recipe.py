@@ -100,6 +100,12 @@ def test_resolved_recipe_is_the_same_recipe(tmp_path):
         (["baseline.learning_rate=1e-3", "baseline.warmup_steps=99"], ["baseline.warmup_steps", "99", "12"]),
         (["report.context_lengths=5"], ["report.context_lengths", "5", "list"]),
         (["seed=-1"], ["seed", "-1"]),
+        (["seed=1" + 400 * "0"], ["seed", "whole number"]),
+        (["run_dir=2024-13-45"], ["run_dir=2024-13-45", "broken YAML"]),
+        (
+            ["transfer.activations.schedule=progressive", "transfer.activations.steps=3"],
+            ["transfer.activations.steps", "3", "4 layers"],
+        ),
         (["seed"], ["'seed'", "section.key=value"]),
         (["run_dir.x=1"], ["run_dir", "no section"]),
     ],
@@ -120,6 +126,7 @@ def test_mistakes_are_named(tmp_path, overrides, parts):
         ("run_dir: [x\nseed: 1\n", ["broken YAML", "line"]),
         ("- a\n- b\n", ["expected sections"]),
         ("", ["expected sections"]),
+        ("run_dir: 2024-13-45\n", ["broken YAML"]),
         ("run_dir: x\n", ["transfer", "makes nothing"]),
         ("seed: 1\n", ["run_dir", "nothing", "text"]),
     ],
@@ -134,6 +141,13 @@ def test_broken_files(tmp_path, text, parts):
 def test_a_teacher_that_is_no_gpt_neox(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(RecipeError, match="gpt2.*GPT-NeoX"):
+        load_recipe(write(tmp_path, MINIMAL), [f"teacher.path={tmp_path}"])
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "gpt_neox"}', "[]", '"gpt_neox"'])
+def test_a_teacher_without_a_shape(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(RecipeError, match="teacher.path.*expected"):
         load_recipe(write(tmp_path, MINIMAL), [f"teacher.path={tmp_path}"])
 
 

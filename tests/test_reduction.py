@@ -102,6 +102,13 @@ def test_the_state_is_the_smallest_that_meets_the_tolerance():
             assert fit_residues(taps, poles)[1][0] > 0.05
 
 
+def test_a_delay_has_no_slow_pole_and_is_no_crash():
+    for taps in (np.eye(1, 8, 1)[0], np.eye(1, 64, 1)[0], 0.01 ** np.arange(64) * np.where(np.arange(64) == 0, 0.1, 1)):
+        found = reduce(taps, 1e-3, 8)
+        assert found.state_size == 0 and found.direct == taps[0]
+        assert found.relative_error == pytest.approx(np.linalg.norm(taps[1:]) / np.linalg.norm(taps))
+
+
 def test_tails_are_held_down():
     found = reduce(rough(127, 0.01), 1e-2, 20)
     far = impulse_response(found.poles, found.residues, 20_000)[127:]

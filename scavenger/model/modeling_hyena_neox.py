@@ -156,7 +156,11 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         hidden = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
         recurrent = self.config.filter == "modal"
         use_cache = recurrent and (self.config.use_cache if use_cache is None else use_cache)
-        cache = past_key_values if use_cache and isinstance(past_key_values, HyenaCache) else None
+        cache = past_key_values if isinstance(past_key_values, HyenaCache) else None
+        if cache is None and past_key_values is not None and past_key_values.get_seq_length():
+            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; expected a HyenaCache")
+        if cache is not None and not recurrent:
+            raise ValueError("a student with implicit filters has no state; expected past_key_values=None")
         if use_cache and cache is None:
             cache = HyenaCache(self.config)
         mask, cos, sin = self.mask_and_angles(hidden, attention_mask, cache)
@@ -182,10 +186,14 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
             if cache.padding is None:
                 cache.padding = torch.zeros(batch, dtype=torch.long, device=hidden.device)
             if mask is not None:
+                if length and bool((mask[:, :-1] > mask[:, 1:]).any()):
+                    raise ValueError(
+                        "attention_mask pads on the right; expected padding on the left where a cache is used"
+                    )
                 cache.padding = cache.padding + (mask == 0).sum(1)
             padding = cache.padding
         places = torch.arange(seen, seen + length, device=hidden.device)
-        positions = (places[None] - padding[:, None]).clamp(min=0)
+        positions = places[None] - padding[:, None]
         cos, sin = rotary_angles(positions, self.config.rotary_channels, self.config.rotary_base, hidden.dtype)
         return None if mask is None or bool(mask.all()) else mask, cos, sin
 

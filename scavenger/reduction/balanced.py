@@ -48,11 +48,10 @@ def reduce(taps: NDArray, tolerance: float, max_state_size: int) -> ReducedFilte
     taps = np.asarray(taps, dtype=np.float64)
     norm = np.linalg.norm(taps)
     g = taps[1:]
+    stateless = _stateless(taps)
     # A filter that is nothing beyond its first tap needs no state.
-    if np.linalg.norm(g) <= tolerance * norm:
-        relative = float(np.linalg.norm(g) / norm) if norm else 0.0
-        none = np.zeros(0, complex)
-        return ReducedFilter(none, none, float(taps[0]), 0, relative, relative, 0.0, np.zeros(1), 0.0)
+    if stateless.relative_error <= tolerance:
+        return stateless
     values, vectors = hankel_eigen(g)
     # Floors are for g; an error relative to all taps is smaller by this share.
     share = np.linalg.norm(g) / norm
@@ -84,6 +83,8 @@ def reduce(taps: NDArray, tolerance: float, max_state_size: int) -> ReducedFilte
         failures = 0 if reaches(states) else failures + 1
         states -= 1
     within = [found for found in tried.values() if found is not None]
+    if not within:  # every pole is faster than MIN_RADIUS, as for a delay
+        return stateless
     met = [found for found in within if found[2][0] <= tolerance]
     best = (
         min(met, key=lambda found: (len(found[0]), found[2][0])) if met else min(within, key=lambda found: found[2][0])
@@ -103,6 +104,14 @@ def reduce(taps: NDArray, tolerance: float, max_state_size: int) -> ReducedFilte
         np.abs(values),
         float(gain_floors(values)[real_states]),
     )
+
+
+def _stateless(taps):
+    """The filter as its first tap alone."""
+    norm = np.linalg.norm(taps)
+    error = float(np.linalg.norm(taps[1:]) / norm) if norm else 0.0
+    none = np.zeros(0, complex)
+    return ReducedFilter(none, none, float(taps[0]), 0, error, error, 0.0, np.zeros(1), 0.0)
 
 
 def truncated_poles(values: NDArray, vectors: NDArray, states: int) -> NDArray:
