@@ -12,8 +12,8 @@ from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, teacher_shape
 
 
-# Share of the measured matrix rate that a training step reaches: small kernels, element-wise work and the optimiser
-# take the rest. Seen with the quickstart on two CPU threads; a plan is a plan.
+# Share of the measured matrix rate that a training step is taken to reach: small kernels, element-wise work and the
+# optimiser take the rest. Our guess; with it the quickstart's plan says 7 minutes, and the whole run took 5 to 6.
 EFFICIENCY = 0.35
 ADAM_BYTES = 16  # per trained parameter: weight, gradient and two moments in float32
 ACTIVATION_FLOATS = 34  # per token, layer and channel kept for the backward pass of a GPT-NeoX block

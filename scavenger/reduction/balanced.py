@@ -16,7 +16,7 @@ from scavenger.reduction.hankel import gain_floors, hankel_eigen, relative_floor
 
 MAX_RADIUS = 0.9999  # e-folds after 10⁴ tokens; truncation is stable by theory, this only guards rounding
 MIN_RADIUS = 0.02  # a faster mode is gone after the first tap, and its residue would only cancel the direct term
-RIPPLE = 8  # real states; on implicit filters the error was never out of order over a wider stretch
+RIPPLE = 8  # real states; our choice: a least-squares fit is cheap, and a smaller state is for good
 PADDING = 1.5  # the target goes on as zeros to this many horizons, so that tails are held down too
 
 
