@@ -43,10 +43,11 @@ def tiny_teacher(**changes):
 
 def tiny_student(filters=5, modal=False, **changes):
     """A student of the tiny teacher's shape, in float64; `filters` 5 is multihyena by head, 30 is hyena."""
+    count = filters * changes.get("hyena_order", 1)
     sizes = (
         {
             "filter": "modal",
-            "state_sizes": [[1 + (3 * layer + filter) % 4 for filter in range(filters)] for layer in range(3)],
+            "state_sizes": [[1 + (3 * layer + filter) % 4 for filter in range(count)] for layer in range(3)],
         }
         if modal
         else {}
@@ -78,6 +79,8 @@ def tiny_student(filters=5, modal=False, **changes):
                 continue
             mixer.short_filter.add_(0.3 * torch.randn_like(mixer.short_filter))
             mixer.filter.direct.normal_()
+            if mixer.gates is not None:
+                mixer.gates.weight.normal_(std=0.5)
             if modal:
                 radius = 0.5 + 0.49 * torch.rand(len(mixer.filter.pole), dtype=torch.float64)
                 mixer.filter.pole.copy_(torch.view_as_real(torch.polar(radius, 3 * torch.rand_like(radius))))

@@ -33,6 +33,13 @@ def mixer(q, k, v, taps):
     return y
 
 
+def full_recurrence(gates, v, taps):
+    """z^1 = v, z^{n+1}_t = x^n_t (h^n * z^n)_t; gates and v are (batch, channel, length), taps one set for each gate."""
+    for gate, h in zip(gates, taps, strict=True):
+        v = gate * convolution(v, h)
+    return v
+
+
 def recurrence(q, k, v, poles, residues, mode_filter, direct, state):
     """Token by token: x ← λ x + k vᵀ, y = Re Σ_m R_m qᵀ x_m + D (q · k) v."""
     outputs = []

@@ -7,13 +7,31 @@ from conftest import tiny_student
 from reference import assert_close
 from transformers import DynamicCache
 
-from scavenger.model import HyenaCache
-from scavenger.model.convolution import causal_convolution, short_convolution, toeplitz_block
+from scavenger.model import HyenaCache, HyenaNeoXConfig, convolution
+from scavenger.model.attention import WindowedAttention
+from scavenger.model.convolution import (
+    ToeplitzProduct,
+    causal_convolution,
+    outer_product_convolution,
+    short_convolution,
+    toeplitz_block,
+    transform_size,
+)
 from scavenger.model.filters import ImplicitFilter, ModalFilter
-from scavenger.model.modal import modal_scan, modal_step, modal_taps
+from scavenger.model.hyena import long_convolution
+from scavenger.model.modal import Modes, modal_scan, modal_step
 
 
 F64 = torch.float64
+SHAPES = [
+    {"filters": 5},
+    {"filters": 10},
+    {"filters": 30},
+    {"filters": 30, "hyena_order": 3},
+    {"filters": 5, "attention_layers": [0, 2], "attention_window": 7},
+    {"filters": 30, "attention_layers": [1], "attention_window": 1},
+    {"filters": 5, "attention_layers": [1], "attention_window": 0},  # whole
+]
 
 
 def test_fft_convolution_and_its_gradients():
@@ -52,53 +70,124 @@ def test_short_convolution_in_pieces(split):
 
 def test_toeplitz_block_is_the_matrix_of_the_filter():
     taps = torch.randn(3, 11, dtype=F64)
-    block = toeplitz_block(taps, range(4, 9))
+    block = toeplitz_block(taps, slice(4, 9))
     for row, t in enumerate(range(4, 9)):
         for s in range(9):
             expected = taps[:, t - s] if s <= t else torch.zeros(3, dtype=F64)
             assert torch.equal(block[:, row, s], expected)
 
 
+def test_transforms_are_of_a_size_that_is_quick():
+    for length in range(1, 3000):
+        size = transform_size(length)
+        assert (
+            length <= size <= length * 9 / 8
+            and size >> max(0, size.bit_length() - 4) << max(0, size.bit_length() - 4) == size
+        )
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 50, 63])
+@pytest.mark.parametrize("form", [ToeplitzProduct.apply, outer_product_convolution, long_convolution])
+def test_every_form_is_the_formula_with_gradients(form, length, monkeypatch):
+    monkeypatch.setattr(convolution, "BLOCK", 17)  # lengths below, at and across blocks
+    q, k, v = (torch.randn(2, 3, length, 5, dtype=F64, requires_grad=True) for _ in range(3))
+    taps = torch.randn(3, length + 4, dtype=F64, requires_grad=True)
+    weight = torch.randn_like(v)
+    fast, slow = form(q, k, v, taps), reference.mixer(q, k, v, taps)
+    assert_close(slow, fast, 1e-14)  # measured 6e-16
+    for a, b in zip(
+        torch.autograd.grad((slow * weight).sum(), (q, k, v, taps)),
+        torch.autograd.grad((fast * weight).sum(), (q, k, v, taps)),
+        strict=True,
+    ):
+        assert_close(a, b, 1e-14)
+
+
+def test_the_form_depends_on_the_shape(monkeypatch):
+    taken = []
+    for name in ("causal_convolution", "outer_product_convolution"):
+        whole = getattr(convolution, name)
+        monkeypatch.setattr(f"scavenger.model.hyena.{name}", lambda *x, n=name, w=whole: taken.append(n) or w(*x))
+    for width, length in ((1, 9), (2, 9), (2, 40), (7, 40)):
+        q, k, v = torch.randn(3, 2, 3, length, width, dtype=F64)
+        taps = torch.randn(3, length, dtype=F64)
+        assert_close(reference.mixer(q, k, v, taps), long_convolution(q, k, v, taps), 1e-13)
+    assert taken == ["causal_convolution", "outer_product_convolution"]
+
+
+@pytest.mark.parametrize("filters", [5, 30])
+def test_the_scan_stands_in_for_the_matrices_where_inputs_are_long(filters, monkeypatch):
+    model = tiny_student(filters, modal=True)
+    ids = torch.randint(0, 97, (2, 391))
+    scanned = model(input_ids=ids, use_cache=False).logits
+    assert model.gpt_neox.layers[0].mixer._scan_pays(391)
+    monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 1e9)
+    assert_close(scanned, model(input_ids=ids, use_cache=False).logits, 1e-11)
+
+
 def test_modal_taps_are_the_loop_of_multiplications():
-    poles, residues, mode_filter = _modes()
-    taps = modal_taps(poles, residues, mode_filter, 3, 203)
-    power = torch.ones_like(poles)
+    modes = _modes()
+    taps = modes.taps(203)
+    power = torch.ones_like(modes.poles)
     for t in range(203):
-        expected = torch.zeros(3, dtype=F64).index_add(0, mode_filter, (residues * power).real)
+        expected = torch.zeros(3, dtype=F64).index_add(0, modes.mode_filter, (modes.residues * power).real)
+        if t == 0:
+            expected = expected + modes.direct
         torch.testing.assert_close(taps[:, t], expected, rtol=1e-11, atol=1e-12)
-        power = power * poles
+        power = power * modes.poles
 
 
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("length", [0, 1, 2, 63, 64, 65, 150])
 def test_modal_scan_is_the_recurrence(width, length):
-    poles, residues, mode_filter = _modes()
+    modes = _modes()
     q, k, v = torch.randn(3, 2, 3, length, width, dtype=F64)
-    direct, state = torch.randn(3, dtype=F64), torch.randn(2, 5, width, width, dtype=torch.complex128)
-    taps = modal_taps(poles, residues, mode_filter, 3, max(1, min(64, length)))
-    taps[:, 0] += direct
-    y, final = modal_scan(q, k, v, taps, poles, residues, mode_filter, state)
+    state = torch.randn(2, 5, width, width, dtype=torch.complex128)
+    y, final = modal_scan(q, k, v, modes.taps(max(1, min(64, length))), modes, state)
     if length == 1:
-        step, stepped = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], direct, poles, residues, mode_filter, state)
+        step, stepped = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], modes, state)
         assert_close(y[:, :, 0], step, 1e-13)
         assert_close(final, stepped, 1e-13)
     if length:
-        expected, expected_state = reference.recurrence(q, k, v, poles, residues, mode_filter, direct, state)
+        expected, expected_state = reference.recurrence(q, k, v, *modes, state)
         assert_close(expected, y, 1e-13)  # measured 8e-15
         assert_close(expected_state, final, 1e-13)
     else:
         assert y.shape == v.shape and torch.equal(state, final)
 
 
-@pytest.mark.parametrize("filters", [5, 30])
-def test_mixer_is_its_formula_with_gradients(filters):
-    mixer = tiny_student(filters).gpt_neox.layers[1].mixer
-    q, k, v = (torch.randn(2, filters, 63, 30 // filters, dtype=F64, requires_grad=True) for _ in range(3))
-    taps = mixer.filter(63)
-    weight = torch.randn_like(v)
-    fast, slow = mixer._parallel(q, k, v), reference.mixer(q, k, v, taps)
+@pytest.mark.parametrize("length", [1, 70])
+def test_gradients_of_outputs_and_final_states(length):
+    modes = Modes(*(part.requires_grad_(part.is_floating_point() or part.is_complex()) for part in _modes()))
+    q, k, v = (torch.randn(2, 3, length, 4, dtype=F64, requires_grad=True) for _ in range(3))
+    state = torch.randn(2, 5, 4, 4, dtype=torch.complex128, requires_grad=True)
+    weight, state_weight = torch.randn(2, 3, length, 4, dtype=F64), torch.randn(2, 5, 4, 4, dtype=torch.complex128)
+    variables = (q, k, v, state, modes.poles, modes.residues, modes.direct)
+
+    def gradients(y, final):
+        return torch.autograd.grad((y * weight).sum() + (final * state_weight).real.sum(), variables)
+
+    slow = gradients(*reference.recurrence(q, k, v, *modes, state))
+    for a, b in zip(slow, gradients(*modal_scan(q, k, v, modes.taps(min(64, length)), modes, state)), strict=True):
+        assert_close(a, b, 1e-12)  # measured 4e-14
+    if length == 1:
+        y, final = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], modes, state)
+        for a, b in zip(slow, gradients(y[:, :, None], final), strict=True):
+            assert_close(a, b, 1e-13)
+
+
+@pytest.mark.parametrize("hyena_order", [2, 4])
+@pytest.mark.parametrize("modal", [False, True])
+def test_full_recurrence_is_its_formula_with_gradients(hyena_order, modal):
+    mixer = tiny_student(30, modal, hyena_order=hyena_order).gpt_neox.layers[1].mixer
+    q, k, v, *between = torch.randn(1 + hyena_order, 2, 30, 41, 1, dtype=F64).requires_grad_()
+    taps = mixer.filter(41)
+    gates = [gate[..., 0] for gate in (k, *between, q)]
+    slow = reference.full_recurrence(gates, v[..., 0], taps.chunk(hyena_order))[..., None]
+    fast = mixer._parallel(q, k, v, between)
     assert_close(slow, fast, 1e-13)
-    variables = (q, k, v, *mixer.filter.parameters())
+    weight = torch.randn_like(slow)
+    variables = (q, k, v, *between, *mixer.filter.parameters())
     for a, b in zip(
         torch.autograd.grad((slow * weight).sum(), variables, retain_graph=True),
         torch.autograd.grad((fast * weight).sum(), variables),
@@ -107,16 +196,45 @@ def test_mixer_is_its_formula_with_gradients(filters):
         assert_close(a, b, 1e-11)
 
 
-def test_long_inputs_are_read_in_blocks(monkeypatch):
-    mixer = tiny_student(5).gpt_neox.layers[0].mixer
-    q, k, v = torch.randn(3, 2, 5, 63, 6, dtype=F64)
-    whole = mixer._parallel(q, k, v)
-    monkeypatch.setattr("scavenger.model.hyena.BLOCK", 17)
-    assert_close(whole, mixer._parallel(q, k, v), 1e-13)
+def test_full_recurrence_starts_as_one_convolution_and_passes():
+    """With the new filters' taps at zero, a full recurrence at its first weights is the student of one convolution."""
+    one, three = tiny_student(30), tiny_student(30, hyena_order=3)
+    for simple, full in zip(one.gpt_neox.layers, three.gpt_neox.layers, strict=True):
+        full.mixer.reset_parameters()
+        full.mixer.filter.reset_parameters()
+        with torch.no_grad():
+            full.mixer.filter.head.weight[:60] = 0
+            values = simple.mixer.filter.state_dict()
+            full.mixer.filter.head.weight[60:] = values.pop("head.weight")
+            full.mixer.filter.direct[60:] = values.pop("direct")
+            full.mixer.short_filter[:90] = simple.mixer.short_filter
+        full.mixer.filter.load_state_dict(values, strict=False)
+        full.mixer.query_key_value.load_state_dict(simple.mixer.query_key_value.state_dict())
+        full.mixer.dense.load_state_dict(simple.mixer.dense.state_dict())
+    hidden = torch.randn(2, 23, 30, dtype=F64)
+    ones = torch.ones(2, 23, 2, dtype=F64)
+    for simple, full in zip(one.gpt_neox.layers, three.gpt_neox.layers, strict=True):
+        assert_close(simple.mixer(hidden, ones, 0 * ones), full.mixer(hidden, ones, 0 * ones), 1e-13)
+
+
+@pytest.mark.parametrize("filters", [1, 3, 5, 10, 15])
+def test_positions_are_relative_wherever_rotary_is_kept(filters):
+    """Heads of 6 channels, 2 of them turned: groups of 30, 10, 6, 3 and 2 channels."""
+    model = tiny_student(filters)
+    assert model.config.rotary == (filters != 3)
+    hidden = torch.randn(2, 23, 30, dtype=F64)
+    mixer, places = model.gpt_neox.layers[0].mixer, torch.arange(23)
+    outputs = []
+    for shift in (0, 11):
+        angle = (places + shift).double()[None, :, None].expand(2, 23, 2)
+        outputs.append(mixer(hidden, angle.cos(), angle.sin()))
+    assert_close(*outputs, 1e-13)
+    still = mixer(hidden, torch.ones(2, 23, 2, dtype=F64), torch.zeros(2, 23, 2, dtype=F64))
+    assert model.config.rotary == ((still - outputs[0]).abs().max() > 1e-3)
 
 
 def test_first_tap_holds_the_direct_term_and_the_window_decays():
-    implicit = ImplicitFilter(3, 11, 9, 14.0, 63).double()
+    implicit = ImplicitFilter(3, 1, 11, 9, 14.0, 63).double()
     before = implicit(150)
     with torch.no_grad():
         implicit.direct += torch.tensor([1.0, 2.0, 3.0])
@@ -127,10 +245,10 @@ def test_first_tap_holds_the_direct_term_and_the_window_decays():
     assert_close(before[:, :40], implicit(40) - difference[:, :40], 1e-14)  # a prefix, not a rescaled filter
 
 
-@pytest.mark.parametrize("filters", [5, 30])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("modal", [False, True])
-def test_the_future_does_not_leak(filters, modal):
-    model = tiny_student(filters, modal)
+def test_the_future_does_not_leak(shape, modal):
+    model = tiny_student(modal=modal, **shape)
     ids = torch.randint(0, 97, (2, 63))
     changed = ids.clone()
     changed[:, 40:] = torch.randint(0, 97, (2, 23))
@@ -139,11 +257,10 @@ def test_the_future_does_not_leak(filters, modal):
     assert (before[:, 40:] - after[:, 40:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("attention_layers", [[], [0, 2]])
-@pytest.mark.parametrize("filters", [5, 30])
-@pytest.mark.parametrize("split", [[63], [1] * 63, [1, 62], [2, 1, 60], [40] + [1] * 23, [7, 30, 26]])
-def test_prompt_and_steps_give_the_whole_sequence(filters, split, attention_layers):
-    model = tiny_student(filters, modal=True, attention_layers=attention_layers, attention_window=7)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("split", [[63], [1] * 63, [1, 62], [2, 1, 60], [40] + [1] * 23, [7, 0, 30, 26], [3, 4, 1, 55]])
+def test_prompt_and_steps_give_the_whole_sequence(shape, split):
+    model = tiny_student(modal=True, **shape)
     ids = torch.randint(0, 97, (2, 63))
     whole = model(input_ids=ids, use_cache=False).logits
     cache, pieces = None, []
@@ -158,10 +275,24 @@ def test_prompt_and_steps_give_the_whole_sequence(filters, split, attention_laye
             assert_close(mine.to(torch.complex128), other.to(torch.complex128), 1e-11)
 
 
-@pytest.mark.parametrize("attention_layers", [[], [1]])
-@pytest.mark.parametrize("filters", [5, 30])
-def test_left_padding_changes_nothing(filters, attention_layers):
-    model = tiny_student(filters, modal=True, attention_layers=attention_layers, attention_window=7)
+def test_gradients_through_the_state_are_those_of_the_whole():
+    model = tiny_student(modal=True, attention_layers=[1], attention_window=7)
+    ids = torch.randint(0, 97, (2, 29))
+    gradients = []
+    for split in ([29], [11, 1, 1, 16]):
+        cache, loss = None, 0
+        for piece in ids.split(split, dim=1):
+            out = model(input_ids=piece, past_key_values=cache, use_cache=split != [29])
+            cache = out.past_key_values
+            loss = loss + out.logits.square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_left_padding_changes_nothing(shape):
+    model = tiny_student(modal=True, **shape)
     ids = torch.randint(1, 97, (1, 20))
     padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], dim=1)
     mask = torch.cat([torch.zeros(1, 9), torch.ones(1, 20)], dim=1).long()
@@ -195,18 +326,26 @@ def test_caches_that_do_not_fit_are_refused():
         tiny_student(modal=True)(input_ids=ids, past_key_values=other)
 
 
-def test_state_size_does_not_depend_on_the_length():
-    model = tiny_student(modal=True)
-    sizes = [
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+def test_state_is_as_large_as_the_configuration_says_at_any_length(shape):
+    model = tiny_student(modal=True, **shape).float()
+    sizes = {
         model(input_ids=torch.randint(0, 97, (2, n)), use_cache=True).past_key_values.nbytes for n in (1, 5, 63, 200)
-    ]
-    assert len(set(sizes)) == 1
-    modes = sum(sum(layer) for layer in model.config.state_sizes)
-    assert sizes[0] == 2 * (16 * modes * 6 * 6 + 8 * 3 * 2 * 90)
+    }
+    assert sizes == {2 * model.config.state_bytes}
+    per_token = 2 * 4 * 3 * 30  # keys and values of the teacher's three layers
+    length = model.config.break_even_length
+    assert (length - 1) * per_token < model.config.state_bytes <= length * per_token
+
+
+def test_a_state_that_grows_or_is_not_there_has_no_size():
+    assert tiny_student().config.state_bytes is None
+    assert tiny_student(modal=True, **SHAPES[-1]).config.break_even_length is None
 
 
 def test_kept_attention_sees_its_window_and_no_more():
-    layer = tiny_student(attention_layers=[1], attention_window=7).gpt_neox.layers[1].mixer
+    model = tiny_student(attention_layers=[1], attention_window=7)
+    layer = model.gpt_neox.layers[1].mixer
     hidden = torch.randn(2, 23, 30, dtype=F64)
     ones, zeros = torch.ones(2, 23, 2, dtype=F64), torch.zeros(2, 23, 2, dtype=F64)
     before = layer(hidden, ones, zeros)
@@ -215,10 +354,57 @@ def test_kept_attention_sees_its_window_and_no_more():
         changed[:, t] += 1
         moved = (layer(changed, ones, zeros) - before).abs().amax((0, 2)) > 1e-9
         assert moved.tolist() == [t <= place < t + 7 for place in range(23)]
-    full = HyenaCache(tiny_student(attention_layers=[1], attention_window=7).config)
-    for piece in hidden.split([3, 1, 12, 7], dim=1):
-        layer(piece, ones[:, : piece.shape[1]], zeros[:, : piece.shape[1]], None, full)
-        assert full.layers[1].keys.shape[2] <= 6
+    cache = HyenaCache(model.config)
+    pieces = []
+    for piece in hidden.split([3, 1, 1, 11, 1, 6], dim=1):
+        pieces.append(layer(piece, ones[:, : piece.shape[1]], zeros[:, : piece.shape[1]], None, cache))
+        assert cache.layers[1].keys.shape[2] == 7
+    assert_close(before, torch.cat(pieces, dim=1), 1e-14)
+
+
+def test_kept_attention_in_blocks_is_one_masked_product(monkeypatch):
+    monkeypatch.setattr("scavenger.model.attention.BLOCK", 5)
+    for window in (0, 3, 8, 40):
+        config = HyenaNeoXConfig(
+            hidden_size=30, num_attention_heads=5, attention_window=window, attention_layers=[0], num_filters=5
+        )
+        layer = WindowedAttention(config, 0)
+        q, k, v = torch.randn(3, 2, 5, 23, 6, dtype=F64)
+        real = torch.ones(2, 23, dtype=torch.bool)
+        real[1, :4] = False
+        behind = torch.arange(23)[:, None] - torch.arange(23)
+        for padded in (False, True):
+            allowed = (behind >= 0) & (behind < (window or 23))
+            allowed = (allowed & real[:, None] | (behind == 0)) if padded else allowed[None].expand(2, 23, 23)
+            scores = (q @ k.transpose(-1, -2) / 6**0.5).masked_fill(~allowed[:, None], -torch.inf)
+            found = layer._parallel(q, k, v, real if padded else torch.ones_like(real), padded)
+            assert_close(scores.softmax(-1) @ v, found, 1e-14)
+
+
+@pytest.mark.parametrize("filters", [5, 10, 30])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)])
+def test_half_precision_differs_by_its_own_rounding_only(filters, dtype, tolerance):
+    """Convolution by FFT and states are float32: what is lost is the rounding of projections and activations."""
+    model = tiny_student(filters, modal=True).float()
+    ids = torch.randint(0, 97, (2, 63))
+    exact = model(input_ids=ids, use_cache=False).logits
+    half = tiny_student(filters, modal=True).float().to(dtype)
+    assert_close(exact, half(input_ids=ids, use_cache=False).logits.float(), tolerance)
+    cache = half(input_ids=ids[:, :40], use_cache=True).past_key_values
+    assert {layer.recurrent_state.dtype for layer in cache.layers} == {torch.complex64}
+    assert_close(exact[:, 40:], half(input_ids=ids[:, 40:], past_key_values=cache).logits.float(), tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inputs_beyond_the_training_length(shape):
+    """Filters go on along the same formula, so what comes after changes nothing of what was read before."""
+    for modal in (False, True):
+        model = tiny_student(modal=modal, **shape)
+        ids = torch.randint(0, 97, (1, 211))
+        assert model.config.context_length == 63
+        long = model(input_ids=ids, use_cache=False).logits
+        assert long.isfinite().all()
+        assert_close(model(input_ids=ids[:, :63], use_cache=False).logits, long[:, :63], 1e-12)
 
 
 def test_poles_stay_wide():
@@ -240,9 +426,9 @@ def test_modal_filter_gradients():
     assert filter(9).shape == (3, 9)
     assert filter(9)[1].abs().max() == 0
     assert torch.autograd.gradcheck(
-        lambda pole, residue: modal_taps(
-            torch.view_as_complex(pole), torch.view_as_complex(residue), filter.mode_filter, 3, 9
-        ),
+        lambda pole, residue: Modes(
+            torch.view_as_complex(pole), torch.view_as_complex(residue), filter.mode_filter, filter.direct
+        ).taps(9),
         (filter.pole, filter.residue),
     )
 
@@ -251,4 +437,6 @@ def _modes():
     """Five modes, of filters 0, 0, 2, 1, 2, one of them slow."""
     radius = torch.tensor([0.9995, 0.5, 0.99, 0.9, 0.7], dtype=F64)
     poles = torch.polar(radius, torch.tensor([0.1, 2.0, 0.0, 3.0, 1.0], dtype=F64))
-    return poles, torch.randn(5, dtype=torch.complex128), torch.tensor([0, 0, 2, 1, 2])
+    return Modes(
+        poles, torch.randn(5, dtype=torch.complex128), torch.tensor([0, 0, 2, 1, 2]), torch.randn(3, dtype=F64)
+    )

@@ -1,6 +1,7 @@
 """A layer that keeps the teacher's attention, in a sliding window, so that its state is as constant as the others'.
 
-Parameters are the teacher's own. Each token attends to itself and the `attention_window - 1` tokens before it.
+Parameters are the teacher's own. Each token attends to itself and the `attention_window - 1` tokens before it; with a
+window of 0 to all before it, as in the teacher, and the state grows with every token.
 """
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .rotary import turn
+
+
+BLOCK = 512  # most queries that are masked at once, so that memory is linear in the length
 
 
 class WindowedAttention(nn.Module):
@@ -31,37 +35,89 @@ class WindowedAttention(nn.Module):
         q, k, v = self.query_key_value(hidden).unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
         q, k, v = (z.transpose(1, 2) for z in (turn(q, cos, sin), turn(k, cos, sin), v))
         real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        if cache is not None:
-            k, v, real = cache.layers[self.layer_index].extend(k, v, real, self.window - 1)
-        length, keys = q.shape[2], k.shape[2]
-        behind = torch.arange(keys - length, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-        seen = (behind >= 0) & (behind < self.window)
-        # A padding token sees itself, or its softmax would be over nothing.
-        allowed = (seen & real[:, None, :]) | (behind == 0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+        if cache is None:
+            y = self._parallel(q, k, v, real, padded=mask is not None)
+        elif self.window and q.shape[2] == 1:
+            k, v, allowed = cache.layers[self.layer_index].step(k, v, real, self.window)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+        else:
+            k, v, real = cache.layers[self.layer_index].extend(k, v, real, self.window)
+            y = self._parallel(q, k, v, real, padded=True)  # perhaps: the cache may hold padding
         return self.dense(y.transpose(1, 2).flatten(2))
+
+    def _parallel(self, q, k, v, real, padded):
+        """Attention of a whole piece, block by block; the last `length` of `keys` tokens are the queries."""
+        length, keys = q.shape[2], k.shape[2]
+        if not padded and (self.window == 0 or self.window >= length):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        window = self.window or keys
+        outputs = []
+        for start in range(0, length, min(window, BLOCK)):
+            stop = min(start + min(window, BLOCK), length)
+            places = torch.arange(keys - length + start, keys - length + stop, device=q.device)
+            seen = slice(max(0, keys - length + start + 1 - window), keys - length + stop)
+            behind = places[:, None] - torch.arange(seen.start, seen.stop, device=q.device)
+            # A padding token sees itself, or its softmax would be over nothing.
+            allowed = ((behind >= 0) & (behind < window) & real[:, None, seen]) | (behind == 0)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, start:stop], k[:, :, seen], v[:, :, seen], attn_mask=allowed[:, None]
+                )
+            )
+        return torch.cat(outputs, dim=2) if outputs else q
 
 
 class AttentionCacheLayer:
-    """Keys, values and which of them are real, of the last tokens that fit the window."""
+    """A ring of the last `window` tokens: keys, values and which of them are real. Token n lies at place n mod window.
+
+    Keys are turned before they come here, so their order in the ring does not matter to a step.
+    """
 
     is_compileable = False
     is_croppable = False
     is_sliding = True
 
     def __init__(self):
-        self.keys: Tensor | None = None  # (batch, head, at most window - 1, channel)
+        self.keys: Tensor | None = None  # (batch, head, window, channel)
         self.values: Tensor | None = None
-        self.real: Tensor | None = None  # (batch, at most window - 1)
+        self.real: Tensor | None = None  # (batch, window)
+        self.written: Tensor | None = None  # () tokens so far; a tensor, so that a compiled step serves every position
 
-    def extend(self, k: Tensor, v: Tensor, real: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The kept tokens and the new ones; the last `kept` of them are kept for the next call."""
-        if self.keys is not None:
-            k, v = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
-            real = torch.cat([self.real, real], dim=1)
-        start = max(0, k.shape[2] - kept)
-        self.keys, self.values, self.real = k[:, :, start:].clone(), v[:, :, start:].clone(), real[:, start:].clone()
+    def step(self, k: Tensor, v: Tensor, real: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Put one token in the place of the oldest; the whole ring, and which of it (batch, 1, window) to look at."""
+        self._begin(k, v, real, window)
+        place = (self.written % window)[None]
+        self.keys = self.keys.index_copy(2, place, k)
+        self.values = self.values.index_copy(2, place, v)
+        self.real = self.real.index_copy(1, place, real)
+        self.written = self.written + 1
+        itself = torch.arange(window, device=k.device) == place
+        return self.keys, self.values, (self.real | itself)[:, None]
+
+    def extend(self, k: Tensor, v: Tensor, real: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The ring, oldest token first, and the new ones behind it; the last `window` of all become the ring.
+
+        With a window of 0 there is no ring: all are kept, in their order.
+        """
+        self._begin(k, v, real, window)
+        if window == 0:
+            self.keys, self.values = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
+            self.real = torch.cat([self.real, real], dim=1)
+            return self.states
+        order = (self.written + torch.arange(window, device=k.device)) % window
+        k, v = torch.cat([self.keys[:, :, order], k], dim=2), torch.cat([self.values[:, :, order], v], dim=2)
+        real = torch.cat([self.real[:, order], real], dim=1)
+        self.written = self.written + k.shape[2] - window
+        places = (torch.arange(window, device=k.device) - self.written) % window
+        self.keys, self.values = k[:, :, -window:][:, :, places], v[:, :, -window:][:, :, places]
+        self.real = real[:, -window:][:, places]
         return k, v, real
+
+    def _begin(self, k, v, real, window):
+        if self.keys is None:
+            self.keys, self.values = (z.new_zeros(*z.shape[:2], window, z.shape[3]) for z in (k, v))
+            self.real = real.new_zeros(len(real), window)
+            self.written = torch.zeros((), dtype=torch.long, device=k.device)
 
     @property
     def states(self) -> tuple[Tensor | None, ...]:

@@ -6,10 +6,12 @@ from transformers import PreTrainedConfig
 class HyenaNeoXConfig(PreTrainedConfig):
     """GPT-NeoX's own fields, and the mixer's.
 
-    `attention_layers`: layers that keep the teacher's attention, each token seeing `attention_window` tokens.
-    `num_filters`: long filters of a layer; hidden_size for hyena, fewer for multihyena.
+    `attention_layers`: layers that keep the teacher's attention, each token seeing `attention_window` tokens, 0: all.
+    `num_filters`: heads that share a long filter; hidden_size (one for each channel) for hyena, fewer for multihyena.
+    `hyena_order`: long convolutions of a layer, one after the other. 1 gates before and after its one convolution, as
+    the published code calls "order 2"; from 2 on it is the paper's full recurrence and needs one filter per channel.
     `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex
-    modes of each filter.
+    modes of each filter (those of the first long convolution first).
     `context_length`: tokens of a training example, the unit of time of the implicit filters.
     """
 
@@ -37,6 +39,7 @@ class HyenaNeoXConfig(PreTrainedConfig):
     attention_layers: list[int] | tuple[int, ...] = ()
     attention_window: int = 256
     num_filters: int = 8
+    hyena_order: int = 1
     short_filter_length: int = 3
     filter_width: int = 64
     position_features: int = 33
@@ -50,6 +53,11 @@ class HyenaNeoXConfig(PreTrainedConfig):
         for key in ("num_attention_heads", "num_filters"):
             if self.hidden_size % getattr(self, key):
                 raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {key} {getattr(self, key)}")
+        if self.hyena_order < 1 or (self.hyena_order > 1 and self.num_filters != self.hidden_size):
+            raise ValueError(
+                f"hyena_order is {self.hyena_order} with num_filters {self.num_filters}; expected 1, or more with "
+                f"num_filters equal to hidden_size ({self.hidden_size})"
+            )
         if self.filter not in ("implicit", "modal"):
             raise ValueError(f"filter is {self.filter!r}; expected 'implicit' or 'modal'")
         if self.filter == "modal" and len(self.state_sizes or []) != self.num_hidden_layers:
@@ -57,8 +65,30 @@ class HyenaNeoXConfig(PreTrainedConfig):
 
     @property
     def rotary(self) -> bool:
-        """Whether q and k keep the teacher's rotary turn: only groups of whole heads leave it relative."""
-        return (self.hidden_size // self.num_filters) % (self.hidden_size // self.num_attention_heads) == 0
+        """Whether q and k keep the teacher's rotary turn: it stays relative where no turned pair is split by groups."""
+        group, head = self.hidden_size // self.num_filters, self.hidden_size // self.num_attention_heads
+        return group % head == 0 or (head % group == 0 and group >= self.rotary_channels)
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes kept between tokens for one sequence, in float32; None where they grow or there is no state."""
+        if self.filter != "modal" or (self.attention_layers and not self.attention_window):
+            return None
+        streams = 3 + max(0, self.hyena_order - 2)
+        convolution = 4 * (self.short_filter_length - 1) * streams * self.hidden_size
+        modes = 8 * (self.hidden_size // self.num_filters) ** 2
+        window = self.attention_window * (2 * 4 * self.hidden_size + 1)  # keys, values, and which are real
+        return sum(
+            window if layer in self.attention_layers else convolution + modes * sum(self.state_sizes[layer])
+            for layer in range(self.num_hidden_layers)
+        )
+
+    @property
+    def break_even_length(self) -> int | None:
+        """Tokens from which on the teacher's keys and values, 2 · layers · hidden_size floats a token, are larger."""
+        if self.state_bytes is None:
+            return None
+        return -(-self.state_bytes // (2 * 4 * self.num_hidden_layers * self.hidden_size))
 
     @property
     def rotary_channels(self) -> int:

@@ -1,8 +1,12 @@
-"""Causal convolutions: long ones by FFT, short ones tap by tap with the cache that decoding needs."""
+"""Causal convolutions: long ones by FFT or as Toeplitz matrices, short ones with the state that decoding needs."""
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+
+BLOCK = 128  # query positions of one Toeplitz block: few enough that its scores stay near the processor
 
 
 def causal_convolution(
@@ -11,14 +15,74 @@ def causal_convolution(
 ) -> Tensor:  # (batch, channel, length)
     """y_t = Σ_{s≤t} h_{t-s} u_s, by FFT in float32 or wider.
 
-    The transform is as long as input and taps together, so nothing wraps round into the past.
+    The transform is at least as long as input and taps together, so nothing wraps round into the past.
     """
     length = u.shape[-1]
     taps = taps[..., :length]
-    size = length + taps.shape[-1]
+    size = transform_size(length + taps.shape[-1])
     wide = torch.promote_types(u.dtype, torch.float32)
     product = torch.fft.rfft(u.to(wide), n=size) * torch.fft.rfft(taps.to(wide), n=size)
     return torch.fft.irfft(product, n=size)[..., :length].to(u.dtype)
+
+
+def transform_size(length: int) -> int:
+    """The next size of the form (8 … 15) 2^n, at most an eighth more: an FFT of a prime takes several times as long."""
+    step = 1 << max(0, length.bit_length() - 4)
+    return -(-length // step) * step
+
+
+def outer_product_convolution(
+    q: Tensor,  # (batch, filter, length, width)
+    k: Tensor,  # (batch, filter, length, width)
+    v: Tensor,  # (batch, filter, length, width)
+    taps: Tensor,  # (filter, length or more)
+) -> Tensor:  # (batch, filter, length, width)
+    """y_t = Σ_i q_ti (h * (k_i v))_t: the FFT form, O(width² length log length) for each filter.
+
+    One row i of the outer product is in memory at a time; for its gradients one more for each i.
+    """
+    y = torch.zeros_like(v)
+    v = v.transpose(-1, -2)
+    for row in range(q.shape[-1]):
+        convolved = causal_convolution(k[..., row][..., None, :] * v, taps[:, None])
+        y = y + q[..., row, None] * convolved.transpose(-1, -2)
+    return y
+
+
+class ToeplitzProduct(torch.autograd.Function):
+    """y = ((q kᵀ) ⊙ T) v with T_ts = h_{t-s}: the matrix form, BLOCK rows at a time.
+
+    q, k, v are (batch, filter, length, width), taps (filter, length or more). The backward pass computes each block's
+    scores again, so no length² matrix is ever kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, taps):
+        ctx.save_for_backward(q, k, v, taps)
+        y = torch.empty_like(v)
+        for rows in _blocks(q.shape[2]):
+            seen = slice(rows.stop)
+            scores = q[:, :, rows] @ k[:, :, seen].transpose(-1, -2)
+            y[:, :, rows] = scores.mul_(toeplitz_block(taps, rows)) @ v[:, :, seen]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, taps = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32)  # many blocks are added up
+        dq, dtaps = torch.empty_like(q), torch.zeros_like(taps, dtype=wide)
+        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for rows in _blocks(q.shape[2]):
+            seen = slice(rows.stop)
+            block = toeplitz_block(taps, rows)
+            scores = q[:, :, rows] @ k[:, :, seen].transpose(-1, -2)
+            weights = dy[:, :, rows] @ v[:, :, seen].transpose(-1, -2)
+            dtaps[:, seen] += _along_lags((scores * weights).sum(0, dtype=wide))
+            dv[:, :, seen] += scores.mul_(block).transpose(-1, -2) @ dy[:, :, rows]
+            dq[:, :, rows] = weights.mul_(block) @ k[:, :, seen]
+            dk[:, :, seen] += weights.transpose(-1, -2) @ q[:, :, rows]
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dtaps.to(taps.dtype)
 
 
 def short_convolution(
@@ -41,12 +105,22 @@ def short_convolution(
 
 
 def toeplitz_block(
-    taps: Tensor,  # (filter, length)
-    rows: range,  # output positions
-) -> Tensor:  # (filter, len(rows), rows.stop)
+    taps: Tensor,  # (filter, rows.stop or more)
+    rows: slice,  # output positions
+) -> Tensor:  # (filter, row, rows.stop)
     """T_ts = h_{t-s} for t in `rows` and s < rows.stop, zero where s > t."""
-    lags = torch.arange(rows.start, rows.stop, device=taps.device)[:, None] - torch.arange(
-        rows.stop, device=taps.device
-    )
-    # One column of zeros in front takes every negative lag.
-    return F.pad(taps, (1, 0))[:, (lags + 1).clamp(min=0)]
+    count = rows.stop - rows.start
+    ends = F.pad(taps[:, : rows.stop].flip(-1), (0, count - 1))
+    return ends.unfold(-1, rows.stop, 1).flip(1)  # the windows of the reversed taps, the longest lag first
+
+
+def _along_lags(block):
+    """Σ of a (filter, row, column) block along each lag, (filter, column): the adjoint of toeplitz_block."""
+    filters, count, columns = block.shape
+    # Rows padded by `count` and cut as if they were one shorter stand each one column further right: lags are columns.
+    skewed = F.pad(block.flip(1), (0, count)).flatten(1)[:, : count * (columns + count - 1)]
+    return skewed.unflatten(1, (count, -1)).sum(1)[:, :columns].flip(-1)
+
+
+def _blocks(length):
+    return [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .modal import modal_taps
+from .modal import Modes
 
 
 SLOWEST_DECAY = -math.log(1e-2) / 1.5  # per context length: 1 % of the amplitude is left after 1.5 contexts
@@ -18,28 +18,41 @@ class ImplicitFilter(nn.Module):
     Features are time and sines and cosines of it; the network has sine activations of a trained frequency; the decays δ
     are spread linearly over the filters and not trained. L is the context length of training; positions beyond it go on
     along the same formula. Source: arXiv:2302.10866, section 3.3 and appendix. Taps are float32 or wider.
+
+    With `hyena_order` n there are n sets of `num_filters`, one after the other. All but the last start with D = 1, to
+    pass their input on, so that a full recurrence starts near the student with one long convolution.
     """
 
     def __init__(
-        self, num_filters: int, width: int, position_features: int, sine_frequency: float, context_length: int
+        self,
+        num_filters: int,
+        hyena_order: int,
+        width: int,
+        position_features: int,
+        sine_frequency: float,
+        context_length: int,
     ):
         super().__init__()
-        self.num_filters = num_filters
+        self.hyena_order = hyena_order
+        self.num_filters = num_filters * hyena_order
         self.position_features = position_features
         self.sine_frequency = sine_frequency
         self.context_length = context_length
         self.inner = nn.ModuleList(
             [nn.Linear(position_features, width), nn.Linear(width, width), nn.Linear(width, width)]
         )
-        self.head = nn.Linear(width, num_filters, bias=False)
+        self.head = nn.Linear(width, self.num_filters, bias=False)
         self.frequency = nn.Parameter(torch.full((width,), sine_frequency))
-        self.direct = nn.Parameter(torch.zeros(num_filters))
+        self.direct = nn.Parameter(torch.zeros(self.num_filters))
+        self.reset_parameters()
 
     def reset_parameters(self):
         for layer in [*self.inner, self.head]:
             layer.reset_parameters()
         nn.init.constant_(self.frequency, self.sine_frequency)
-        nn.init.zeros_(self.direct)
+        with torch.no_grad():
+            self.direct.fill_(1)
+            self.direct.chunk(self.hyena_order)[-1].zero_()
 
     def forward(self, length: int) -> Tensor:  # (filter, length)
         device = self.direct.device
@@ -52,7 +65,9 @@ class ImplicitFilter(nn.Module):
                     self.frequency.to(wide) * nn.functional.linear(hidden, layer.weight.to(wide), layer.bias.to(wide))
                 )
             taps = (hidden @ self.head.weight.to(wide).T).T
-            decay = torch.linspace(SLOWEST_DECAY, FASTEST_DECAY, self.num_filters, device=device, dtype=wide)
+            spread = self.num_filters // self.hyena_order
+            decay = torch.linspace(SLOWEST_DECAY, FASTEST_DECAY, spread, device=device, dtype=wide)
+            decay = decay.repeat(self.hyena_order)
             taps = taps * torch.exp(-decay[:, None] * time / self.context_length)
             return torch.cat([taps[:, :1] + self.direct.to(wide)[:, None], taps[:, 1:]], dim=1)
 
@@ -98,9 +113,17 @@ class ModalFilter(nn.Module):
             self._mode_filter = torch.tensor(owners, dtype=torch.long, device=self.pole.device)
         return self._mode_filter
 
+    def modes(self, part: int = 0, parts: int = 1) -> Modes:
+        """The modes of one of `parts` equal runs of filters, as a full recurrence has one for each long convolution."""
+        if parts == 1:
+            return Modes(self.poles, self.residues, self.mode_filter, self.direct)
+        count = self.num_filters // parts
+        first, last = part * count, (part + 1) * count
+        own = slice(sum(self.state_sizes[:first]), sum(self.state_sizes[:last]))
+        return Modes(self.poles[own], self.residues[own], self.mode_filter[own] - first, self.direct[first:last])
+
     def forward(self, length: int) -> Tensor:  # (filter, length)
-        taps = modal_taps(self.poles, self.residues, self.mode_filter, self.num_filters, length)
-        return torch.cat([taps[:, :1] + self.direct[:, None], taps[:, 1:]], dim=1)
+        return self.modes().taps(length)
 
     def _apply(self, fn, recurse=True):
         def keep_wide(tensor):

@@ -6,18 +6,29 @@ with one long filter h^m for each group m of `filter_head_width` channels. Width
 y = q ⊙ (h * (k ⊙ v)) (arXiv:2302.10866); a wider group is MultiHyena (arXiv:2310.18780, section 4), which with the
 teacher's head width is linear attention with a learned filter of the relative position. q and k then keep the teacher's
 rotary turn: (R_t q)·(R_s k) depends on t - s alone, so the recurrence needs no other state for it.
+
+`hyena_order` counts the long convolutions. From two on it is the full recurrence of arXiv:2302.10866, section 3,
+
+    z^1 = v        z^{n+1}_t = x^n_t (h^n * z^n)_t        y = z^{N+1}
+
+on single channels, with x^1 = k and x^N = q of the teacher; the gates between them are new and start at one.
 """
 
 import torch
 from torch import Tensor, nn
 
-from .convolution import causal_convolution, short_convolution, toeplitz_block
+from .convolution import ToeplitzProduct, causal_convolution, outer_product_convolution, short_convolution
 from .filters import ImplicitFilter, ModalFilter
 from .modal import CHUNK, modal_scan, modal_step
 from .rotary import turn
 
 
-BLOCK = 512  # query positions of one Toeplitz block, so that no length² matrix is held for all of a long input
+# Where the forms take equally long on one CPU core (benchmarks/mixers.py has them side by side). The matrices read and
+# write length² / width scores for each channel, the transforms take width · log(length) for each channel and token:
+# length / width² was 6, 5, 4 and 3 at widths 8, 16, 32 and 64.
+FFT_PAYS = 4  # length / width²
+# The scan pays for its state, width · modes for each channel and token, where the matrices pay for the length.
+SCAN_PAYS = 8  # length / (width · modes of a filter)
 
 
 class HyenaMixer(nn.Module):
@@ -28,15 +39,19 @@ class HyenaMixer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.num_filters = config.num_filters
         self.filter_head_width = width // config.num_filters
+        self.hyena_order = config.hyena_order
         self.rotary = config.rotary
         self.query_key_value = nn.Linear(width, 3 * width, bias=config.attention_bias)
+        between = max(0, config.hyena_order - 2)
+        self.gates = nn.Linear(width, between * width) if between else None
         self.dense = nn.Linear(width, width, bias=config.attention_bias)
-        self.short_filter = nn.Parameter(torch.zeros(3 * width, config.short_filter_length))
+        self.short_filter = nn.Parameter(torch.zeros((3 + between) * width, config.short_filter_length))
         if config.filter == "modal":
             self.filter = ModalFilter(config.state_sizes[layer_index])
         else:
             self.filter = ImplicitFilter(
                 config.num_filters,
+                config.hyena_order,
                 config.filter_width,
                 config.position_features,
                 config.sine_frequency,
@@ -51,6 +66,9 @@ class HyenaMixer(nn.Module):
         with torch.no_grad():
             self.short_filter.zero_()
             self.short_filter[:, -1] = 1
+            if self.gates is not None:
+                self.gates.weight.zero_()
+                self.gates.bias.fill_(1)
 
     def forward(
         self,
@@ -60,20 +78,20 @@ class HyenaMixer(nn.Module):
         mask: Tensor | None = None,  # (batch, length), zero for padding
         cache=None,
     ) -> Tensor:  # (batch, length, channel)
-        projected = self.query_key_value(hidden)
+        projected = self._by_stream(self.query_key_value(hidden))
+        if self.gates is not None:
+            projected = torch.cat([projected, self.gates(hidden)], dim=-1)
         if mask is not None:
             projected = projected * mask[..., None].to(projected.dtype)
         layer_cache = None if cache is None else cache.layers[self.layer_index]
         x, conv_state = short_convolution(
-            self._by_stream(projected),
-            self.short_filter.to(projected.dtype),
-            layer_cache.conv_state if layer_cache else None,
+            projected, self.short_filter.to(projected.dtype), layer_cache.conv_state if layer_cache else None
         )
-        q, k, v = self._split(x, cos, sin)
+        q, k, v, between = self._split(x, cos, sin)
         if layer_cache is None:
-            y = self._parallel(q, k, v)
+            y = self._parallel(q, k, v, between)
         else:
-            y, recurrent_state = self._recurrent(q, k, v, layer_cache.recurrent_state)
+            y, recurrent_state = self._recurrent(q, k, v, between, layer_cache.recurrent_state)
             layer_cache.conv_state, layer_cache.recurrent_state = conv_state, recurrent_state
         return self.dense(y.transpose(1, 2).flatten(2).to(hidden.dtype))
 
@@ -83,35 +101,66 @@ class HyenaMixer(nn.Module):
         return heads.transpose(-2, -3).flatten(-3)
 
     def _split(self, x, cos, sin):
-        """q, k, v, each (batch, filter, length, filter_head_width); rotary turns the teacher's heads."""
-        q, k, v = x.chunk(3, dim=-1)
+        """q, k, v and the gates between, each (batch, filter, length, filter_head_width); rotary turns q and k."""
+        q, k, v, *between = x.split(self.dense.in_features, dim=-1)
         if self.rotary:
             q, k = (turn(z.unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(-2) for z in (q, k))
-        q, k, v = (z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in (q, k, v))
-        return q * self.scale, k, v
+        q, k, v, *between = (z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in (q, k, v, *between))
+        return q * self.scale, k, v, between
 
-    def _parallel(self, q, k, v):
+    def _parallel(self, q, k, v, between):
         length = q.shape[2]
-        taps = self.filter(length)
-        if self.filter_head_width == 1:
-            return q * causal_convolution((k * v)[..., 0], taps)[..., None]
-        taps = taps.to(q.dtype)
-        blocks = []
-        for start in range(0, length, BLOCK):
-            rows = range(start, min(start + BLOCK, length))
-            scores = q[:, :, start : rows.stop] @ k[:, :, : rows.stop].transpose(-1, -2)
-            blocks.append((scores * toeplitz_block(taps, rows)) @ v[:, :, : rows.stop])
-        return torch.cat(blocks, dim=2) if blocks else v
+        if length == 0:
+            return v
+        if self.hyena_order == 1:
+            if self.filter_head_width > 1 and self._scan_pays(length):
+                return self._recurrent(q, k, v, between, None)[0].to(v.dtype)
+            return long_convolution(q, k, v, self.filter(length))
+        for gate, taps in zip([k, *between, q], self.filter(length).chunk(self.hyena_order), strict=True):
+            v = gate * causal_convolution(v[..., 0], taps)[..., None]
+        return v
 
-    def _recurrent(self, q, k, v, state):
+    def _scan_pays(self, length):
+        if not isinstance(self.filter, ModalFilter):
+            return False
+        return length * self.num_filters > SCAN_PAYS * self.filter_head_width * len(self.filter.pole)
+
+    def _recurrent(self, q, k, v, between, state):
         """The same outputs from a state of constant size, and that state; float32 or wider."""
-        filter = self.filter
-        q, k, v = (z.to(filter.pole.dtype) for z in (q, k, v))
-        poles, residues = filter.poles, filter.residues
+        wide = self.filter.pole.dtype
+        q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
         if state is None:
-            state = poles.new_zeros(q.shape[0], len(poles), self.filter_head_width, self.filter_head_width)
-        modes = (poles, residues, filter.mode_filter, state)
+            size = len(self.filter.pole), self.filter_head_width, self.filter_head_width
+            state = self.filter.poles.new_zeros(q.shape[0], *size)
+        if self.hyena_order == 1:
+            return self._advance(q, k, v, self.filter.modes(0, 1), state)
+        states, start = [], 0
+        for part, gate in enumerate([k, *between, q]):
+            modes = self.filter.modes(part, self.hyena_order)
+            own = state[:, start : start + len(modes.poles)]
+            v, own = self._advance(gate, torch.ones_like(v), v, modes, own)
+            start += len(modes.poles)
+            states.append(own)
+        return v, torch.cat(states, dim=1)
+
+    @staticmethod
+    def _advance(q, k, v, modes, state):
         if q.shape[2] == 1:
-            y, state = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], filter.direct, *modes)
+            y, state = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], modes, state)
             return y[:, :, None], state
-        return modal_scan(q, k, v, filter(max(1, min(q.shape[2], CHUNK))), *modes)
+        return modal_scan(q, k, v, modes.taps(max(1, min(q.shape[2], CHUNK))), modes, state)
+
+
+def long_convolution(
+    q: Tensor,  # (batch, filter, length, width)
+    k: Tensor,  # (batch, filter, length, width)
+    v: Tensor,  # (batch, filter, length, width)
+    taps: Tensor,  # (filter, length or more)
+) -> Tensor:  # (batch, filter, length, width)
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s in the exact form that is quickest at this shape."""
+    length, width = q.shape[2:]
+    if width == 1:
+        return q * causal_convolution((k * v)[..., 0], taps)[..., None]
+    if length > FFT_PAYS * width**2:
+        return outer_product_convolution(q, k, v, taps)
+    return ToeplitzProduct.apply(q, k, v, taps.to(q.dtype))

@@ -9,6 +9,8 @@ filter a mode belongs to, so filters of different state sizes share one recurren
 Source: arXiv:2310.18780, section 3; the matrix-valued input u = k vᵀ is that of MultiHyena, section 4.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,21 +20,30 @@ from .convolution import toeplitz_block
 CHUNK = 64  # tokens of a prompt that are taken in one step; bounds what is in memory at once
 
 
-def powers(poles: Tensor, exponents: Tensor) -> Tensor:
-    """λ_m^t, (mode, time); taken in float64, because a float32 power of a pole near the circle drifts."""
-    return (poles.to(torch.complex128)[:, None] ** exponents).to(poles.dtype)
+def powers(poles: Tensor, count: int) -> Tensor:
+    """λ_m^t for t < count, (mode, count); taken in float64: a float32 power of a pole near the circle drifts.
+
+    λ^{Ca+b} = (λ^C)^a λ^b: multiplications cost a tenth of what powers do.
+    """
+    wide = poles.to(torch.complex128)[:, None]
+    steps = torch.arange(min(count, CHUNK), device=poles.device)
+    strides = CHUNK * torch.arange(-(-count // CHUNK), device=poles.device)
+    return ((wide**strides)[:, :, None] * (wide**steps)[:, None]).flatten(1)[:, :count].to(poles.dtype)
 
 
-def modal_taps(
-    poles: Tensor,  # (mode,) complex
-    residues: Tensor,  # (mode,) complex
-    mode_filter: Tensor,  # (mode,) which filter each mode belongs to
-    num_filters: int,
-    length: int,
-) -> Tensor:  # (filter, length) real
-    """h_t = Re Σ_m R_m λ_m^t of each filter, without the direct term."""
-    terms = (residues[:, None] * powers(poles, torch.arange(length, device=poles.device))).real
-    return terms.new_zeros(num_filters, length).index_add(0, mode_filter, terms)
+class Modes(NamedTuple):
+    """The modes of some filters, in one flat axis."""
+
+    poles: Tensor  # (mode,) complex
+    residues: Tensor  # (mode,) complex
+    mode_filter: Tensor  # (mode,) which filter each mode belongs to
+    direct: Tensor  # (filter,) D
+
+    def taps(self, length: int) -> Tensor:  # (filter, length) real
+        """h_t = Re Σ_m R_m λ_m^t + D [t = 0] of each filter."""
+        terms = (self.residues[:, None] * powers(self.poles, length)).real
+        taps = terms.new_zeros(len(self.direct), length).index_add(0, self.mode_filter, terms)
+        return torch.cat([taps[:, :1] + self.direct[:, None], taps[:, 1:]], dim=1)
 
 
 def modal_scan(
@@ -40,9 +51,7 @@ def modal_scan(
     k: Tensor,  # (batch, filter, length, width)
     v: Tensor,  # (batch, filter, length, width)
     taps: Tensor,  # (filter, min(length, CHUNK) or more), direct term included at t = 0
-    poles: Tensor,  # (mode,)
-    residues: Tensor,  # (mode,)
-    mode_filter: Tensor,  # (mode,)
+    modes: Modes,
     recurrent_state: Tensor,  # (batch, mode, width, width) complex: Σ_s λ^{t-s} k_s v_sᵀ up to the token before q, k, v
 ) -> tuple[Tensor, Tensor]:  # (batch, filter, length, width), the state after the last token
     """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s and the state, chunk by chunk.
@@ -51,11 +60,10 @@ def modal_scan(
     y_t += Re Σ_m R_m λ_m^{t+1} q_tᵀ x_m,  x ← λ^C x + Σ_j λ^{C-1-j} k_j v_jᵀ.
     """
     outputs = []
+    decay = powers(modes.poles, min(q.shape[2], CHUNK) + 1)
     for start in range(0, q.shape[2], CHUNK):
         chunk = slice(start, start + CHUNK)
-        y, recurrent_state = _chunk(
-            q[:, :, chunk], k[:, :, chunk], v[:, :, chunk], taps, poles, residues, mode_filter, recurrent_state
-        )
+        y, recurrent_state = _chunk(q[:, :, chunk], k[:, :, chunk], v[:, :, chunk], taps, modes, decay, recurrent_state)
         outputs.append(y)
     return torch.cat(outputs, dim=2) if outputs else v, recurrent_state
 
@@ -64,13 +72,11 @@ def modal_step(
     q: Tensor,  # (batch, filter, width)
     k: Tensor,  # (batch, filter, width)
     v: Tensor,  # (batch, filter, width)
-    direct: Tensor,  # (filter,)
-    poles: Tensor,  # (mode,)
-    residues: Tensor,  # (mode,)
-    mode_filter: Tensor,  # (mode,)
+    modes: Modes,
     recurrent_state: Tensor,  # (batch, mode, width, width) complex, up to the token before
 ) -> tuple[Tensor, Tensor]:  # (batch, filter, width), the state after this token
     """One token of modal_scan: x ← λ x + k vᵀ, y = Re Σ_m R_m qᵀ x_m + D (q · k) v."""
+    poles, residues, mode_filter, direct = modes
     outer = (k[..., :, None] * v[..., None, :])[:, mode_filter]
     state = torch.addcmul(outer.to(poles.dtype), recurrent_state, poles[:, None, None])
     parts = torch.view_as_real(state).flatten(-2)
@@ -79,11 +85,11 @@ def modal_step(
     return y.index_add(1, mode_filter, (read * residues[:, None]).real), state
 
 
-def _chunk(q, k, v, taps, poles, residues, mode_filter, state):
+def _chunk(q, k, v, taps, modes, decay, state):
+    _, residues, mode_filter, _ = modes
     length = q.shape[2]
-    steps = torch.arange(length + 1, device=poles.device)
-    decay = powers(poles, steps)  # (mode, length + 1): λ^0 … λ^length
-    within = (q @ k.transpose(-1, -2)) * toeplitz_block(taps, range(length)) @ v
+    decay = decay[:, : length + 1]  # λ^0 … λ^length
+    within = (q @ k.transpose(-1, -2)) * toeplitz_block(taps, slice(0, length)) @ v
     # A complex state times a real matrix is a real product over the state's two parts side by side.
     read = torch.view_as_complex(
         (q[:, mode_filter] @ torch.view_as_real(state).flatten(-2)).unflatten(-1, (-1, 2)).contiguous()
