@@ -16,6 +16,8 @@ class HyenaNeoXConfig(PreTrainedConfig):
     """
 
     model_type = "hyena_neox"
+    # By this name lm-evaluation-harness finds the length; max_position_embeddings would also cap what is generated.
+    attribute_map = {"n_ctx": "context_length"}
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50304

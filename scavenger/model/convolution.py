@@ -99,9 +99,9 @@ def short_convolution(
     if length == 0:
         return x, extended
     if length == 1:  # a decoding step; a convolution call costs more than it computes
-        return (extended.transpose(1, 2) * weight).sum(-1)[:, None], extended[:, 1:]
+        return (extended.transpose(1, 2) * weight).sum(-1)[:, None], extended[:, 1:].clone()
     y = F.conv1d(extended.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2)
-    return y, extended[:, length:]
+    return y, extended[:, length:].clone()  # a view would keep all of a prompt in memory
 
 
 def toeplitz_block(

@@ -12,7 +12,19 @@ SLOWEST_DECAY = -math.log(1e-2) / 1.5  # per context length: 1 % of the amplitud
 FASTEST_DECAY = -math.log(1e-2) / 0.3  # and here after 0.3 contexts (arXiv:2302.10866, appendix)
 
 
-class ImplicitFilter(nn.Module):
+class WideFilter(nn.Module):
+    """A filter whose parameters stay in float32 or wider whatever the model's dtype."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(tensor):
+            moved = fn(tensor)
+            half = moved.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(device=moved.device) if half else moved
+
+        return super()._apply(keep_wide, recurse)
+
+
+class ImplicitFilter(WideFilter):
     """h_t = exp(-δ t/L) · FFN(features(t/L)) + D [t = 0], for every filter c of a layer.
 
     Features are time and sines and cosines of it; the network has sine activations of a trained frequency; the decays δ
@@ -78,11 +90,11 @@ class ImplicitFilter(nn.Module):
         return torch.cat([time[:, None] / (self.context_length - 1), angle.cos(), -angle.sin()], dim=1)
 
 
-class ModalFilter(nn.Module):
+class ModalFilter(WideFilter):
     """h_t = Re Σ_m R_m λ_m^t + D [t = 0]; `state_sizes` gives the modes of each filter.
 
-    Poles and residues are stored as two real numbers each and stay in float32 or wider whatever the model's dtype:
-    half-precision poles are off by whole per cents over a thousand taps.
+    Poles and residues are stored as two real numbers each; half-precision poles would be off by whole per cents over a
+    thousand taps.
     """
 
     def __init__(self, state_sizes: list[int]):
@@ -124,11 +136,3 @@ class ModalFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:  # (filter, length)
         return self.modes().taps(length)
-
-    def _apply(self, fn, recurse=True):
-        def keep_wide(tensor):
-            moved = fn(tensor)
-            half = moved.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(device=moved.device) if half else moved
-
-        return super()._apply(keep_wide, recurse)

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .attention import AttentionCacheLayer, WindowedAttention
 from .configuration_hyena_neox import HyenaNeoXConfig
@@ -51,30 +54,37 @@ class HyenaCache(Cache):
             ]
         )
         self.config = config
-        self.seen = 0  # tokens read, padding included
-        self.padding: Tensor | None = None  # (batch,) tokens of left padding among them
+        # Tensors and not numbers, so that a compiled step is the same at each length.
+        self.seen: Tensor | None = None  # () tokens read, padding included
+        self.real: Tensor | None = None  # (batch,) tokens read, padding not included
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen
+        return 0 if self.seen is None else int(self.seen)
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in older transformers
 
     def reset(self):
         self.__init__(self.config)
 
+    def crop(self, tokens_to_remove: int):
+        if tokens_to_remove:
+            raise ValueError("a recurrent state cannot forget its last tokens; copy the cache before reading them")
+
     def reorder_cache(self, beam_idx: Tensor):
         for layer in self.layers:
             layer.select(beam_idx)
-        if self.padding is not None:
-            self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
+        if self.real is not None:
+            self.real = self.real.index_select(0, beam_idx.to(self.real.device))
 
     def batch_select_indices(self, indices: Tensor):
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int):
-        if self.padding is not None:
-            self.reorder_cache(torch.arange(len(self.padding)).repeat_interleave(repeats))
+        if self.real is not None:
+            self.reorder_cache(torch.arange(len(self.real)).repeat_interleave(repeats))
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +104,7 @@ class HyenaNeoXMLP(nn.Module):
         return self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden)))
 
 
-class HyenaNeoXLayer(nn.Module):
+class HyenaNeoXLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_index: int):
         super().__init__()
         self.use_parallel_residual = config.use_parallel_residual
@@ -114,7 +124,12 @@ class HyenaNeoXLayer(nn.Module):
 class HyenaNeoXPreTrainedModel(PreTrainedModel):
     config_class = HyenaNeoXConfig
     base_model_prefix = "gpt_neox"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["HyenaNeoXLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True  # in the layers that keep attention
+    _is_stateful = True  # no decoding that takes tokens back
+    _can_record_outputs = {"hidden_states": HyenaNeoXLayer}
     # Loading in half precision must leave poles and residues alone.
     _keep_in_fp32_modules_strict = ["mixer.filter"]
 
@@ -134,6 +149,7 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HyenaNeoXLayer(config, index) for index in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self):
@@ -142,6 +158,8 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embed_in = value
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,  # (batch, length)
@@ -154,21 +172,30 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         hidden = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
-        recurrent = self.config.filter == "modal"
-        use_cache = recurrent and (self.config.use_cache if use_cache is None else use_cache)
-        cache = past_key_values if isinstance(past_key_values, HyenaCache) else None
-        if cache is None and past_key_values is not None and past_key_values.get_seq_length():
-            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; expected a HyenaCache")
-        if cache is not None and not recurrent:
-            raise ValueError("a student with implicit filters has no state; expected past_key_values=None")
-        if use_cache and cache is None:
+        cache = past_key_values
+        if cache is None and use_cache and self.config.filter == "modal":
             cache = HyenaCache(self.config)
+        if cache is not None:
+            self.check_cache(cache, len(hidden))
         mask, cos, sin = self.mask_and_angles(hidden, attention_mask, cache)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, cache)
         if cache is not None:
-            cache.seen += hidden.shape[1]
+            cache.seen = cache.seen + hidden.shape[1]
+            cache.real = cache.real + (hidden.shape[1] if mask is None else (mask != 0).sum(1))
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden), past_key_values=cache)
+
+    def check_cache(self, cache: HyenaCache, batch: int):
+        if self.config.filter != "modal":
+            raise ValueError("a student with implicit filters has no state; expected past_key_values=None")
+        if not isinstance(cache, HyenaCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; expected a HyenaCache")
+        if self.gradient_checkpointing and self.training:
+            raise ValueError("past_key_values with gradient checkpointing would be read twice; expected None")
+        if cache.real is not None and len(cache.real) != batch:
+            raise ValueError(
+                f"past_key_values holds {len(cache.real)} sequences; expected {batch}, as many as the input"
+            )
 
     def mask_and_angles(self, hidden: Tensor, attention_mask: Tensor | None = None, cache: HyenaCache | None = None):
         """The mask over these tokens (None: no padding), and the cos and sin that turn q and k at their positions.
@@ -176,26 +203,32 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         A row's positions are counted from its first real token: only differences count, but small numbers are exact.
         """
         batch, length = hidden.shape[:2]
-        seen = 0 if cache is None else cache.seen
+        if cache is not None and cache.seen is None:
+            cache.seen = torch.zeros((), dtype=torch.long, device=hidden.device)
+            cache.real = cache.seen.expand(batch)
         mask = None
         if attention_mask is not None:
-            mask = attention_mask[:, -length:] if length else attention_mask[:, :0]
-        if cache is None:
-            padding = hidden.new_zeros(batch, dtype=torch.long) if mask is None else (mask == 0).sum(1)
+            if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+                shape = tuple(attention_mask.shape)
+                raise ValueError(f"attention_mask has shape {shape}; expected ({batch}, {length} tokens or more)")
+            mask = attention_mask[:, attention_mask.shape[1] - length :]
+            # The device is not asked in a decoding step, where that costs more than the step, nor while compiling.
+            if length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
+                mask = None
+        if mask is None:
+            positions = torch.arange(length, device=hidden.device).expand(batch, length)
         else:
-            if cache.padding is None:
-                cache.padding = torch.zeros(batch, dtype=torch.long, device=hidden.device)
-            if mask is not None:
-                if length and bool((mask[:, :-1] > mask[:, 1:]).any()):
+            positions = (mask != 0).cumsum(1) - 1
+            if cache is not None and length > 1:
+                real = torch.cat([cache.real[:, None] > 0, mask != 0], dim=1)
+                if bool((real[:, :-1] > real[:, 1:]).any()):
                     raise ValueError(
                         "attention_mask pads on the right; expected padding on the left where a cache is used"
                     )
-                cache.padding = cache.padding + (mask == 0).sum(1)
-            padding = cache.padding
-        places = torch.arange(seen, seen + length, device=hidden.device)
-        positions = places[None] - padding[:, None]
+        if cache is not None:
+            positions = positions + cache.real[:, None]
         cos, sin = rotary_angles(positions, self.config.rotary_channels, self.config.rotary_base, hidden.dtype)
-        return None if mask is None or bool(mask.all()) else mask, cos, sin
+        return mask, cos, sin
 
 
 class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
@@ -217,12 +250,37 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
-        # Without a state the whole input is read at each token, whatever `use_cache` says.
-        if self.config.filter != "modal":
-            next_sequence_length = None
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """A HyenaCache where the student has a state: no other kind fits, so none is looked for."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; expected None, for a HyenaCache"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if self.config.filter == "modal" and generation_config.use_cache is not False:
+            model_kwargs.setdefault("past_key_values", HyenaCache(self.config))
 
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
+    ):
+        if past_key_values is not None:
+            self.gpt_neox.check_cache(past_key_values, len(input_ids))
+        if self.config.filter != "modal":
+            if inputs_embeds is not None:
+                raise ValueError(
+                    "a student with implicit filters reads its whole input at each token; expected input_ids"
+                )
+            # Without a state the whole input is read at each token, whatever `use_cache` says.
+            next_sequence_length = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -234,15 +292,19 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        outputs = self.gpt_neox(input_ids, attention_mask, inputs_embeds, past_key_values, use_cache)
-        hidden = outputs.last_hidden_state
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else (slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
+        outputs = self.gpt_neox(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
         )
-        logits = self.lm_head(hidden[:, kept])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )

@@ -1,0 +1,518 @@
+"""What people who know transformers by heart expect of a model, the student does."""
+
+import copy
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_student, tiny_teacher
+from reference import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LogitsProcessorList,
+    StaticCache,
+    TextIteratorStreamer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+from scavenger.model import HyenaNeoXForCausalLM
+
+
+ROOT = Path(__file__).parents[1]
+GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, workshop):
+    """A saved recurrent student that keeps attention in one layer, with a tokenizer."""
+    path = tmp_path_factory.mktemp("student")
+    tiny_student(modal=True, vocab_size=320, attention_layers=[1], attention_window=7).float().save_pretrained(path)
+    AutoTokenizer.from_pretrained(workshop / "teacher").save_pretrained(path)
+    return path
+
+
+def test_pipeline_one_by_one_and_in_a_padded_batch(folder):
+    prompts = ["def main(", "import os\nfor name in os.listdir(", "x"]
+    generate = pipeline("text-generation", model=str(folder), device="cpu")
+    alone = [generate(prompt, max_new_tokens=9, do_sample=False)[0]["generated_text"] for prompt in prompts]
+    assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(alone, prompts, strict=True))
+    generate.tokenizer.pad_token, generate.tokenizer.padding_side = generate.tokenizer.eos_token, "left"
+    together = generate(prompts, batch_size=3, max_new_tokens=9, do_sample=False)
+    assert [found[0]["generated_text"] for found in together] == alone
+
+
+def test_streamed_text_is_the_generated_text(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("class Reader", return_tensors="pt", return_token_type_ids=False)
+    streamer = TextIteratorStreamer(tokenizer)
+    arguments = dict(**inputs, max_new_tokens=11, **GREEDY)
+    thread = threading.Thread(target=model.generate, kwargs=arguments | {"streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert len(pieces) > 3
+    assert "".join(pieces) == tokenizer.decode(model.generate(**arguments)[0])
+
+
+@pytest.mark.parametrize("num_return_sequences", [1, 3])
+def test_sampling_does_not_depend_on_the_cache(num_return_sequences):
+    model = tiny_student(modal=True, attention_layers=[1], attention_window=5)
+    ids = torch.randint(1, 97, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    found = []
+    for seed, use_cache in [(0, True), (0, False), (1, True)]:
+        set_seed(seed)
+        found.append(
+            model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=0.8,
+                top_p=0.9,
+                num_return_sequences=num_return_sequences,
+                max_new_tokens=14,
+                use_cache=use_cache,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        )
+    assert found[0].shape == (2 * num_return_sequences, 23)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_logits_processors_see_the_whole_sequence():
+    model = tiny_student(modal=True)
+    ids = torch.randint(1, 97, (2, 9))
+    lengths = []
+
+    def no_even_token(read, scores):
+        lengths.append(read.shape[1])
+        scores[:, ::2] = -torch.inf
+        return scores
+
+    arguments = dict(max_new_tokens=12, repetition_penalty=1.7, no_repeat_ngram_size=2, **GREEDY)
+    found = [
+        model.generate(ids, use_cache=use_cache, logits_processor=LogitsProcessorList([no_even_token]), **arguments)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*found)
+    assert (found[0][:, 9:] % 2 == 1).all()
+    assert lengths == 2 * list(range(9, 21))
+
+
+@pytest.mark.parametrize("attention_layers", [[], [1]])
+def test_chat_turns_go_on_from_the_state(attention_layers):
+    model = tiny_student(modal=True, attention_layers=attention_layers, attention_window=5)
+    ids, mask = torch.randint(1, 97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    arguments = dict(max_new_tokens=6, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    state = None
+    for turn in (3, 1, 2):
+        continued = model.generate(ids, attention_mask=mask, past_key_values=state, **arguments)
+        anew = model.generate(ids, attention_mask=mask, use_cache=False, **arguments)
+        assert torch.equal(continued.sequences, anew.sequences)
+        assert_close(torch.stack(anew.logits), torch.stack(continued.logits), 1e-11)  # measured 2e-14
+        state = continued.past_key_values
+        assert state.get_seq_length() == continued.sequences.shape[1] - 1
+        ids = torch.cat([continued.sequences, torch.randint(1, 97, (2, turn))], dim=1)
+        mask = torch.cat([mask, torch.ones(2, 6 + turn, dtype=torch.long)], dim=1)
+
+
+def test_a_copied_state_goes_on_twice():
+    model = tiny_student(modal=True, attention_layers=[0], attention_window=5)
+    ids = torch.randint(1, 97, (2, 9))
+    with torch.no_grad():
+        prompt = model(input_ids=ids, use_cache=True).past_key_values
+    size = prompt.nbytes
+    for _ in range(2):
+        longer = torch.cat([ids, torch.randint(1, 97, (2, 3))], dim=1)
+        found = model.generate(longer, past_key_values=copy.deepcopy(prompt), max_new_tokens=7, **GREEDY)
+        assert torch.equal(found, model.generate(longer, max_new_tokens=7, **GREEDY))
+    assert prompt.get_seq_length() == 9 and prompt.nbytes == size
+    prompt.batch_repeat_interleave(3)
+    longer = torch.cat([ids, torch.randint(1, 97, (2, 1))], dim=1)
+    arguments = dict(num_beams=3, max_new_tokens=7, **GREEDY)
+    assert torch.equal(model.generate(longer, past_key_values=prompt, **arguments), model.generate(longer, **arguments))
+
+
+def test_prompt_in_chunks_and_as_embeddings():
+    model = tiny_student(modal=True, attention_layers=[1], attention_window=5)
+    ids = torch.randint(1, 97, (2, 23))
+    expected = model.generate(ids, max_new_tokens=8, **GREEDY)
+    assert torch.equal(expected, model.generate(ids, max_new_tokens=8, prefill_chunk_size=7, **GREEDY))
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(expected[:, 23:], model.generate(inputs_embeds=embedded, max_new_tokens=8, **GREEDY))
+
+
+def refused_by_generate():
+    modal = tiny_student(modal=True)
+    static = StaticCache(config=tiny_teacher().config, max_cache_len=31)
+    return {
+        "candidates from the prompt": (modal, dict(prompt_lookup_num_tokens=3), "stateful"),
+        "assisted": (modal, dict(assistant_model=tiny_teacher()), "stateful"),
+        "assisting": (tiny_teacher(), dict(assistant_model=modal), "cannot forget"),
+        "static": (modal, dict(cache_implementation="static"), "cache_implementation is 'static'; expected None"),
+        "quantized": (modal, dict(cache_implementation="quantized"), "cache_implementation is 'quantized'"),
+        "a static cache": (modal, dict(past_key_values=static), "StaticCache; expected a HyenaCache"),
+        "a dynamic cache": (modal, dict(past_key_values=DynamicCache()), "DynamicCache; expected a HyenaCache"),
+        "another batch": (modal, dict(past_key_values="two sequences"), "holds 2 sequences; expected 1"),
+        "no state": (tiny_student(), dict(past_key_values="two sequences"), "has no state"),
+        "no state, chunks": (tiny_student(), dict(prefill_chunk_size=3), "without a cache"),
+        "no state, embeddings": (tiny_student(), dict(inputs_embeds=torch.zeros(1, 9, 30)), "expected input_ids"),
+    }
+
+
+@pytest.mark.parametrize("case", refused_by_generate())
+def test_what_cannot_be_done_is_refused_in_one_line(case):
+    model, arguments, message = refused_by_generate()[case]
+    if arguments.get("past_key_values") == "two sequences":
+        state = tiny_student(modal=True)(input_ids=torch.ones(2, 3, dtype=torch.long), use_cache=True).past_key_values
+        arguments = {"past_key_values": state}
+    with pytest.raises(ValueError, match=message) as error:
+        model.generate(torch.randint(1, 97, (1, 9)), max_new_tokens=12, **GREEDY, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_padding_between_turns_is_refused():
+    model = tiny_student(modal=True)
+    state = model(input_ids=torch.ones(2, 3, dtype=torch.long), use_cache=True).past_key_values
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 3] = 0
+    with pytest.raises(ValueError, match="expected padding on the left"):
+        model(input_ids=torch.ones(2, 4, dtype=torch.long), attention_mask=mask, past_key_values=state)
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 4, 4\); expected \(2, 4 tokens or more\)"):
+        model(input_ids=torch.ones(2, 4, dtype=torch.long), attention_mask=torch.ones(2, 1, 4, 4))
+
+
+def test_loss_is_gpt_neox_s():
+    teacher = tiny_teacher()
+    model = tiny_student(attention_layers=[0, 1, 2], attention_window=63)
+    model.load_state_dict({key.replace(".attention.", ".mixer."): value for key, value in teacher.state_dict().items()})
+    ids = torch.randint(0, 97, (3, 17))
+    labels = ids.clone()
+    labels[0, 3:9], labels[2, :15] = -100, -100
+    for more in ({}, {"num_items_in_batch": 11}, {"num_items_in_batch": torch.tensor(23)}):
+        expected, found = (m(input_ids=ids, labels=labels, **more).loss for m in (teacher, model))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    outputs = model(input_ids=ids, labels=labels, return_dict=False)
+    assert isinstance(outputs, tuple)
+    torch.testing.assert_close(outputs[0], teacher(input_ids=ids, labels=labels).loss, rtol=1e-6, atol=0)
+    assert torch.equal(outputs[1], model(input_ids=ids).logits)
+
+
+def test_hidden_states_are_gpt_neox_s():
+    teacher = tiny_teacher()
+    model = tiny_student(attention_layers=[0, 1, 2], attention_window=63)
+    model.load_state_dict({key.replace(".attention.", ".mixer."): value for key, value in teacher.state_dict().items()})
+    ids = torch.randint(0, 97, (2, 17))
+    expected, found = (m(input_ids=ids, output_hidden_states=True).hidden_states for m in (teacher, model))
+    assert len(found) == len(expected) == 4
+    for theirs, ours in zip(expected, found, strict=True):
+        assert_close(theirs, ours, 1e-6)
+    assert_close(model.lm_head(found[-1]), model(input_ids=ids).logits, 1e-14)
+    assert model(input_ids=ids).hidden_states is None
+    # As transformers' recurrent models: there is no attention matrix to give.
+    assert "attentions" not in tiny_student(modal=True)(input_ids=ids, output_attentions=True)
+    generated = tiny_student(modal=True).generate(
+        ids, max_new_tokens=3, return_dict_in_generate=True, output_hidden_states=True, **GREEDY
+    )
+    assert [step[-1].shape for step in generated.hidden_states] == [(2, 17, 30), (2, 1, 30), (2, 1, 30)]
+
+
+def test_trainer_weighs_tokens_and_not_batches(tmp_path):
+    examples = [{"input_ids": ids, "labels": ids.clone()} for ids in torch.randint(1, 97, (8, 13))]
+    for example, ignored in zip(examples, (0, 11, 3, 12, 7, 1, 9, 5), strict=True):
+        example["labels"][:ignored] = -100
+    trained = []
+    for batch, accumulated in ((4, 1), (2, 2)):
+        arguments = TrainingArguments(
+            output_dir=tmp_path / str(batch),
+            max_steps=2,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            learning_rate=0.1,
+            optim="sgd",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(tiny_student(), arguments, train_dataset=examples, eval_dataset=examples)
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
+        trained.append(trainer.model.state_dict())
+    for key, before in tiny_student().state_dict().items():
+        assert_close(trained[0][key], trained[1][key], 1e-9)
+        assert not torch.equal(before, trained[0][key]), key
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "2", dtype="auto")
+    assert torch.equal(loaded.lm_head.weight, trained[1]["lm_head.weight"])
+
+
+@pytest.mark.parametrize("modal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_filters_stay_wide_through_every_round_trip(tmp_path, dtype, modal):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    model = tiny_student(modal=modal, attention_layers=[1]).to(wide)
+    model.save_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=dtype)
+    loaded.save_pretrained(tmp_path / "second")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype="auto")
+    cast = copy.deepcopy(model).to(dtype).to("cpu")
+    for made in (loaded, again, AutoModelForCausalLM.from_pretrained(tmp_path / "second", torch_dtype=dtype), cast):
+        assert made.lm_head.weight.dtype == made.gpt_neox.layers[0].mixer.dense.weight.dtype == dtype
+        for layer in (0, 2):
+            expected = model.gpt_neox.layers[layer].mixer.filter.state_dict()
+            for key, value in made.gpt_neox.layers[layer].mixer.filter.state_dict().items():
+                assert value.dtype == wide and torch.equal(value, expected[key]), key
+    ids = torch.randint(0, 97, (2, 23))
+    narrow = again(input_ids=ids).logits
+    assert narrow.dtype == dtype
+    tolerance = {torch.float16: 2e-2, torch.bfloat16: 0.2}.get(dtype, 1e-14)  # measured 2e-3, 2e-2 and 1e-16
+    assert_close(model(input_ids=ids).logits, narrow.to(wide), tolerance)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_vocabulary_grows_and_shrinks(tmp_path, tied):
+    model = tiny_student(modal=True, tie_word_embeddings=tied)
+    model.tie_weights()
+    ids = torch.randint(0, 89, (2, 17))
+    before = model(input_ids=ids).logits
+    for size in (131, 89):
+        model.resize_token_embeddings(size, mean_resizing=False)
+        assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == size
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+        found = model(input_ids=ids, labels=ids)
+        assert found.logits.shape == (2, 17, size) and found.loss.isfinite()
+        assert_close(before[..., :89], found.logits[..., :89], 1e-13)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert (loaded.lm_head.weight is loaded.gpt_neox.embed_in.weight) == tied
+    assert_close(loaded(input_ids=ids).logits, found.logits, 1e-14)
+    saved = 89 * 30 if tied else 2 * 89 * 30
+    body = sum(parameter.numel() for parameter in tiny_student(modal=True).gpt_neox.layers.parameters()) + 2 * 30
+    assert loaded.num_parameters() == body + saved
+    assert loaded.get_memory_footprint() == 8 * (body + saved)
+
+
+@pytest.mark.parametrize("modal", [False, True])
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(modal, monkeypatch):
+    plain = tiny_student(modal=modal, attention_layers=[1], attention_window=7).train()
+    model = copy.deepcopy(plain)
+    model.gradient_checkpointing_enable()
+    calls = []
+    forward = torch.nn.LayerNorm.forward
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    ids = torch.randint(0, 97, (2, 23))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    counts, losses = [], []
+    for made, use_cache in ((plain, False), (model, None), (model, True)):
+        made.zero_grad()
+        calls.clear()
+        outputs = made(input_ids=ids, attention_mask=mask, labels=ids, use_cache=use_cache)
+        assert outputs.past_key_values is None
+        outputs.loss.backward()
+        counts.append(len(calls))
+        losses.append(outputs.loss)
+        for (name, expected), found in zip(plain.named_parameters(), made.parameters(), strict=True):
+            assert_close(expected.grad, found.grad, 1e-12)
+            assert expected.grad.abs().max() > 0, name
+    assert counts == [7, 13, 13]  # two norms of each of three layers again, the last one not
+    assert losses[0] == losses[1] == losses[2]
+    if modal:
+        state = plain.eval()(input_ids=ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            model(input_ids=ids, past_key_values=state)
+
+
+@pytest.mark.parametrize("filters", [5, 30])
+@pytest.mark.parametrize("modal", [False, True])
+def test_compiled_forward_and_gradients(modal, filters):
+    model = tiny_student(filters, modal, attention_layers=[1], attention_window=7)
+    ids = torch.randint(0, 97, (2, 23))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    losses, gradients = [], []
+    torch._dynamo.reset()
+    for made in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        outputs = made(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
+        outputs.loss.backward()
+        losses.append(outputs.logits)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert_close(*losses, 1e-13)
+    for expected, found in zip(*gradients, strict=True):
+        assert_close(expected, found, 1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_step_after_the_second_is_compiled_anew(padded):
+    model = tiny_student(modal=True, attention_layers=[1], attention_window=7)
+    ids = torch.randint(1, 97, (2, 31))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    whole = model(input_ids=ids, attention_mask=mask if padded else None, use_cache=False).logits
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :11], attention_mask=mask[:, :11] if padded else None).past_key_values
+        for place in range(11, 31):
+            seen = mask[:, : place + 1].contiguous() if padded else None
+            outputs = step(input_ids=ids[:, place : place + 1], attention_mask=seen, past_key_values=cache)
+            assert_close(whole[:, place : place + 1], outputs.logits, 1e-11)
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            if place == 12:
+                after_two = graphs  # the second sees that the mask has grown
+    assert graphs == after_two > 0
+
+
+def test_a_step_compiled_to_machine_code():
+    model = tiny_student(modal=True, num_hidden_layers=1, state_sizes=[[1, 4, 2, 3, 1]])
+    ids = torch.randint(1, 97, (2, 13))
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :-1]).past_key_values
+        torch._dynamo.reset()
+        outputs = torch.compile(model)(input_ids=ids[:, -1:], past_key_values=cache)
+    assert_close(model(input_ids=ids, use_cache=False).logits[:, -1:], outputs.logits, 1e-12)
+
+
+def test_lora_on_the_projections(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = tiny_student(modal=True, attention_layers=[1], attention_window=7)
+    ids = torch.randint(1, 97, (2, 23))
+    before = base(input_ids=ids).logits
+    config = LoraConfig(r=3, lora_alpha=30, target_modules=["query_key_value", "dense"], task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(base), config)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 3 * 2 * 2 and all("lora_" in name for name in trained)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.3)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+    model.eval()
+    adapted = model(input_ids=ids).logits
+    generated = model.generate(input_ids=ids, max_new_tokens=9, **GREEDY)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_close(adapted, loaded(input_ids=ids).logits, 1e-6)  # the adapter is loaded in float32
+    merged = model.merge_and_unload()
+    assert type(merged) is HyenaNeoXForCausalLM
+    assert_close(adapted, merged(input_ids=ids).logits, 1e-12)
+    assert torch.equal(generated, merged.generate(ids, max_new_tokens=9, **GREEDY))
+    assert (before - adapted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("arguments", [{"device_map": "cpu"}, {"device_map": "auto"}, {"attn_implementation": "eager"}])
+def test_loading_arguments_change_nothing(folder, arguments):
+    ids = torch.randint(1, 97, (2, 23))
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    assert expected.config._attn_implementation == "sdpa"
+    found = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    assert_close(expected(input_ids=ids).logits, found(input_ids=ids.to(found.device)).logits.cpu(), 1e-5)
+
+
+def test_flash_attention_is_refused(folder):
+    with pytest.raises((ValueError, ImportError), match="(?i)flash.?attention"):
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="flash_attention_2")
+
+
+def test_layers_are_kept_whole_when_a_model_is_spread_over_devices():
+    from accelerate import infer_auto_device_map
+
+    model = tiny_student(modal=True, attention_layers=[1])
+    size = sum(parameter.nbytes for parameter in model.gpt_neox.layers[0].parameters())
+    places = infer_auto_device_map(model, {0: 3 * size, "cpu": 100 * size}, model._no_split_modules)
+    assert {0, "cpu"} == set(places.values())
+    assert all(name.count(".") <= 2 for name in places), places
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Two passages and a line that is too short for one; shorter than the tiny student's context."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("for i in a: b c d e f g h x y z\n\nshort\n\nif k in w: m n o p q r s t u v\n")
+    return path
+
+
+def test_stock_evaluation_harness_without_scavenger(folder, text, tmp_path):
+    code = "import sys; sys.modules['scavenger'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "--model", "hf", "--device", "cpu"]
+        + ["--model_args", f"pretrained={folder},trust_remote_code=True,dtype=float32"]
+        + ["--include_path", str(ROOT / "eval/tasks"), "--tasks", "text_perplexity", "--metadata", f"text={text}"]
+        + ["--output_path", str(tmp_path / "results.json")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(next(tmp_path.glob("results*.json")).read_text())["results"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text.read_text())["input_ids"]]])
+    bits = model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1) / math.log(2)
+    assert results["text_perplexity"]["bits_per_byte,none"] == pytest.approx(bits / text.stat().st_size, rel=1e-5)
+
+
+def test_harness_command(folder, workshop, text):
+    tasks = "text_perplexity,text_last_word"
+    done = subprocess.run(
+        [sys.executable, "eval/harness.py", folder, workshop / "teacher", "--tasks", tasks, "--text", text],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert [row["model"] for row in rows] == 5 * [str(folder)] + 5 * [str(workshop / "teacher")]
+    found = {(row["task"], row["metric"]): row["value"] for row in rows[:5]}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    losses, right = [], []
+    for context, word in (("for i in a: b c d e f g h x y", " z"), ("if k in w: m n o p q r s t u", " v")):
+        before, ids = (tokenizer(part, return_tensors="pt")["input_ids"] for part in (context, context + word))
+        labels = ids.clone()
+        labels[:, : before.shape[1]] = -100
+        outputs = model(input_ids=ids, labels=labels)
+        losses.append(outputs.loss.item() * (ids.shape[1] - before.shape[1]))
+        right.append(torch.equal(outputs.logits[:, before.shape[1] - 1 : -1].argmax(-1), ids[:, before.shape[1] :]))
+    assert found["text_last_word", "perplexity"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+    assert found["text_last_word", "acc"] == sum(right) / 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "text_nothing"], "text_nothing is not a task"),
+        (["--tasks", "text_perplexity"], "no text file is named"),
+        (["--tasks", "text_last_word", "--text", "nothing.txt"], "nothing.txt"),
+        (["--tasks", "text_last_word", "--text", "one word"], "no paragraph of more than 10 words"),
+    ],
+)
+def test_harness_command_refuses(folder, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("one word").write_text("word")
+    monkeypatch.setattr(sys, "argv", ["harness.py", str(folder), *words])
+    assert runpy.run_path(str(ROOT / "eval/harness.py"))["main"]() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("harness: error:") and message in error
