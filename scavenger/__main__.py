@@ -3,28 +3,29 @@
 accelerate launch recipes/quickstart.yaml
 scavenger recipes/quickstart.yaml transfer.logits.steps=100
 scavenger recipes/neox70m.yaml --plan
+scavenger rank recipes/quickstart.yaml --keep 1 --to kept.yaml
+scavenger push runs/quickstart --to user/repo
 """
 
 import argparse
+import contextlib
 import sys
+from pathlib import Path
 
-from scavenger.recipe import RecipeError, load_recipe
+from scavenger.recipe import Hub, RecipeError, load_recipe
 
 
 def main() -> int:
-    """Run the recipe named on the command line; returns the exit code, 2 for a mistake in what was given."""
-    parser = argparse.ArgumentParser(
-        prog="scavenger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="a recipe, as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as transfer.logits.steps=100")
-    parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
+    """Run what the command line says; returns the exit code, 2 for a mistake in what was given."""
     # Python has put the recipe in argv[0] where it was asked to run the recipe itself.
     arguments = sys.argv if sys.argv[0].endswith((".yaml", ".yml")) else sys.argv[1:]
-    args = parser.parse_intermixed_args(arguments)
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
-        return run(recipe, args.plan)
+        if arguments[:1] == ["push"]:
+            return push(arguments[1:])
+        if arguments[:1] == ["rank"]:
+            return rank(arguments[1:])
+        args = parsed(arguments)
+        return run(load_recipe(args.recipe, args.overrides), args.plan)
     except RecipeError as error:
         print(f"scavenger: error: {error}", file=sys.stderr)
         return 2
@@ -36,21 +37,29 @@ def main() -> int:
         return 130
 
 
+def parsed(arguments) -> argparse.Namespace:
+    """The recipe, its overrides and --plan."""
+    parser = argparse.ArgumentParser(
+        prog="scavenger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a recipe, as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as transfer.logits.steps=100")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
+    return parser.parse_intermixed_args(arguments)
+
+
 def run(recipe, plan_only=False) -> int:
     """The whole pipeline, or its plan; a stage whose folder is complete returns at once."""
-    from scavenger import baseline, checkpoint, data, plan, processes, recurrence, report, teacher, transfer
+    from scavenger import baseline, hub, plan, processes, recurrence, report, transfer
 
     if plan_only:
         print(plan.show(recipe))
         return 0
+    if recipe.hub:
+        hub.require_token()
     accelerator = processes.start(recipe)
     accelerator.print(plan.show(recipe, accelerator.num_processes) + "\n")
-    with checkpoint.open_run(recipe, accelerator) as run_dir:
-        with accelerator.main_process_first():
-            tokenizer = teacher.tokenizer(recipe, run_dir)
-            data.run(recipe, run_dir, tokenizer)
-        accelerator.init_trackers("scavenger", init_kwargs={"wandb": {"name": run_dir.name, "dir": str(run_dir)}})
-        teacher.run(recipe, run_dir, accelerator, tokenizer)
+    with opened(recipe, accelerator) as (run_dir, tokenizer):
         if recipe.transfer:
             transfer.run(recipe, run_dir, accelerator, tokenizer)
         if recipe.baseline:
@@ -60,6 +69,63 @@ def run(recipe, plan_only=False) -> int:
         if recipe.report:
             report.run(recipe, run_dir, accelerator, tokenizer)
         accelerator.end_training()
+        hub.run(recipe, run_dir, accelerator)
+    return 0
+
+
+@contextlib.contextmanager
+def opened(recipe, accelerator):
+    """The run's folder and tokenizer, with text and teacher ready; the folder is held until the context ends."""
+    from scavenger import checkpoint, data, teacher
+
+    with checkpoint.open_run(recipe, accelerator) as run_dir:
+        with accelerator.main_process_first():
+            tokenizer = teacher.tokenizer(recipe, run_dir)
+            data.run(recipe, run_dir, tokenizer)
+        accelerator.init_trackers("scavenger", init_kwargs={"wandb": {"name": run_dir.name, "dir": str(run_dir)}})
+        teacher.run(recipe, run_dir, accelerator, tokenizer)
+        yield run_dir, tokenizer
+
+
+def rank(arguments) -> int:
+    """Rank the layers by what is lost without their attention, and write the recipe that keeps the first of them."""
+    parser = argparse.ArgumentParser(
+        prog="scavenger rank", description="Find the layers that should keep their attention."
+    )
+    parser.add_argument("recipe", help="a recipe with a transfer section, as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as transfer.activations.steps=100")
+    parser.add_argument("--keep", type=int, default=1, metavar="N", help="how many layers keep it (1)")
+    parser.add_argument("--to", required=True, type=Path, metavar="FILE", help="the recipe that is written")
+    args = parser.parse_intermixed_args(arguments)
+    recipe = load_recipe(args.recipe, args.overrides)
+    from scavenger import processes, ranking
+
+    ranking.check(recipe, args.keep, args.to)
+    alone = ranking.without_attention(recipe)
+    accelerator = processes.start(alone)
+    with opened(alone, accelerator) as (run_dir, tokenizer):
+        found = ranking.run(alone, run_dir, accelerator, tokenizer)
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            made = ranking.recommended(recipe, found, args.keep)
+            ranking.write_recipe(made, found, args.to)
+            print(ranking.table(found))
+            print(f"\nrecipe that keeps layer {', '.join(map(str, made.student.attention_layers))}: {args.to}")
+    return 0
+
+
+def push(arguments) -> int:
+    """Push a finished run by hand."""
+    parser = argparse.ArgumentParser(prog="scavenger push", description="Push a finished run to the Hub.")
+    parser.add_argument("run", type=Path, help="the folder of a run, as runs/quickstart")
+    parser.add_argument("--to", required=True, metavar="user/repo", help="the repository, made where there is none")
+    parser.add_argument("--private", action="store_true", help="a private repository")
+    parser.add_argument("--revision", metavar="branch", help="another branch than main, made where there is none")
+    args = parser.parse_args(arguments)
+    target = Hub.from_command_line(args.to, args.private, args.revision)
+    from scavenger import hub
+
+    hub.push(args.run, target)
     return 0
 
 

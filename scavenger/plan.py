@@ -48,7 +48,11 @@ def show(recipe: Recipe, processes: int = 1) -> str:
         lines.append(
             f"student   {recipe.student.mixer}, {sizes['student']:,} parameters, {config.num_filters} filters a layer, "
             f"each over {config.hidden_size // config.num_filters} channels"
-            + (f"; layer {kept} keeps attention in a window of {config.attention_window}" if kept else "")
+            + (
+                f"; layer {kept} keeps attention, in a window of {config.attention_window or 'any length'}"
+                if kept
+                else ""
+            )
         )
     lines += ["", f"{'stage':<12}{'steps':>8}{'tokens':>14}{'time':>10}{'memory':>10}  folder"]
     for stage in stages:
@@ -71,6 +75,11 @@ def show(recipe: Recipe, processes: int = 1) -> str:
         f"Estimated for {processes} process{'es' if processes > 1 else ''} on {device}; "
         "time from a matrix rate measured just now."
     )
+    if recipe.hub:
+        private = ", private" if recipe.hub.private else ""
+        lines.append(
+            f"Then the student is pushed to {recipe.hub.name} (branch {recipe.hub.revision or 'main'}{private})."
+        )
     return "\n".join(lines)
 
 

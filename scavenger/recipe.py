@@ -7,6 +7,7 @@ names, and imports neither torch nor transformers, so a mistake is answered at o
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -182,9 +183,10 @@ class Student:
     """The mixer in place of attention, and its implicit filters (arXiv:2302.10866, appendix)."""
 
     mixer: Literal["hyena", "multihyena"] = "multihyena"
+    hyena_order: int = 1  # hyena: long convolutions of a layer; 1 is gated before and after, from 2 on as in the paper
     num_filter_heads: int | None = None  # multihyena: filters per layer; None: the teacher's heads
     attention_layers: tuple[int, ...] = ()  # layers that keep the teacher's attention, counted from 0
-    attention_window: int | None = None  # tokens that such a layer sees; None: the context length
+    attention_window: int | None = None  # tokens that such a layer sees; None: the context length; 0: all, without end
     short_filter_length: int = 3
     filter_width: int = 64
     position_features: int = 33
@@ -195,10 +197,17 @@ class Student:
 
     def __post_init__(self):
         _require(
-            self.attention_window is None or self.attention_window > 0,
+            self.attention_window is None or self.attention_window >= 0,
             "attention_window",
             self.attention_window,
-            "a positive number of tokens",
+            "a number of tokens, or 0 for no window",
+        )
+        _require(1 <= self.hyena_order <= 8, "hyena_order", self.hyena_order, "1 to 8 long convolutions")
+        _require(
+            self.hyena_order == 1 or self.mixer == "hyena",
+            "hyena_order",
+            self.hyena_order,
+            "1: the full recurrence works on single channels; it goes with hyena",
         )
         _require(1 <= self.short_filter_length <= 16, "short_filter_length", self.short_filter_length, "1 to 16 taps")
         _require(self.filter_width > 0, "filter_width", self.filter_width, "a positive width")
@@ -312,6 +321,44 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Hub:
+    """Where on the Hub the finished student goes; without this section nothing leaves the machine."""
+
+    name: str
+    private: bool = False  # False: as the account makes its repositories, which is public unless it says otherwise
+    revision: str | None = None  # a branch, made where there is none; None: the main branch
+
+    def __post_init__(self):
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.name)
+            valid = "/" in self.name
+        except HFValidationError:
+            valid = False
+        _require(valid, "name", self.name, "user/repo: letters, digits, - _ and .")
+        # What git takes as a branch and a shell as one word.
+        _require(
+            self.revision is None
+            or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", self.revision)
+            and ".." not in self.revision,
+            "revision",
+            self.revision,
+            "the name of a branch",
+        )
+
+    @classmethod
+    def from_command_line(cls, name: str, private: bool, revision: str | None):
+        """The same from `scavenger push`, with the same words for a mistake."""
+        try:
+            return cls(name, private, revision)
+        except _Wrong as wrong:
+            option = "--to" if wrong.key == "name" else f"--{wrong.key}"
+            raise RecipeError(f"{option}: found {_show(wrong.found)}; expected {wrong.right}") from None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment. A section that is left out is a stage that is not run."""
 
@@ -325,11 +372,12 @@ class Recipe:
     baseline: Baseline | None = None
     recurrence: Recurrence | None = None
     report: Report | None = None
+    hub: Hub | None = None
 
     def __post_init__(self):
         _require(self.run_dir != "", "run_dir", self.run_dir, "a folder for the run")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
-        for section in ("baseline", "recurrence", "report"):
+        for section in ("baseline", "recurrence", "report", "hub"):
             _require(
                 getattr(self, section) is None or self.transfer is not None,
                 section,
@@ -398,12 +446,15 @@ def resolved(recipe: Recipe) -> str:
 
 
 def differences(saved: str, recipe: Recipe) -> list[str]:
-    """The keys in which a saved, resolved recipe and this one differ, with both values."""
+    """The keys in which a saved, resolved recipe and this one differ, with both values.
+
+    `hub` is left out: where a student goes changes nothing of what it is.
+    """
     before, after = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(resolved(recipe)))
     return [
         f"{key} (the run has {_show(before.get(key))}, the recipe says {_show(after.get(key))})"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and key.split(".")[0] != "hub"
     ]
 
 
@@ -546,7 +597,7 @@ def _describe(hint):
         return "one of " + ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "a list of whole numbers"
-    return {int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}[hint]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[hint]
 
 
 def _show(value):

@@ -74,6 +74,7 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
                 dataclasses.asdict(measure.generation(model, _prompt(test, length)))
                 for length in recipe.report.context_lengths
             ],
+            "break_even_length": model.config.break_even_length if name != "teacher" else None,
             "sample": _sample(model, prompt, recipe, tokenizer),
         }
     read = checkpoint.read_json
@@ -102,7 +103,7 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
 
 def text_table(figures: dict) -> str:
     """The comparison as aligned text."""
-    header, rows = _cells(figures)
+    header, rows = cells(figures)
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     shown = [
@@ -152,7 +153,7 @@ def draw(run_dir: Path, figures: dict, folder: Path) -> dict[str, str]:
 
 def page(figures: dict, plots: dict[str, str], folder: Path) -> str:
     """One self-contained HTML page."""
-    header, rows = _cells(figures)
+    header, rows = cells(figures)
     table = _html_table(header, rows)
     images = "\n".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
@@ -221,14 +222,21 @@ def verdict(figures: dict) -> str:
         )
     if "recurrent" in models:
         change = models["recurrent"]["perplexity"] / distilled["perplexity"] - 1
+        length = models["recurrent"]["break_even_length"]
         parts.append(
             f"As a recurrence it changes by {100 * change:+.2f} % and keeps "
-            f"{_bytes(models['recurrent']['generation'][0]['state_bytes'])} between tokens, whatever the length"
+            f"{_bytes(models['recurrent']['generation'][0]['state_bytes'])} between tokens, "
+            + (
+                f"whatever the length: less than the teacher's cache from {length:,} tokens on"
+                if length
+                else "and its kept attention more with every token"
+            )
         )
     return ". ".join(parts) + "."
 
 
-def _cells(figures):
+def cells(figures: dict) -> tuple[list[str], list[list[str]]]:
+    """The comparison as a header and one row for each model."""
     lengths = [entry["context_length"] for entry in figures["models"]["teacher"]["generation"]]
     header = [
         "",

@@ -7,7 +7,11 @@ from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, RecipeError
 
 
-NEW_PARAMETERS = ("mixer.short_filter", "mixer.filter.")  # all that a student has and its teacher has not
+NEW_PARAMETERS = (
+    "mixer.short_filter",
+    "mixer.filter.",
+    "mixer.gates.",
+)  # all that a student has and its teacher has not
 
 
 def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
@@ -46,10 +50,13 @@ def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
     return HyenaNeoXConfig(
         **shared,
         attention_layers=sorted(set(settings.attention_layers)),
-        attention_window=settings.attention_window or recipe.data.context_length,
+        attention_window=(
+            recipe.data.context_length if settings.attention_window is None else settings.attention_window
+        ),
         rotary_fraction=rope["partial_rotary_factor"],
         rotary_base=rope["rope_theta"],
         num_filters=filters,
+        hyena_order=settings.hyena_order,
         short_filter_length=settings.short_filter_length,
         filter_width=settings.filter_width,
         position_features=settings.position_features,
@@ -67,8 +74,7 @@ def new(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXForCausalLM:
 def from_teacher(recipe: Recipe, teacher: GPTNeoXForCausalLM) -> HyenaNeoXForCausalLM:
     """A student with everything of the teacher's but attention's softmax; its filters and short filters are new."""
     student = new(recipe, teacher.config)
-    copied = {key.replace(".attention.", ".mixer."): value for key, value in teacher.state_dict().items()}
-    missing, unexpected = student.load_state_dict(copied, strict=False)
+    missing, unexpected = student.load_state_dict(copied(teacher), strict=False)
     strange = [key for key in missing if not any(name in key for name in NEW_PARAMETERS)] + unexpected
     if strange:
         raise RecipeError(
@@ -76,3 +82,8 @@ def from_teacher(recipe: Recipe, teacher: GPTNeoXForCausalLM) -> HyenaNeoXForCau
             "GPT-NeoX checkpoint"
         )
     return student
+
+
+def copied(teacher: GPTNeoXForCausalLM) -> dict[str, torch.Tensor]:
+    """The teacher's parameters under the student's names."""
+    return {key.replace(".attention.", ".mixer."): value for key, value in teacher.state_dict().items()}

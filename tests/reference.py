@@ -34,7 +34,7 @@ def mixer(q, k, v, taps):
 
 
 def full_recurrence(gates, v, taps):
-    """z^1 = v, z^{n+1}_t = x^n_t (h^n * z^n)_t; gates and v are (batch, channel, length), taps one set for each gate."""
+    """z^1 = v, z^{n+1}_t = x^n_t (h^n * z^n)_t; gates and v are (batch, channel, length), taps a set for each gate."""
     for gate, h in zip(gates, taps, strict=True):
         v = gate * convolution(v, h)
     return v

@@ -1,0 +1,403 @@
+"""The finished student on the Hub: its folder and a card written from the run, in one commit."""
+
+import re
+import shlex
+from pathlib import Path
+
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    get_token,
+    model_info,
+)
+from huggingface_hub.errors import HTTPError  # of whichever HTTP library it uses
+from huggingface_hub.utils import disable_progress_bars, logging
+
+from scavenger import checkpoint, report
+from scavenger.model import HyenaNeoXConfig
+from scavenger.recipe import EMBEDDED_TEACHER, Hub, Recipe, RecipeError
+
+
+# What from_pretrained reads. Anything else in the folder (and whatever is pickled) stays where it is.
+PUSHED = (".jinja", ".json", ".model", ".py", ".safetensors", ".txt")
+# What an earlier push may have left and the loader would take for this model's: other shards, another certificate.
+REPLACED = (".safetensors", ".safetensors.index.json", "filters.json")
+# Where a path of this machine stands in a recipe; of these only the last component is shown.
+PATHS = (("run_dir",), ("teacher", "path"), ("data", "path"))
+
+
+def run(recipe: Recipe, run_dir: Path, accelerator):
+    """Push the run where its recipe names a repository; the other processes have nothing to wait for."""
+    if recipe.hub and accelerator.is_main_process:
+        push(run_dir, recipe.hub)
+
+
+def push(run_dir: Path, target: Hub):
+    """Send the recurrent student, or the distilled one where there is no recurrence, and its card; prints where it is.
+
+    One commit, so that a reader sees the old model or the new one. Raises RecipeError, one line, that says which
+    command goes on.
+    """
+    logging.set_verbosity_error()  # its warnings name upload addresses, which whoever has them can write to
+    disable_progress_bars()  # a broken upload leaves them open, on the line of the message
+    folder = student_folder(run_dir)
+    files = {path.name: path for path in sorted(folder.iterdir()) if _is_pushed(path)}
+    files["README.md"] = str(model_card(run_dir, target)).encode()
+    try:
+        require_token()
+        address = _send(target, files, f"{_kind(folder).capitalize()} student, by scavenger")
+    except Exception as error:  # the library raises what its HTTP stack raises, and errors of its own
+        command = ["scavenger", "push", str(run_dir), "--to", target.name]
+        command += ["--private"] if target.private else []
+        command += ["--revision", target.revision] if target.revision else []
+        raise RecipeError(
+            f"{_reason(error, target)}; the run in {run_dir} is complete, `{shlex.join(command)}` goes on"
+        ) from None
+    print(f"\nhub: {address}")
+
+
+def require_token():
+    """Refuse to go on without a token; asked before any training.
+
+    Only whether there is one: asking the Hub who it belongs to would need a network that a training does not need,
+    and a token that is refused after all costs no more than the push.
+    """
+    try:
+        found = get_token()
+    except Exception:  # a token that a continuous-integration service should have lent, and did not
+        found = None
+    if found is None:
+        raise RecipeError("hub: found no token; expected one that may write, by `hf auth login` or in HF_TOKEN")
+
+
+def student_folder(run_dir: Path) -> Path:
+    """The folder of a run that is pushed: the last student it made."""
+    if not (run_dir / "recipe.yaml").is_file():
+        raise RecipeError(f"{run_dir}: found no recipe.yaml; expected the folder of a run")
+    for name in ("recurrence", "transfer"):
+        if checkpoint.complete(run_dir / name):
+            return run_dir / name
+    raise RecipeError(
+        f"{run_dir}: the run has no student yet (its transfer is not complete); expected a finished run, as "
+        f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} makes it"
+    )
+
+
+def model_card(run_dir: Path, target: Hub) -> ModelCard:
+    """The card: metadata that the Hub reads, and for people what this is, what it is worth, and how it was made."""
+    folder = student_folder(run_dir)
+    recipe = _recipe(run_dir)
+    config = HyenaNeoXConfig.from_pretrained(folder)
+    measured = run_dir / "report" / "report.json"
+    figures = checkpoint.read_json(measured) if measured.is_file() else None
+    licence = _licence(recipe, run_dir)
+    data = ModelCardData(
+        model_name=target.name.split("/")[1],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=recipe["teacher"]["name"] if recipe["teacher"]["path"] is None else None,
+        datasets=[recipe["data"]["name"]] if recipe["data"]["path"] is None and recipe["data"]["name"] else None,
+        tags=["scavenger", "hyena", "distillation", *(["recurrence"] if config.filter == "modal" else [])],
+        eval_results=[_result(recipe, figures["models"][_kind(folder)])] if figures else None,
+        **(licence or {"license": "other"}),
+    )
+    sections = [
+        f"# {data.model_name}",
+        _what_it_is(recipe, config),
+        _how_to_load(target),
+        _comparison(recipe, figures),
+        _certificate(folder),
+        _limits(recipe, config, figures),
+        _licence_text(licence),
+        _how_it_was_made(recipe, run_dir),
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def _send(target, files, message):
+    """Make repository and branch where there are none, and commit; returns the commit's address."""
+    api = HfApi()
+    # None, not False: an account whose repositories are private by default keeps them so.
+    api.create_repo(target.name, private=target.private or None, exist_ok=True)
+    if target.private and not api.model_info(target.name).private:
+        raise RecipeError(f"hub: {target.name} exists and is public; expected a private repository, or a new name")
+    if target.revision and target.revision != "main":
+        api.create_branch(target.name, branch=target.revision, exist_ok=True)
+    there = api.list_repo_files(target.name, revision=target.revision)
+    stale = [name for name in there if name.endswith(REPLACED) and name not in files]
+    commit = api.create_commit(
+        target.name,
+        [CommitOperationDelete(name) for name in stale]
+        + [CommitOperationAdd(name, content) for name, content in files.items()],
+        commit_message=message,
+        revision=target.revision,
+    )
+    return commit.commit_url
+
+
+def _what_it_is(recipe, config):
+    kept, layers = config.attention_layers, config.num_hidden_layers
+    mixers = [
+        f"{_layers(set(range(layers)) - set(kept))}: {recipe['student']['mixer']}, "
+        f"{config.num_filters * config.hyena_order} long filters a layer, each over "
+        f"{config.hidden_size // config.num_filters} channels"
+    ]
+    if kept:
+        seeing = f"{config.attention_window:,} tokens" if config.attention_window else "all that was read"
+        mixers.append(f"{_layers(kept)}: the teacher's attention, each token seeing {seeing}")
+    if config.filter != "modal":
+        generation = "Its filters are not recurrences: to generate, it reads its whole input again at each token."
+    elif kept and not config.attention_window:
+        generation = (
+            "Each filter was then turned into a recurrence (poles and residues); the kept attention's state grows."
+        )
+    else:
+        generation = (
+            "Each filter was then turned into a recurrence (poles and residues), so that a token takes the same time "
+            "and memory whatever was read before it."
+        )
+    return "\n".join(
+        [
+            f"A language model distilled by scavenger from {_teacher_name(recipe)}, a GPT-NeoX Transformer of {layers} "
+            f"layers of width {config.hidden_size}. Hyena long convolutions stand where attention was; everything else "
+            "has the teacher's shape and began with its weights.",
+            "",
+            *_items(mixers),
+            "",
+            generation,
+        ]
+    )
+
+
+def _how_to_load(target):
+    revision = f', revision="{target.revision}"' if target.revision and target.revision != "main" else ""
+    where = f'"{target.name}"{revision}, trust_remote_code=True'
+    return f"""## Use
+
+The mixers are code of this repository: hence `trust_remote_code=True`. transformers 5.6 or later.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({where})
+tokenizer = AutoTokenizer.from_pretrained({where})
+inputs = tokenizer("The first", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```"""
+
+
+def _comparison(recipe, figures):
+    if figures is None:
+        return "## What it reaches\n\nThe run made no report: nothing was measured or compared."
+    header, rows = report.cells(figures)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(
+        [
+            "## What it reaches",
+            "",
+            report.verdict(figures),
+            "",
+            *lines,
+            "",
+            f"Held-out text: {figures['test_tokens']:,} predicted tokens of the test split of {_text_name(recipe)}. "
+            "Agreement is the share of positions where the most likely token is the teacher's; a state of none means "
+            "that the whole input is read again at each token. "
+            f"Seed {figures['seed']}; speeds are of one run on the machine that made the model.",
+        ]
+    )
+
+
+def _certificate(folder):
+    """What the recurrences lost, in a few lines; nothing where there is no recurrence."""
+    if not (folder / "filters.json").is_file():
+        return None
+    facts = checkpoint.read_json(folder / "filters.json")
+    found = [(layer, filter) for layer, filters in enumerate(facts["layers"]) for filter in filters]
+    layer, worst = max(found, key=lambda pair: pair[1]["relative_error"])
+    modes = [filter["state_size"] for _, filter in found]
+    against = facts["logits"]
+    lines = [
+        f"{facts['within_tolerance']} of {facts['filters']} filters are within the tolerance of {facts['tolerance']:g} "
+        f"(relative l2 error of the first {facts['horizon']:,} taps)",
+        f"modes: {sum(modes):,} in all, {sum(modes) / len(modes):.1f} a filter, {max(modes)} at most",
+        f"worst error: {worst['relative_error']:.2e}, of a filter of layer {layer}; no recurrence with as many states "
+        f"has less than {worst['floor']:.2e} (proven)",
+        f"largest |pole|: {facts['largest_radius']:.4f}"
+        + (" (every recurrence is stable)" if facts["largest_radius"] < 1 else ""),
+        f"against the exact student on {against['tokens']:,} held-out tokens: KL {against['divergence']:.2e} nats per "
+        f"token, the same most likely token at {100 * against['agreement']:.2f} % of positions",
+    ]
+    return "\n".join(
+        ["## Certificate of the recurrence", "", *_items(lines), "", "Every filter's own figures: `filters.json`."]
+    )
+
+
+def _limits(recipe, config, figures):
+    length = recipe["data"]["context_length"]
+    seen = figures["models"]["distilled"]["tokens_seen"] if figures else None
+    lines = [
+        f"Distilled at a context of {length:,} tokens"
+        + (f", on {seen:,} tokens of {_text_name(recipe)}" if seen else f", on {_text_name(recipe)}")
+        + "; recall of what lies further back was not measured.",
+        f"One seed ({recipe['seed']}): how much another would differ was not measured.",
+        "It learned from its teacher's distribution: what the teacher's text taught it wrongly, or never, is not put "
+        "right here.",
+        "It is a language model only: not tuned to follow instructions, nor checked for what it may say.",
+        "Its code is in this repository and runs with `trust_remote_code=True`: read it first, and pin a revision.",
+    ]
+    if config.attention_layers:
+        reach = (
+            f"cannot look back further than {config.attention_window:,} tokens"
+            if config.attention_window
+            else "keeps every key and value: the time and memory of a token grow with what was read"
+        )
+        lines.insert(1, f"Kept attention ({_layers(config.attention_layers)}) {reach}.")
+    if recipe.get("recurrence") is None:
+        lines.insert(1, "No recurrence was made: generation slows down with the length of the input.")
+    return "\n".join(["## Limits", "", *_items(lines)])
+
+
+def _licence_text(licence):
+    whose = "## Licence\n\nThe student holds weights of its teacher, so its licence is its teacher's"
+    if licence is None:
+        return f"{whose}. Which that is could not be found out; ask whoever made the teacher before you use it."
+    return f"{whose}: {licence.get('license_name') or licence['license']}."
+
+
+def _how_it_was_made(recipe, run_dir):
+    environment = checkpoint.read_json(run_dir / "environment.json")
+    versions = ", ".join(f"{name} {version}" for name, version in environment.items())
+    papers = {
+        number: f"[{number}](https://arxiv.org/abs/{number})" for number in ("2401.17574", "2302.10866", "2310.18780")
+    }
+    return "\n".join(
+        [
+            "## How it was made",
+            "",
+            f"The teacher's attention was transferred to the mixers, then its distribution ({papers['2401.17574']}); "
+            f"mixers after Hyena ({papers['2302.10866']}) and MultiHyena, recurrences after {papers['2310.18780']}.",
+            "",
+            "<details><summary>The recipe, every default written out</summary>",
+            "",
+            "```yaml",
+            yaml.safe_dump(_without_paths(recipe), sort_keys=False) + "```",
+            "",
+            "</details>",
+            "",
+            f"Made with {versions}.",
+        ]
+    )
+
+
+def _recipe(run_dir):
+    """The run's resolved recipe as plain values: teacher and text need not be on this machine any more."""
+    try:
+        values = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+        return {**values, "teacher": dict(values["teacher"]), "data": dict(values["data"])}
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        raise RecipeError(f"{run_dir / 'recipe.yaml'}: cannot be read; expected the recipe that a run wrote") from None
+
+
+def _without_paths(recipe):
+    """The recipe as others may see it, and run it: no folder of this machine, and no repository to push to."""
+    shown = {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items() if key != "hub"}
+    for *sections, key in PATHS:
+        section = shown[sections[0]] if sections else shown
+        section[key] = section[key] and Path(section[key]).name
+    return shown
+
+
+def _licence(recipe, run_dir):
+    """The teacher's `license`, `license_name` and `license_link`, those that it gives; None where it gives none."""
+    teacher = recipe["teacher"]
+    try:
+        if teacher["path"] is None and teacher["name"] is not None:
+            card = model_info(teacher["name"], revision=teacher["revision"]).card_data
+        else:
+            made = run_dir / "teacher" if teacher["train"] else EMBEDDED_TEACHER
+            card = ModelCard.load(Path(teacher["path"] or made) / "README.md").data
+    except Exception:  # no card, one that is no YAML, a Hub out of reach: all the same to the reader
+        return None
+    found = {key: card.get(key) for key in ("license", "license_name", "license_link")} if card else {}
+    return {key: value for key, value in found.items() if value} if isinstance(found.get("license"), str) else None
+
+
+def _result(recipe, row):
+    data = recipe["data"]
+    local = data["path"] is not None or data["name"] is None
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=_text_name(recipe).lower().replace(" ", "-") if local else data["name"],
+        dataset_name=_text_name(recipe),
+        dataset_config=None if local else data["subset"],
+        dataset_revision=None if local else data["revision"],
+        dataset_split="test",
+        metric_type="perplexity",
+        metric_name="perplexity",
+        metric_value=round(row["perplexity"], 4),
+    )
+
+
+def _teacher_name(recipe):
+    teacher = recipe["teacher"]
+    if teacher["path"] is not None:
+        return f"`{Path(teacher['path']).name}`"
+    if teacher["name"] is not None:
+        return f"[{teacher['name']}](https://huggingface.co/{teacher['name']})"
+    return (
+        "a teacher that the same recipe trained" if teacher["train"] else f"scavenger's own `{EMBEDDED_TEACHER.name}`"
+    )
+
+
+def _text_name(recipe):
+    data = recipe["data"]
+    return Path(data["path"]).name if data["path"] is not None else data["name"] or "Python standard library"
+
+
+def _kind(folder):
+    """The student's name in the report."""
+    return {"recurrence": "recurrent", "transfer": "distilled"}[folder.name]
+
+
+def _items(lines):
+    return [f"- {line}" for line in lines]
+
+
+def _layers(indices):
+    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, sorted(indices)))}"
+
+
+def _is_pushed(path):
+    empty = path.name == "history.json" and not checkpoint.read_json(path)  # a recurrence is not trained
+    return path.is_file() and path.suffix in PUSHED and not empty
+
+
+def _reason(error, target):
+    """What went wrong in words, without addresses and request numbers, and never with the token."""
+    if isinstance(error, RecipeError):
+        return str(error)
+    uploading = isinstance(error, RuntimeError) and error.__cause__ is not None
+    if uploading:
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = error.server_message if hasattr(error, "server_message") else str(error)
+    said = re.sub(r"https?://\S+|\(?\w+ ID: [^)\s]*\)?", "", said or "").replace(get_token() or "\0", "")
+    said = " ".join(said.split())[:200] or type(error).__name__
+    if uploading:
+        return f"hub: the upload to {target.name} broke off ({f'the Hub answered {status}' if status else said})"
+    if status == 401:
+        return (
+            "hub: the token was refused (401); expected a valid one that may write, by `hf auth login` or in HF_TOKEN"
+        )
+    if status == 403:
+        return f"hub: the token may not write to {target.name} (403); expected a repository of its own account"
+    if status is not None:
+        return f"hub: the Hub answered {status} ({said})"
+    if isinstance(error, (OSError, HTTPError)):
+        return f"hub: the Hub was not reached ({said})"
+    return f"hub: the push to {target.name} failed ({type(error).__name__}: {said})"

@@ -1,0 +1,423 @@
+"""A run goes to the Hub (a stand-in on loopback) and comes back the same, for whoever has not installed scavenger."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import Commit, Hub
+
+from scavenger.checkpoint import read_json
+from scavenger.hub import model_card, student_folder
+from scavenger.recipe import Hub as Target
+from scavenger.recipe import RecipeError, load_recipe
+
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+TOKEN = "hf_" + 9 * "ThisIsSecret"
+
+# The command line as often as asked, without importing torch each time: a fork for each command.
+CLIENT = """
+import gc, json, os, sys, time
+import scavenger.hub
+from scavenger.__main__ import main
+gc.freeze()  # a fork shares what is imported
+time.sleep = lambda seconds: None  # the library waits half a minute in all between its attempts at an upload
+for line in sys.stdin:
+    given = json.loads(line)
+    if (child := os.fork()) == 0:
+        for number, name in enumerate(("out", "err"), 1):
+            os.dup2(os.open(given[name], os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        os.environ["HF_TOKEN"] = given["token"]
+        sys.argv = ["scavenger", *given["words"]]
+        code = main()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # to take torch apart again costs more than the command
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+# Whoever finds the model: no scavenger, no token, nothing but the repository's name.
+READER = """
+import contextlib, io, json, re, sys, threading
+sys.modules["scavenger"] = None
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+
+name, run = sys.argv[1:]
+found, local = (
+    AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True) for where in (name, run + "/recurrence")
+)
+assert type(found).__module__.startswith("transformers_modules.")
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True, padding_side="left")
+tokenizer.pad_token = tokenizer.eos_token
+encoded = dict(return_tensors="pt", return_token_type_ids=False)
+texts = ["def main(", "import os\\n\\n\\nclass Path:\\n    def"]
+ids = tokenizer(texts[1], **encoded)["input_ids"]
+assert torch.equal(found(ids).logits, local(ids).logits)
+
+found, local = found.double(), local.double()
+arguments = dict(max_new_tokens=17, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=None)
+for beams in (1, 3):
+    out = found.generate(ids, num_beams=beams, **arguments)
+    assert torch.equal(out, local.generate(ids, num_beams=beams, **arguments))
+    assert torch.equal(out, found.generate(ids, num_beams=beams, use_cache=False, **arguments))
+batch = tokenizer(texts, padding=True, **encoded)
+assert (batch["attention_mask"][0] == 0).any()
+together = found.generate(**batch, **arguments)[:, batch["input_ids"].shape[1] :]
+for row, text in zip(together, texts, strict=True):
+    one = tokenizer(text, **encoded)
+    assert torch.equal(row, found.generate(**one, **arguments)[0, one["input_ids"].shape[1] :])
+streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+thread = threading.Thread(target=found.generate, args=(ids,), kwargs=arguments | {"streamer": streamer})
+thread.start()
+assert "".join(streamer) == tokenizer.decode(together[1])
+thread.join()
+
+card = ModelCard.load(name)
+code = re.search(r"```python\\n(.*?)```", card.text, flags=re.S)[1]
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    exec(code, {})
+assert printed.getvalue().startswith("The first") and len(printed.getvalue()) > 20
+print(json.dumps([[result.metric_type, result.metric_value] for result in card.data.eval_results]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub({TOKEN: "tester"}) as hub:
+        hub.create("somebody/theirs", "somebody")
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def environment(hub, tmp_path_factory):
+    without = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    return {key: value for key, value in os.environ.items() if key not in without} | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path_factory.mktemp("home")),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+@pytest.fixture(scope="module")
+def scavenger(hub, environment, tmp_path_factory):
+    """`scavenger(words …)` gives exit code, output and errors, and makes sure that the token is in none of them."""
+    said = {name: tmp_path_factory.mktemp("said") / name for name in ("out", "err")}
+    with subprocess.Popen(
+        [sys.executable, "-c", CLIENT], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def run(*words, token=TOKEN):
+            given = {"words": [str(word) for word in words], "token": token} | {k: str(v) for k, v in said.items()}
+            print(json.dumps(given), file=process.stdin, flush=True)
+            code = int(process.stdout.readline())
+            out, err = (path.read_text() for path in said.values())
+            assert TOKEN not in out + err and TOKEN.encode() not in hub.stored()
+            return code, out, err
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A finished run that a test may change."""
+    copied = Path(shutil.copytree(finished, tmp_path / "run"))
+    recipe = (copied / "recipe.yaml").read_text()
+    (copied / "recipe.yaml").write_text(recipe.replace(f"run_dir: {finished}\n", f"run_dir: {copied}\n"))
+    return copied
+
+
+def one_line(err):
+    assert err.startswith("scavenger: error: ") and err.count("\n") == 1, err
+    assert "http" not in err and "Root=" not in err, "addresses and request numbers are the library's affair"
+    return err
+
+
+def test_a_pushed_run_comes_back_the_same(hub, environment, scavenger, finished, tmp_path):
+    code, out, err = scavenger("push", finished, "--to", "tester/model")
+    assert code == 0 and err == "" and f"{hub.address}/tester/model/commit/" in out
+    repository = hub.repositories["tester/model"]
+    assert len(repository.history()) == 2 and not repository.private
+    local = {path.name: path.read_bytes() for path in (finished / "recurrence").iterdir()}
+    del local["history.json"]  # of a training that there was none of
+    files = dict(repository.files())
+    assert set(files) - set(local) == {".gitattributes", "README.md"}
+    assert all(files[name] == content for name, content in local.items())
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_hyena_neox.py", "filters.json"} <= set(
+        files
+    )
+
+    code, _, err = scavenger("push", finished, "--to", "tester/model")
+    assert code == 0 and err == "" and len(repository.history()) == 2, "nothing changed, nothing to commit"
+
+    done = subprocess.run(
+        [sys.executable, "-c", READER, "tester/model", str(finished)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ((kind, perplexity),) = json.loads(done.stdout.splitlines()[-1])
+    expected = read_json(finished / "report/report.json")["models"]["recurrent"]["perplexity"]
+    assert kind == "perplexity" and perplexity == pytest.approx(expected, abs=1e-4)
+
+
+def test_branch_and_privacy(hub, scavenger, finished):
+    words = ("push", finished, "--to", "tester/second", "--private", "--revision", "trials/first")
+    assert scavenger(*words)[0] == 0
+    repository = hub.repositories["tester/second"]
+    assert repository.private
+    assert set(repository.files("main")) == {".gitattributes"}
+    assert "model.safetensors" in repository.files("trials/first")
+    assert b'revision="trials/first"' in repository.files("trials/first")["README.md"]
+    assert scavenger(*words)[0] == 0 and len(repository.history("trials/first")) == 2
+
+    hub.create("tester/open", "tester")
+    code, _, err = scavenger("push", finished, "--to", "tester/open", "--private")
+    assert code == 2 and "tester/open exists and is public" in one_line(err)
+    assert len(hub.repositories["tester/open"].history()) == 1
+
+
+def test_weights_of_an_earlier_model_go(hub, scavenger, finished):
+    """The loader prefers some names to others: what it could take for this model's must not stay."""
+    repository = hub.create("tester/third", "tester")
+    earlier = {"model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
+    parent = repository.branches["main"]
+    repository.add("main", Commit("earlier", earlier, frozenset(list(earlier)[:1]), parent))
+    assert scavenger("push", finished, "--to", "tester/third")[0] == 0
+    files = repository.files()
+    assert "notes.txt" in files and [name for name in files if "safetensors" in name] == ["model.safetensors"]
+    assert repository.history()[1:] == ["earlier", "initial commit"], "one commit takes and gives"
+
+
+def test_an_upload_that_breaks_off_goes_on(hub, scavenger, finished):
+    words = ("push", finished, "--to", "tester/fourth")
+    hub.large.clear()
+    hub.drop_uploads = True
+    code, _, err = scavenger(*words)
+    hub.drop_uploads = False
+    assert code == 2 and "the upload to tester/fourth broke off" in one_line(err)
+    assert f"the run in {finished} is complete, `scavenger push {finished} --to tester/fourth` goes on" in err
+    assert hub.repositories["tester/fourth"].history() == ["initial commit"], "no half of a model"
+
+    hub.broken = 503
+    code, _, err = scavenger(*words)
+    hub.broken = None
+    assert code == 2 and "the Hub answered 503 (Service out of order)" in one_line(err)
+    sent = sum(path.startswith("/upload/") for _, path in hub.requests)
+    assert scavenger(*words)[0] == 0
+    assert "model.safetensors" in hub.repositories["tester/fourth"].files()
+    assert sum(path.startswith("/upload/") for _, path in hub.requests) == sent, "what had arrived is not sent again"
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "parts"),
+    [
+        ("tester/model", "", ["found no token", "hf auth login", "goes on"]),
+        ("tester/model", "hf_wrong", ["token was refused (401)", "hf auth login", "goes on"]),
+        ("somebody/theirs", TOKEN, ["may not write to somebody/theirs (403)", "goes on"]),
+        ("somebody/absent", TOKEN, ["may not write to somebody/absent (403)", "goes on"]),
+        ("model", TOKEN, ["--to: found", '"model"', "user/repo"]),
+        ("a/b/c", TOKEN, ["--to: found", "user/repo"]),
+        ("tester/a--b", TOKEN, ["--to: found", "user/repo"]),
+    ],
+)
+def test_mistakes_are_one_line(hub, scavenger, finished, name, token, parts):
+    before = len(hub.repositories)
+    code, out, err = scavenger("push", finished, "--to", name, token=token)
+    assert code == 2 and out == ""
+    for part in parts:
+        assert part in one_line(err)
+    assert len(hub.repositories) == before
+
+
+def test_what_is_no_finished_run(scavenger, copy, tmp_path):
+    for folder, part in ((tmp_path, "found no recipe.yaml"), (tmp_path / "absent", "found no recipe.yaml")):
+        code, _, err = scavenger("push", folder, "--to", "tester/model")
+        assert code == 2 and f"{folder}: {part}" in one_line(err)
+    code, _, err = scavenger("push", copy, "--to", "tester/model", "--revision", "a..b")
+    assert code == 2 and "--revision: found" in one_line(err)
+    shutil.rmtree(copy / "recurrence")
+    (copy / "transfer").rename(copy / "transfer.partial")
+    code, _, err = scavenger("push", copy, "--to", "tester/model")
+    assert code == 2 and "its transfer is not complete" in one_line(err)
+    (copy / "recipe.yaml").write_text("run_dir: [")
+    (copy / "transfer.partial").rename(copy / "transfer")
+    code, _, err = scavenger("push", copy, "--to", "tester/model")
+    assert code == 2 and "recipe.yaml: cannot be read" in one_line(err)
+
+
+def test_a_hub_out_of_reach(environment, finished):
+    with socket.socket() as taken:  # bound but not listening: whoever connects is refused
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        done = subprocess.run(
+            [BIN / "scavenger", "push", str(finished), "--to", "tester/model"],
+            env=environment | {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 2 and TOKEN not in done.stdout + done.stderr
+    assert "the Hub was not reached" in one_line(done.stderr) and "goes on" in done.stderr
+
+
+def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, copy):
+    words = [workshop / "recipe.yaml", f"run_dir={copy}"]
+    code, out, err = scavenger(*words, "hub.name=tester/fifth", token="")
+    assert code == 2 and out == "" and "found no token" in one_line(err), "before anything is done"
+    code, out, _ = scavenger(*words, "hub.name=tester/fifth", "hub.private=true", "--plan", token="")
+    assert code == 0 and "the student is pushed to tester/fifth (branch main, private)" in out
+
+    code, out, err = scavenger(*words, "hub.name=somebody/theirs")
+    assert code == 2 and "may not write to somebody/theirs" in err
+    assert f"the run in {copy} is complete, `scavenger push {copy} --to somebody/theirs` goes on" in err
+    assert "Traceback" not in err and "tester/fifth" not in hub.repositories
+
+    code, out, err = scavenger(*words, "hub.name=tester/fifth", "hub.private=true")
+    assert code == 0 and "/tester/fifth/commit/" in out, "the place is no other recipe"
+    assert hub.repositories["tester/fifth"].private and "model.safetensors" in hub.repositories["tester/fifth"].files()
+    for path in copy.rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_of_two_processes_one_pushes(hub, environment, workshop, copy):
+    begun = len(hub.requests)
+    configuration = ROOT / "accelerate_configs/cpu_two_processes.yaml"
+    words = [workshop / "recipe.yaml", f"run_dir={copy}", "hub.name=tester/sixth"]
+    done = subprocess.run(
+        [BIN / "accelerate", "launch", "--config_file", configuration, *map(str, words)],
+        env=environment | {"HF_TOKEN": TOKEN},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert hub.requests[begun:].count(("POST", "/api/repos/create")) == 1
+    assert len(hub.repositories["tester/sixth"].history()) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["hub.name=model"], ["hub.name", "model", "user/repo"]),
+        (["hub.name=tester/model.git"], ["hub.name", "user/repo"]),
+        (["hub.private=true"], ["hub.name", "nothing", "text"]),
+        (["hub.name=tester/model", "hub.private=perhaps"], ["hub.private", "perhaps", "true or false"]),
+        (["hub.name=tester/model", "hub.revision=a b"], ["hub.revision", "a b", "branch"]),
+        (["hub.name=tester/model", "hub.tokn=x"], ["hub.tokn", "unknown key"]),
+    ],
+)
+def test_mistakes_in_a_recipe(overrides, parts):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(ROOT / "recipes/quickstart.yaml"), overrides)
+    for part in parts:
+        assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_card_says_what_the_run_found(finished, workshop):
+    figures, filters = read_json(finished / "report/report.json"), read_json(finished / "recurrence/filters.json")
+    card = model_card(finished, Target("tester/model"))
+    assert card.data.license == "other" and "could not be found out" in card.text
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert "base_model" not in card.data.to_dict() and "datasets" not in card.data.to_dict(), "they are local folders"
+    rows = [line.split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
+    assert [row[0].removeprefix("| ") for row in rows[2:]] == list(figures["models"])
+    for row, model in zip(rows[2:], figures["models"].values(), strict=True):
+        assert row[1] == f"{model['parameters']:,}" and row[3] == f"{model['perplexity']:.3f}"
+    worst = max((filter for layer in filters["layers"] for filter in layer), key=lambda f: f["relative_error"])
+    for fact in (
+        f"{filters['within_tolerance']} of {filters['filters']} filters are within the tolerance of 0.001",
+        f"worst error: {worst['relative_error']:.2e}",
+        f"less than {worst['floor']:.2e} (proven)",
+        f"largest |pole|: {filters['largest_radius']:.4f}",
+        f"KL {filters['logits']['divergence']:.2e}",
+        "at a context of 48 tokens, on 3,840 tokens of text.jsonl",
+        f"torch {read_json(finished / 'environment.json')['torch']}",
+        "2401.17574",
+        "2310.18780",
+        "2302.10866",
+    ):
+        assert fact in card.text, fact
+    assert str(workshop) not in card.content and str(finished.parent) not in card.content
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, flags=re.S)[1])
+    assert shown["data"]["path"] == "text.jsonl" and shown["teacher"]["path"] == "teacher" and shown["run_dir"] == "run"
+    assert shown["transfer"] == yaml.safe_load((finished / "recipe.yaml").read_text())["transfer"]
+
+
+def test_the_card_of_less(hub, scavenger, copy):
+    """No report, no recurrence; a teacher of the Hub, whose licence is asked for there; text of the Hub."""
+    shutil.rmtree(copy / "report")
+    shutil.rmtree(copy / "recurrence")
+    values = yaml.safe_load((copy / "recipe.yaml").read_text())
+    values["recurrence"] = values["report"] = None
+    values["teacher"] |= {"path": None, "name": "somebody/theirs"}
+    values["data"] |= {"path": None, "name": "somebody/text"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    theirs = hub.repositories["somebody/theirs"]
+    licence = b"---\nlicense: other\nlicense_name: their-own\nlicense_link: LICENSE\n---\n# theirs\n"
+    theirs.add("main", Commit("card", {"README.md": licence}, frozenset(), theirs.branches["main"]))
+    assert scavenger("push", copy, "--to", "tester/less")[0] == 0
+    files = hub.repositories["tester/less"].files()
+    assert files["model.safetensors"] == (student_folder(copy) / "model.safetensors").read_bytes()
+    assert "history.json" in files and "filters.json" not in files and not any("/" in name for name in files)
+    card = files["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert (
+        metadata["license"] == "other"
+        and metadata["license_name"] == "their-own"
+        and "its teacher's: their-own" in card
+    )
+    assert metadata["base_model"] == "somebody/theirs" and metadata["datasets"] == ["somebody/text"]
+    assert "model-index" not in metadata and "nothing was measured or compared" in card
+    assert "Certificate" not in card and "reads its whole input again at each token" in card
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        (None, "apache-2.0"),  # the embedded teacher's own
+        ("---\nlicense: cc-by-4.0\n---\n# a teacher\n", "cc-by-4.0"),
+        ("# a teacher without metadata\n", "other"),
+        ("---\nlicense: [broken\n---\n", "other"),
+    ],
+)
+def test_the_licence_is_the_teachers(copy, tmp_path, card, licence):
+    values = yaml.safe_load((copy / "recipe.yaml").read_text())
+    values["teacher"]["path"] = None if card is None else str(tmp_path)
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "README.md").write_text(card or "")
+    made = model_card(copy, Target("tester/model"))
+    assert made.data.license == licence
+    assert ("could not be found out" in made.text) == (licence == "other")
+
+
+@pytest.mark.parametrize(
+    ("window", "parts"),
+    [
+        (7, ["layer 1: the teacher's attention, each token seeing 7 tokens", "further than 7 tokens", "the same time"]),
+        (0, ["each token seeing all that was read", "the kept attention's state grows", "keeps every key and value"]),
+    ],
+)
+def test_the_card_says_what_attention_is_kept(copy, window, parts):
+    config = read_json(copy / "recurrence/config.json") | {"attention_layers": [1], "attention_window": window}
+    (copy / "recurrence/config.json").write_text(json.dumps(config))
+    text = model_card(copy, Target("tester/model")).text
+    assert "layers 0, 2: multihyena, 5 long filters a layer, each over 6 channels" in text
+    for part in parts:
+        assert part in text
+    assert ("whatever was read before it" in text) == (window > 0)
