@@ -1,0 +1,374 @@
+"""Mixers side by side, from finished runs of one teacher on one data set: quality, recall, and what is kept in memory.
+
+    python eval/mixers.py runs/a runs/b --output eval/mixers.md
+
+Runs that differ in nothing but their seed are one row, mean ± standard deviation. The table is printed and written as
+Markdown with what it was made from; the last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import recall
+import torch
+import yaml
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from scavenger import checkpoint, data, measure, teacher
+from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.recipe import Recipe, RecipeError, differences, load_recipe, resolved
+
+
+PROMPT_TOKENS = 300  # after which the state is measured; a window that is longer is filled
+HEADER = [
+    "row",
+    "mixer",
+    "seeds",
+    "tokens seen",
+    "distilled, test (× teacher)",
+    "validation (× teacher)",
+    "agreement",
+    "recurrent, test (× teacher)",
+    "validation (× teacher)",
+    "pairs",
+    "passages",
+    "state, bytes",
+    "break-even, tokens",
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--output", type=Path, default=Path("eval/mixers.md"), help="default: eval/mixers.md")
+    args = parser.parse_args()
+    try:
+        if not args.output.parent.is_dir():
+            raise RecipeError(f"--output: {args.output.parent} is no folder; expected one to write into")
+        found = run(args.runs)
+        checkpoint.write_text(args.output, page(found))
+    except (OSError, ValueError, RecipeError) as error:
+        print(f"mixers: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
+def run(folders: list[Path]) -> dict:
+    """Every figure of the comparison; RecipeError, one line, for runs that cannot be compared."""
+    runs = [(folder, finished(folder)) for folder in folders]
+    rows = grouped(runs)
+    recipe = runs[0][1]
+    distances = recall.fitting(recall.DISTANCES, recipe.data.context_length)
+    transformers_logging.disable_progress_bar()
+    bar = tqdm(total=len(runs), desc="mixers", unit="run", leave=False)
+    teachers = {}  # by held-out text: a data set's documents are taken in an order that the seed decides
+    students = []
+    for row in rows:
+        measured = []
+        for folder, recipe in row:
+            frozen = teacher.load(recipe, folder).to(_device())
+            text = _held_out_text(folder)
+            if text not in teachers:
+                teachers[text] = {"seed": recipe.seed} | of_teacher(frozen, recipe, folder, distances)
+            measured.append(of_student(frozen, teachers[text], recipe, folder, distances))
+            bar.update()
+        students.append(
+            {
+                "mixer": mixer(folder),
+                "tokens_seen": tokens_seen(recipe),
+                "sections": {
+                    name: section
+                    for name, section in yaml.safe_load(resolved(recipe)).items()
+                    if name in ("student", "transfer", "recurrence")
+                },
+                "runs": measured,
+            }
+        )
+    bar.close()
+    config = frozen.config
+    return {
+        "command": " ".join(["python eval/mixers.py", *(recipe.run_dir for _, recipe in runs)]),
+        "teacher": {
+            "name": f"teacher: GPT-NeoX, {config.num_hidden_layers} layers of {config.hidden_size} channels",
+            "bytes_per_token": _bytes_per_token(config),
+            "texts": list(teachers.values()),
+        },
+        "students": students,
+        "recall": {"distances": distances, "pairs": recall.pairs_shown(distances), "examples": recall.EXAMPLES},
+        "tokens": recipe.data.evaluation_tokens,
+        "environments": _environments(folders),
+    }
+
+
+def finished(folder: Path) -> Recipe:
+    """The recipe of a finished run."""
+    for name in ("recipe.yaml", "environment.json", "data", "transfer", "recurrence"):
+        if not (folder / name).exists():
+            raise RecipeError(f"{folder}: found no {name}; expected the folder of a run that is finished")
+    return load_recipe(str(folder / "recipe.yaml"))
+
+
+def grouped(runs: list[tuple[Path, Recipe]]) -> list[list[tuple[Path, Recipe]]]:
+    """The runs by configuration, those that differ in nothing but seed and folder together, in the order given."""
+    first_folder, first = runs[0]
+    rows = []
+    for folder, recipe in runs:
+        for name, same in {
+            # A teacher that a run trained is another one with another seed.
+            "teacher": recipe.teacher == first.teacher and (recipe.teacher.train is None or recipe.seed == first.seed),
+            "data": recipe.data == first.data,
+        }.items():
+            if not same:
+                raise RecipeError(
+                    f"{folder}: found another {name} than in {first_folder}; "
+                    "expected runs of one teacher on one data set"
+                )
+        row = next((row for row in rows if _same_configuration(row[0][1], recipe)), None)
+        if row is None:
+            rows.append([(folder, recipe)])
+            continue
+        for other, its_recipe in row:
+            if its_recipe.seed == recipe.seed:
+                raise RecipeError(
+                    f"{folder}: found the configuration and the seed ({recipe.seed}) of {other}; expected another seed"
+                )
+        row.append((folder, recipe))
+    return rows
+
+
+def of_teacher(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
+    """Perplexity and recall of the teacher."""
+    test, validation = (data.blocks(folder / "data", split) for split in ("test", "validation"))
+    return {
+        "test": measure.held_out(model, test).perplexity,
+        "validation": measure.held_out(model, validation).perplexity,
+    } | recalled(model, recipe, folder, distances)
+
+
+def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
+    """Perplexity, agreement, recall and state of a run's students; ratios to the teacher on the same text."""
+    test, validation = (data.blocks(folder / "data", split) for split in ("test", "validation"))
+    figures = {"run": recipe.run_dir, "seed": recipe.seed}
+    for name, stage in (("distilled", "transfer"), ("recurrent", "recurrence")):
+        model = HyenaNeoXForCausalLM.from_pretrained(folder / stage, dtype=torch.float32).to(_device()).eval()
+        on_test = measure.held_out(model, test, frozen if name == "distilled" else None)
+        figures[name] = {"test": on_test.perplexity, "validation": measure.held_out(model, validation).perplexity}
+        figures[name] |= {f"{split}_ratio": figures[name][split] / its_teacher[split] for split in list(figures[name])}
+        if name == "distilled":
+            figures["agreement"] = on_test.agreement
+    state = constant_state(model, test)
+    return (
+        figures
+        | recalled(model, recipe, folder, distances)
+        | {
+            "state_bytes": state,
+            "break_even": None if state is None else -(-state // _bytes_per_token(frozen.config)),
+        }
+    )
+
+
+def recalled(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
+    """Two numbers of recall on the run's test split: the share of right values, and the mean gain on passages."""
+    test = data.blocks(folder / "data", "test")
+    special = teacher.tokenizer(recipe, folder).all_special_ids
+    pairs = recall.associative_recall(model, test, special, distances, recall.EXAMPLES, seed=0)
+    passages = recall.repeated_passages(model, test, distances, recall.EXAMPLES, seed=0)
+    return {
+        "pairs": sum(row.among * row.queries for row in pairs) / sum(row.queries for row in pairs),
+        "passages": statistics.fmean(row.gain for row in passages),
+    }
+
+
+def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
+    """Bytes that the student keeps for a sequence, counted in its cache; None where they grow with what it reads."""
+    config = model.config
+    if config.attention_layers and not config.attention_window:
+        return None
+    length = max(PROMPT_TOKENS, config.attention_window if config.attention_layers else 0)
+    prompt = torch.from_numpy(blocks.reshape(-1)[:length].astype("int64"))[None].to(model.device)
+    with torch.inference_mode():
+        cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    return measure.state_bytes(cache)
+
+
+def mixer(folder: Path) -> str:
+    """What stands in the place of attention, in words."""
+    config = HyenaNeoXForCausalLM.config_class.from_pretrained(folder / "recurrence")
+    if config.num_filters == config.hidden_size:
+        words = "hyena" if config.hyena_order == 1 else f"hyena of order {config.hyena_order}"
+    else:
+        words = f"multihyena, {config.num_filters} filters of {config.hidden_size // config.num_filters} channels"
+    if config.attention_layers:
+        layers = " and ".join(map(str, config.attention_layers))
+        window = f"window {config.attention_window}" if config.attention_window else "no window"
+        words += f", layer{'s' if len(config.attention_layers) > 1 else ''} {layers} kept, {window}"
+    return words
+
+
+def tokens_seen(recipe: Recipe) -> int:
+    """Tokens that the student was shown in both stages of transfer."""
+    stages = (recipe.transfer.activations, recipe.transfer.logits)
+    return sum(stage.steps * stage.batch_size for stage in stages) * recipe.data.context_length
+
+
+def page(found: dict) -> str:
+    """The table as Markdown, with how it was made."""
+    shown, students = found["recall"], found["students"]
+    distances = ", ".join(map(str, shown["distances"]))
+    sections = [
+        f"{number}. {row['mixer']}: {', '.join(run['run'] for run in row['runs'])}\n\n   ```yaml\n"
+        + "".join(
+            f"   {name}: {yaml.safe_dump(section, default_flow_style=True, sort_keys=False, width=10_000)}"
+            for name, section in row["sections"].items()
+        )
+        + "   ```\n"
+        for number, row in enumerate(students, 1)
+    ]
+    environments = [", ".join(f"{key} {value}" for key, value in one.items()) for one in found["environments"]]
+    return f"""# Mixers, measured
+
+```bash
+{found["command"]}
+```
+
+{table(found)}
+
+- ±: standard deviation over seeds. The seed also decides which held-out text is read, so compare × teacher: both are
+  measured on the same text, at most {found["tokens"]:,} tokens of each split.
+- agreement: positions of the test split where the distilled student's most likely token is the teacher's.
+- pairs, passages: recall of the recurrent student on the test split, as [recall.py](recall.py) measures it;
+  {shown["examples"]} sequences of pairs, and as many passages at each distance, the same for all students of a seed.
+- pairs: once a key has been read with its value and comes again, how often that value is the most likely of the
+  {shown["pairs"]} shown; by chance {100 / shown["pairs"]:.1f} %.
+- passages: how much less the loss is when a passage is read again after {distances} tokens,
+  mean over these distances, nats per token; without recall 0.
+- state: what the recurrent student keeps for one sequence in float32, counted in its cache after a prompt of
+  {PROMPT_TOKENS:,} tokens, or of its window where that is longer.
+- break-even: the length at which the teacher's keys and values hold as many bytes.
+
+## The rows
+
+{chr(10).join(sections)}
+## Environment
+
+{chr(10).join("- " + line for line in environments)}
+"""
+
+
+def table(found: dict) -> str:
+    """The comparison as a Markdown table whose columns are aligned."""
+    texts = found["teacher"]["texts"]
+    lines = [
+        HEADER,
+        [
+            "",
+            found["teacher"]["name"],
+            _seeds(texts),
+            "",
+            _spread([text["test"] for text in texts], ".3f"),
+            _spread([text["validation"] for text in texts], ".3f"),
+            "",
+            "",
+            "",
+            *_recall_cells(texts),
+            f"{found['teacher']['bytes_per_token']:,} a token",
+            "",
+        ],
+    ]
+    for number, row in enumerate(found["students"], 1):
+        runs = row["runs"]
+        distilled, recurrent = ([run[name] for run in runs] for name in ("distilled", "recurrent"))
+        lines.append(
+            [
+                str(number),
+                row["mixer"],
+                _seeds(runs),
+                f"{row['tokens_seen']:,}",
+                _against_teacher(distilled, "test"),
+                _against_teacher(distilled, "validation"),
+                _spread([100 * run["agreement"] for run in runs], ".1f") + " %",
+                _against_teacher(recurrent, "test"),
+                _against_teacher(recurrent, "validation"),
+                *_recall_cells(runs),
+                _count([run["state_bytes"] for run in runs]),
+                _count([run["break_even"] for run in runs]),
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    lines.insert(1, ["-" * width if column == 1 else "-" * (width - 1) + ":" for column, width in enumerate(widths)])
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(width) if column == 1 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in lines
+    )
+
+
+def _device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _held_out_text(folder):
+    """What tells the held-out text of a run from another's."""
+    sums = checkpoint.read_json(folder / "data" / "source.json")["sha256"]
+    return sums["test"], sums["validation"]
+
+
+def _same_configuration(one, other):
+    return not differences(resolved(replace(one, seed=other.seed, run_dir=other.run_dir)), other)
+
+
+def _bytes_per_token(config):
+    """A key and a value of every layer in float32."""
+    return 2 * config.num_hidden_layers * config.hidden_size * 4
+
+
+def _environments(folders):
+    """Python, torch and machine of the runs, each combination once."""
+    found = []
+    for folder in folders:
+        values = checkpoint.read_json(folder / "environment.json")
+        one = {key: values[key] for key in ("python", "torch", "machine")}
+        if one not in found:
+            found.append(one)
+    return found
+
+
+def _seeds(measured):
+    return ", ".join(str(one["seed"]) for one in measured)
+
+
+def _recall_cells(measured):
+    return (
+        _spread([100 * one["pairs"] for one in measured], ".1f") + " %",
+        _spread([one["passages"] for one in measured], ".3f"),
+    )
+
+
+def _against_teacher(measured, split):
+    ratios = _spread([one[f"{split}_ratio"] for one in measured], ".3f")
+    return f"{_spread([one[split] for one in measured], '.3f')} ({ratios})"
+
+
+def _count(values):
+    return "grows" if None in values else _spread(values, ",.0f")
+
+
+def _spread(values, form):
+    """The mean, and the standard deviation where there is one."""
+    mean = format(statistics.fmean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    sys.exit(main())
