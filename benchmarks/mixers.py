@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the tables there, as Markdown")
     args = parser.parse_args()
-    if args.hidden_size % (8 * args.num_heads) or min(args.lengths + [args.batch_size, args.rounds]) < 1:
+    if min(args.num_heads, *args.lengths, args.batch_size, args.rounds) < 1 or args.hidden_size % (8 * args.num_heads):
         print(
             f"mixers: error: found width {args.hidden_size} with {args.num_heads} heads; expected heads of a multiple "
             "of 8 channels, and lengths, batch size and rounds of 1 or more",
@@ -229,12 +229,11 @@ def timed(call, device, gradient):
 def peak_memory(contender, args, length, device, dtype):
     """Bytes that forward and backward hold at their peak, beyond parameters and input."""
     hidden, cos, sin = inputs(args, length, device, dtype)
+    contender.module.zero_grad()
     before, peak = memory(device)
     with contender.forced():
         y = contender.module(hidden, cos, sin)
         y.backward(torch.ones_like(y))
-    del y
-    contender.module.zero_grad()
     return peak() - before
 
 

@@ -1,13 +1,15 @@
 """Mixers side by side, from finished runs of one teacher on one data set: quality, recall, and what is kept in memory.
 
-    python eval/mixers.py runs/a runs/b --output eval/mixers.md
+    python eval/mixers.py runs/a runs/b --tolerances 0.1 0.3 --output eval/mixers.md
 
-Runs that differ in nothing but their seed are one row, mean ± standard deviation. The table is printed and written as
-Markdown with what it was made from; the last line is JSON.
+Runs that differ in nothing but their seed are one row, mean ± standard deviation. With --tolerances the first run of
+each row is turned into recurrences again, by each tolerance: what a smaller state costs. The tables are printed and
+written as Markdown with what they were made from; the last line is JSON.
 """
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from dataclasses import replace
@@ -19,7 +21,7 @@ import yaml
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from scavenger import checkpoint, data, measure, teacher
+from scavenger import checkpoint, data, measure, recurrence, teacher
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, RecipeError, differences, load_recipe, resolved
 
@@ -45,22 +47,29 @@ HEADER = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--tolerances", type=float, nargs="*", default=[], help="of the filters' reduction")
     parser.add_argument("--output", type=Path, default=Path("eval/mixers.md"), help="default: eval/mixers.md")
     args = parser.parse_args()
     try:
         if not args.output.parent.is_dir():
             raise RecipeError(f"--output: {args.output.parent} is no folder; expected one to write into")
-        found = run(args.runs)
+        if args.output.is_dir():
+            raise RecipeError(f"--output: {args.output} is a folder; expected the name of a file")
+        if any(not 0 < tolerance < 1 for tolerance in args.tolerances):
+            raise RecipeError(f"--tolerances: found {args.tolerances}; expected relative errors between 0 and 1")
+        found = run(args.runs, args.tolerances)
         checkpoint.write_text(args.output, page(found))
     except (OSError, ValueError, RecipeError) as error:
         print(f"mixers: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     print(table(found))
+    if args.tolerances:
+        print("\n" + tolerance_table(found))
     print(json.dumps(found))
     return 0
 
 
-def run(folders: list[Path]) -> dict:
+def run(folders: list[Path], tolerances: list[float]) -> dict:
     """Every figure of the comparison; RecipeError, one line, for runs that cannot be compared."""
     runs = [(folder, finished(folder)) for folder in folders]
     rows = grouped(runs)
@@ -89,12 +98,16 @@ def run(folders: list[Path]) -> dict:
                     if name in ("student", "transfer", "recurrence")
                 },
                 "runs": measured,
+                "reduced": [at_tolerance(*row[0], tolerance) for tolerance in tolerances],
             }
         )
     bar.close()
     config = frozen.config
     return {
-        "command": " ".join(["python eval/mixers.py", *(recipe.run_dir for _, recipe in runs)]),
+        "command": shlex.join(
+            ["python", "eval/mixers.py", *(_shown(folder) for folder, _ in runs)]
+            + (["--tolerances", *map(str, tolerances)] if tolerances else [])
+        ),
         "teacher": {
             "name": f"teacher: GPT-NeoX, {config.num_hidden_layers} layers of {config.hidden_size} channels",
             "bytes_per_token": _bytes_per_token(config),
@@ -155,7 +168,7 @@ def of_teacher(model, recipe: Recipe, folder: Path, distances: list[int]) -> dic
 def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
     """Perplexity, agreement, recall and state of a run's students; ratios to the teacher on the same text."""
     test, validation = (data.blocks(folder / "data", split) for split in ("test", "validation"))
-    figures = {"run": recipe.run_dir, "seed": recipe.seed}
+    figures = {"run": _shown(folder), "seed": recipe.seed}
     for name, stage in (("distilled", "transfer"), ("recurrent", "recurrence")):
         model = HyenaNeoXForCausalLM.from_pretrained(folder / stage, dtype=torch.float32).to(_device()).eval()
         on_test = measure.held_out(model, test, frozen if name == "distilled" else None)
@@ -172,6 +185,28 @@ def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distance
             "break_even": None if state is None else -(-state // _bytes_per_token(frozen.config)),
         }
     )
+
+
+def at_tolerance(folder: Path, recipe: Recipe, tolerance: float) -> dict:
+    """State and quality of the run's student, its filters reduced by another tolerance; against the exact student."""
+    student = HyenaNeoXForCausalLM.from_pretrained(folder / "transfer", dtype=torch.float32).to(_device()).eval()
+    horizon = recipe.recurrence.horizon or recipe.data.context_length
+    reduced = recurrence.reduce_filters(student, horizon, tolerance, recipe.recurrence.max_state_size)
+    model = recurrence.recurrent_student(student, reduced).to(_device())
+    blocks = data.blocks(folder / "data", "validation")
+    exact, against = measure.held_out(student, blocks), measure.held_out(model, blocks, student)
+    sizes = [one.state_size for layer in reduced for one in layer]
+    return {
+        "seed": recipe.seed,
+        "tolerance": tolerance,
+        "modes": statistics.fmean(sizes),
+        "most_modes": max(sizes),
+        "state_bytes": model.config.state_bytes,
+        "break_even": model.config.break_even_length,
+        "ratio": against.perplexity / exact.perplexity,
+        "divergence": against.divergence,
+        "agreement": against.agreement,
+    }
 
 
 def recalled(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
@@ -246,14 +281,14 @@ def page(found: dict) -> str:
 - pairs, passages: recall of the recurrent student on the test split, as [recall.py](recall.py) measures it;
   {shown["examples"]} sequences of pairs, and as many passages at each distance, the same for all students of a seed.
 - pairs: once a key has been read with its value and comes again, how often that value is the most likely of the
-  {shown["pairs"]} shown; by chance {100 / shown["pairs"]:.1f} %.
+  {shown["pairs"]} shown; by chance {100 / shown["pairs"]:.1f} % over all distances.
 - passages: how much less the loss is when a passage is read again after {distances} tokens,
-  mean over these distances, nats per token; without recall 0.
+  mean over these distances, nats per token; also positive for a memory of which tokens occurred, in no order.
 - state: what the recurrent student keeps for one sequence in float32, counted in its cache after a prompt of
   {PROMPT_TOKENS:,} tokens, or of its window where that is longer.
 - break-even: the length at which the teacher's keys and values hold as many bytes.
 
-## The rows
+{tolerance_section(found)}## The rows
 
 {chr(10).join(sections)}
 ## Environment
@@ -301,7 +336,48 @@ def table(found: dict) -> str:
                 _count([run["break_even"] for run in runs]),
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return _aligned(lines)
+
+
+def tolerance_section(found: dict) -> str:
+    """What a smaller state costs, where that was asked for."""
+    if not any(row["reduced"] for row in found["students"]):
+        return ""
+    return f"""## State against quality
+
+Each row's first student with its filters reduced by another tolerance (relative l2 error of the taps), against the same
+student with exact filters, on the validation split.
+
+{tolerance_table(found)}
+
+"""
+
+
+def tolerance_table(found: dict) -> str:
+    header = "row", "mixer", "tolerance", "modes a filter", "most", "state, bytes", "break-even, tokens", "perplexity ×"
+    lines = [[*header, "KL, nats", "agreement"]]
+    for number, row in enumerate(found["students"], 1):
+        for one in row["reduced"]:
+            lines.append(
+                [
+                    str(number),
+                    row["mixer"],
+                    f"{one['tolerance']:g}",
+                    f"{one['modes']:.1f}",
+                    str(one["most_modes"]),
+                    _count([one["state_bytes"]]),
+                    _count([one["break_even"]]),
+                    f"{one['ratio']:.4f}",
+                    f"{one['divergence']:.4f}",
+                    f"{100 * one['agreement']:.1f} %",
+                ]
+            )
+    return _aligned(lines)
+
+
+def _aligned(lines):
+    """Markdown, the second column to the left and all others to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width if column == 1 else "-" * (width - 1) + ":" for column, width in enumerate(widths)])
     return "\n".join(
         "| "
@@ -312,6 +388,11 @@ def table(found: dict) -> str:
         + " |"
         for line in lines
     )
+
+
+def _shown(folder):
+    """The folder as others may see it: of an absolute path no more than its last component."""
+    return folder.name if folder.is_absolute() else str(folder)
 
 
 def _device():

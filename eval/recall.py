@@ -4,7 +4,7 @@
 
 pairs     random pairs of tokens, then every first token again, in random order, each followed by its second: is the
           second the most likely token there? (multi-query associative recall, arXiv:2312.04927, but the model is
-          taken as it is and not trained for it)
+          taken as it is and not trained for it; the gain is over values that were read as often, of other keys)
 passages  other text, a passage, more of the other text, the passage again: how much less is the second reading's loss?
 
 Pairs are binned by distance, from the previous one named (exclusive) to this one (inclusive); passages start exactly
@@ -54,9 +54,9 @@ class PairRecall:
     distance: int  # tokens from the pair to the key's return, at most; more than the bin before
     queries: int
     top_1: float  # share where the value is the most likely token of the vocabulary
-    among: float  # share where it is the most likely of the values shown; chance is 1 / pairs
+    among: float  # share where it is the most likely of the values shown; chance is 1 / pairs over all distances
     log_probability: float  # of the value, nats
-    gain: float  # how much more that is than at the pair itself, where nothing tells the value; 0 without recall
+    gain: float  # how much more that is than of the values not asked for yet; 0 without recall
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PassageRecall:
     tokens: int
     first_loss: float  # nats per token
     second_loss: float
-    gain: float  # first_loss - second_loss; 0 without recall
+    gain: float  # first_loss - second_loss; also positive for a memory of which tokens occurred, in no order
     first_top_1: float
     second_top_1: float
 
@@ -168,23 +168,25 @@ def associative_recall(
     """
     count = pairs_shown(distances)
     ids, order = _pair_sequences(_frequent_tokens(blocks, special, count), count, examples, seed)
-    top, among, asked, told = [], [], [], []
+    pending = torch.ones(count, count, dtype=torch.bool).triu(1)  # values that are asked for after this query
+    top, among, asked, others = [], [], [], []
     for rows, log_p in _log_probabilities(model, ids):
-        at_pairs, at_queries = log_p[:, ::2].chunk(2, dim=1)  # after each key; (example, pair, vocabulary)
-        first, values = rows[:, 1::2].chunk(2, dim=1)
+        at_queries = log_p[:, 2 * count :: 2]  # after each key; (example, pair, vocabulary)
+        values = rows[:, 2 * count + 1 :: 2]
         shown = at_queries.gather(2, values[:, None, :].expand(-1, count, -1))
         top.append(at_queries.argmax(-1) == values)
         among.append(shown.argmax(-1) == torch.arange(count, device=rows.device))
         asked.append(shown.diagonal(dim1=1, dim2=2))
-        told.append(at_pairs.gather(2, first[..., None])[..., 0])
-    top, among, asked, told = (torch.cat(parts).double().cpu().numpy() for parts in (top, among, asked, told))
-    gain = asked - np.take_along_axis(told, order, axis=1)
+        # The last query has none: a mean over nothing, left out below.
+        others.append((shown * pending.to(rows.device)).sum(-1) / pending.sum(-1).to(rows.device))
+    top, among, asked, others = (torch.cat(parts).double().cpu().numpy() for parts in (top, among, asked, others))
+    gain = np.where(np.isfinite(others), asked - others, np.nan)
     distance = 2 * (count + np.arange(count) - order)
     rows = []
     for low, high in zip([0, *distances], distances, strict=False):
         here = (low < distance) & (distance <= high)
         if here.any():
-            means = [float(value[here].mean()) for value in (top, among, asked, gain)]
+            means = [float(np.nanmean(value[here])) for value in (top, among, asked, gain)]
             rows.append(PairRecall(high, int(here.sum()), *means))
     return rows
 

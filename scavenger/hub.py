@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
@@ -25,8 +26,20 @@ from scavenger.recipe import EMBEDDED_TEACHER, Hub, Recipe, RecipeError
 
 # What from_pretrained reads. Anything else in the folder (and whatever is pickled) stays where it is.
 PUSHED = (".jinja", ".json", ".model", ".py", ".safetensors", ".txt")
-# What an earlier push may have left and the loader would take for this model's: other shards, another certificate.
-REPLACED = (".safetensors", ".safetensors.index.json", "filters.json")
+# What an earlier push may have left and the loader would take for this model's: other shards, another certificate,
+# parts of another tokenizer. Only files at the top of the repository; adapters and other folders are left alone.
+REPLACED = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "filters.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+)
 # Where a path of this machine stands in a recipe; of these only the last component is shown.
 PATHS = (("run_dir",), ("teacher", "path"), ("data", "path"))
 
@@ -56,7 +69,7 @@ def push(run_dir: Path, target: Hub):
         command += ["--private"] if target.private else []
         command += ["--revision", target.revision] if target.revision else []
         raise RecipeError(
-            f"{_reason(error, target)}; the run in {run_dir} is complete, `{shlex.join(command)}` goes on"
+            f"{_reason(error, target)}; what {run_dir} holds is kept, `{shlex.join(command)}` goes on"
         ) from None
     print(f"\nhub: {address}")
 
@@ -81,6 +94,11 @@ def student_folder(run_dir: Path) -> Path:
         raise RecipeError(f"{run_dir}: found no recipe.yaml; expected the folder of a run")
     for name in ("recurrence", "transfer"):
         if checkpoint.complete(run_dir / name):
+            if name == "transfer" and _recipe(run_dir).get("recurrence"):
+                raise RecipeError(
+                    f"{run_dir}: the run has no recurrence yet, which its recipe asks for; expected a finished run, as "
+                    f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} makes it"
+                )
             return run_dir / name
     raise RecipeError(
         f"{run_dir}: the run has no student yet (its transfer is not complete); expected a finished run, as "
@@ -95,6 +113,7 @@ def model_card(run_dir: Path, target: Hub) -> ModelCard:
     config = HyenaNeoXConfig.from_pretrained(folder)
     measured = run_dir / "report" / "report.json"
     figures = checkpoint.read_json(measured) if measured.is_file() else None
+    row = figures and figures["models"].get(_kind(folder))
     licence = _licence(recipe, run_dir)
     data = ModelCardData(
         model_name=target.name.split("/")[1],
@@ -103,7 +122,7 @@ def model_card(run_dir: Path, target: Hub) -> ModelCard:
         base_model=recipe["teacher"]["name"] if recipe["teacher"]["path"] is None else None,
         datasets=[recipe["data"]["name"]] if recipe["data"]["path"] is None and recipe["data"]["name"] else None,
         tags=["scavenger", "hyena", "distillation", *(["recurrence"] if config.filter == "modal" else [])],
-        eval_results=[_result(recipe, figures["models"][_kind(folder)])] if figures else None,
+        eval_results=[_result(recipe, row)] if row else None,
         **(licence or {"license": "other"}),
     )
     sections = [
@@ -129,7 +148,7 @@ def _send(target, files, message):
     if target.revision and target.revision != "main":
         api.create_branch(target.name, branch=target.revision, exist_ok=True)
     there = api.list_repo_files(target.name, revision=target.revision)
-    stale = [name for name in there if name.endswith(REPLACED) and name not in files]
+    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED)]
     commit = api.create_commit(
         target.name,
         [CommitOperationDelete(name) for name in stale]
@@ -257,14 +276,14 @@ def _limits(recipe, config, figures):
             else "keeps every key and value: the time and memory of a token grow with what was read"
         )
         lines.insert(1, f"Kept attention ({_layers(config.attention_layers)}) {reach}.")
-    if recipe.get("recurrence") is None:
+    if config.filter != "modal":
         lines.insert(1, "No recurrence was made: generation slows down with the length of the input.")
     return "\n".join(["## Limits", "", *_items(lines)])
 
 
 def _licence_text(licence):
     whose = "## Licence\n\nThe student holds weights of its teacher, so its licence is its teacher's"
-    if licence is None:
+    if licence is None or licence["license"] == "other" and "license_name" not in licence:
         return f"{whose}. Which that is could not be found out; ask whoever made the teacher before you use it."
     return f"{whose}: {licence.get('license_name') or licence['license']}."
 
@@ -298,9 +317,14 @@ def _recipe(run_dir):
     """The run's resolved recipe as plain values: teacher and text need not be on this machine any more."""
     try:
         values = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
-        return {**values, "teacher": dict(values["teacher"]), "data": dict(values["data"])}
+        made = {**values, "teacher": dict(values["teacher"]), "data": dict(values["data"])}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
         raise RecipeError(f"{run_dir / 'recipe.yaml'}: cannot be read; expected the recipe that a run wrote") from None
+    for section in (made["teacher"], made["data"]):
+        name = section["name"]
+        if name and (name[0] in "/.~" or name.count("/") > 1):  # a folder where a Hub name was meant
+            section |= {"path": name, "name": None}
+    return made
 
 
 def _without_paths(recipe):
@@ -308,7 +332,7 @@ def _without_paths(recipe):
     shown = {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items() if key != "hub"}
     for *sections, key in PATHS:
         section = shown[sections[0]] if sections else shown
-        section[key] = section[key] and Path(section[key]).name
+        section[key] = section[key] and _last_component(section[key])
     return shown
 
 
@@ -324,16 +348,23 @@ def _licence(recipe, run_dir):
     except Exception:  # no card, one that is no YAML, a Hub out of reach: all the same to the reader
         return None
     found = {key: card.get(key) for key in ("license", "license_name", "license_link")} if card else {}
+    if found.get("license_link") and "://" not in found["license_link"]:  # a file beside the teacher, not beside this
+        found["license_link"] = (
+            f"https://huggingface.co/{teacher['name']}/blob/{teacher['revision'] or 'main'}/{found['license_link']}"
+            if teacher["path"] is None and teacher["name"]
+            else None
+        )
     return {key: value for key, value in found.items() if value} if isinstance(found.get("license"), str) else None
 
 
 def _result(recipe, row):
     data = recipe["data"]
     local = data["path"] is not None or data["name"] is None
+    name = _text_name(recipe).strip("`")
     return EvalResult(
         task_type="text-generation",
-        dataset_type=_text_name(recipe).lower().replace(" ", "-") if local else data["name"],
-        dataset_name=_text_name(recipe),
+        dataset_type=re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "local" if local else data["name"],
+        dataset_name=name,
         dataset_config=None if local else data["subset"],
         dataset_revision=None if local else data["revision"],
         dataset_split="test",
@@ -346,7 +377,7 @@ def _result(recipe, row):
 def _teacher_name(recipe):
     teacher = recipe["teacher"]
     if teacher["path"] is not None:
-        return f"`{Path(teacher['path']).name}`"
+        return f"`{_last_component(teacher['path'])}`"
     if teacher["name"] is not None:
         return f"[{teacher['name']}](https://huggingface.co/{teacher['name']})"
     return (
@@ -356,7 +387,14 @@ def _teacher_name(recipe):
 
 def _text_name(recipe):
     data = recipe["data"]
-    return Path(data["path"]).name if data["path"] is not None else data["name"] or "Python standard library"
+    if data["path"] is not None:
+        return f"`{_last_component(data['path'])}`"
+    return data["name"] or "Python standard library"
+
+
+def _last_component(path):
+    """Of a folder on this machine no more than its own name, and nothing in it that Markdown reads."""
+    return Path(path).resolve().name.replace("`", "")
 
 
 def _kind(folder):

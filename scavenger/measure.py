@@ -79,6 +79,7 @@ def generation(model: nn.Module, prompt: torch.Tensor) -> Generation:
     began = _now(device)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     prefill = _now(device) - began
+    held = None if out.past_key_values is None else state_bytes(out.past_key_values)
     cache, ids, steps = out.past_key_values, prompt, []
     while len(steps) < TIMED_STEPS and (len(steps) < 3 or sum(steps) < TIMED_SECONDS):
         token = out.logits[:, -1:].argmax(-1)
@@ -89,9 +90,7 @@ def generation(model: nn.Module, prompt: torch.Tensor) -> Generation:
         else:
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
         steps.append(_now(device) - began)
-    return Generation(
-        prompt.shape[1], prefill, 1 / sorted(steps)[len(steps) // 2], None if cache is None else state_bytes(cache)
-    )
+    return Generation(prompt.shape[1], prefill, 1 / sorted(steps)[len(steps) // 2], held)
 
 
 def state_bytes(cache) -> int:

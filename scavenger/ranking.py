@@ -48,6 +48,8 @@ def check(recipe: Recipe, keep: int, path: Path):
     if keep < 1 or (shape is not None and keep >= shape["num_hidden_layers"]):
         right = f"1 to {shape['num_hidden_layers'] - 1}" if shape else "1 or more"
         raise RecipeError(f"--keep: found {keep}; expected {right}, some and not all of the teacher's layers")
+    if path.is_dir():
+        raise RecipeError(f"--to: {path} is a folder; expected the name of a new file")
     if not path.parent.is_dir():
         raise RecipeError(f"--to: {path.parent} is no folder; expected the name of a new file in one that is")
 
@@ -56,7 +58,7 @@ def without_attention(recipe: Recipe) -> Recipe:
     """The recipe of a ranking: no layer kept, activations only, in a folder of its own beside the recipe's."""
     return dataclasses.replace(
         recipe,
-        run_dir=f"{recipe.run_dir}-ranking",
+        run_dir=f"{Path(recipe.run_dir)}-ranking",
         student=dataclasses.replace(recipe.student, attention_layers=()),
         transfer=dataclasses.replace(
             recipe.transfer, activations=dataclasses.replace(recipe.transfer.activations, schedule="parallel")
@@ -108,7 +110,7 @@ def recommended(recipe: Recipe, found: list[dict], keep: int) -> Recipe:
     layers = tuple(sorted(entry["layer"] for entry in found[:keep]))
     return dataclasses.replace(
         recipe,
-        run_dir=f"{recipe.run_dir}-keeps-{'-'.join(map(str, layers))}",
+        run_dir=f"{Path(recipe.run_dir)}-keeps-{'-'.join(map(str, layers))}",
         student=dataclasses.replace(recipe.student, attention_layers=layers),
     )
 
@@ -124,7 +126,7 @@ def write_recipe(recipe: Recipe, found: list[dict], path: Path):
         *(f"#   layer {entry['layer']:>2}  {entry['divergence']:.4f}" for entry in found),
     ]
     text = "\n".join([*head, body])
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and path.read_bytes() != text.encode():
         raise RecipeError(f"--to: {path} is there already; expected the name of a new file")
     checkpoint.write_text(path, text)
 

@@ -126,6 +126,7 @@ class Teacher:
         _require(
             self.revision is None or self.name is not None, "revision", self.revision, "a revision goes with a name"
         )
+        _require(not _is_folder(self.name), "name", self.name, "a name on the Hub; a local folder goes into path")
         if self.path is not None:
             _require(
                 (Path(self.path) / "config.json").is_file(),
@@ -169,6 +170,7 @@ class Data:
                 getattr(self, key),
                 f"a {key} goes with a name",
             )
+        _require(not _is_folder(self.name), "name", self.name, "a name on the Hub; a local folder goes into path")
         if self.path is not None:
             _require(
                 Path(self.path).exists(),
@@ -185,6 +187,7 @@ class Student:
     mixer: Literal["hyena", "multihyena"] = "multihyena"
     hyena_order: int = 1  # hyena: long convolutions of a layer; 1 is gated before and after, from 2 on as in the paper
     num_filter_heads: int | None = None  # multihyena: filters per layer; None: the teacher's heads
+    rotary: bool = True  # keep the teacher's rotary turn of q and k, where groups of channels split no turned pair
     attention_layers: tuple[int, ...] = ()  # layers that keep the teacher's attention, counted from 0
     attention_window: int | None = None  # tokens that such a layer sees; None: the context length; 0: all, without end
     short_filter_length: int = 3
@@ -342,7 +345,9 @@ class Hub:
         _require(
             self.revision is None
             or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", self.revision)
-            and ".." not in self.revision,
+            and ".." not in self.revision
+            and not self.revision.endswith((".", ".lock"))
+            and not self.revision.startswith("refs/"),
             "revision",
             self.revision,
             "the name of a branch",
@@ -450,7 +455,11 @@ def differences(saved: str, recipe: Recipe) -> list[str]:
 
     `hub` is left out: where a student goes changes nothing of what it is.
     """
-    before, after = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(resolved(recipe)))
+    before, after = yaml.safe_load(saved), _flat(yaml.safe_load(resolved(recipe)))
+    try:  # a key that came after the run was started has its default there
+        before = _flat(yaml.safe_load(resolved(_build(Recipe, before, ""))))
+    except _Wrong:
+        before = _flat(before)
     return [
         f"{key} (the run has {_show(before.get(key))}, the recipe says {_show(after.get(key))})"
         for key in sorted(before.keys() | after.keys())
@@ -489,6 +498,10 @@ def teacher_shape(recipe: Recipe) -> dict | None:
         "a GPT-NeoX checkpoint (model_type gpt_neox)",
     )
     return shape
+
+
+def _is_folder(name):
+    return name is not None and (name[:1] in ("/", ".", "~") or Path(name).is_dir())
 
 
 def _read(path):

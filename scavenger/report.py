@@ -222,14 +222,17 @@ def verdict(figures: dict) -> str:
         )
     if "recurrent" in models:
         change = models["recurrent"]["perplexity"] / distilled["perplexity"] - 1
-        length = models["recurrent"]["break_even_length"]
+        row = models["recurrent"]
+        length = row.get("break_even_length")  # a report made by an earlier version has none
         parts.append(
             f"As a recurrence it changes by {100 * change:+.2f} % and keeps "
-            f"{_bytes(models['recurrent']['generation'][0]['state_bytes'])} between tokens, "
+            f"{_bytes(row['generation'][0]['state_bytes'])} between tokens"
             + (
-                f"whatever the length: less than the teacher's cache from {length:,} tokens on"
+                f", whatever the length: less than the teacher's cache from {length:,} tokens on"
                 if length
-                else "and its kept attention more with every token"
+                else ", and its kept attention more with every token"
+                if "break_even_length" in row
+                else ""
             )
         )
     return ". ".join(parts) + "."

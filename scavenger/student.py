@@ -57,6 +57,7 @@ def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
         rotary_base=rope["rope_theta"],
         num_filters=filters,
         hyena_order=settings.hyena_order,
+        rotary=None if settings.rotary else False,
         short_filter_length=settings.short_filter_length,
         filter_width=settings.filter_width,
         position_features=settings.position_features,

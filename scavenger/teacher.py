@@ -227,7 +227,6 @@ def _write_card(recipe, run_dir, model, history, folder):
         "\n".join(
             [
                 "---",
-                "license: apache-2.0",
                 "library_name: transformers",
                 "tags: [gpt_neox]",
                 "---",

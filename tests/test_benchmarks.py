@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from reference import assert_close
 
+from scavenger.model import hyena
+
 
 COMMAND = Path(__file__).parents[1] / "benchmarks/mixers.py"
 SMALL = argparse.Namespace(hidden_size=64, num_heads=4, batch_size=2)
@@ -33,14 +35,21 @@ def test_benchmark_command(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.startswith("mixers: error: found width 30")
 
 
-def test_forms_that_are_timed_are_the_mixers_own():
+def test_forms_that_are_timed_are_the_mixers_own(monkeypatch):
     benchmark = runpy.run_path(str(COMMAND))
     contenders = {row[0]: benchmark["Contender"](*row, SMALL) for row in benchmark["rows"](16)}
     hidden, cos, sin = benchmark["inputs"](SMALL, 70, torch.device("cpu"), torch.float32)
-    outputs = {}
+    outputs, taken = {}, []
+    for form in ("outer_product_convolution", "modal_scan"):
+        whole = getattr(hyena, form)
+        monkeypatch.setattr(hyena, form, lambda *x, f=form, w=whole: taken.append(f) or w(*x))
+    whole = hyena.ToeplitzProduct.apply
+    monkeypatch.setattr(hyena.ToeplitzProduct, "apply", lambda *x: taken.append("ToeplitzProduct") or whole(*x))
     for name, contender in contenders.items():
         with contender.forced():
             outputs[name] = contender.module(hidden, cos, sin).detach()
+    forms = ["ToeplitzProduct", "outer_product_convolution"]
+    assert taken == [*forms, *forms, "modal_scan"]
     assert_close(outputs["multihyena 8, Toeplitz"], outputs["multihyena 8, FFT"], 1e-5)
     assert_close(outputs["multihyena 16, Toeplitz"], outputs["multihyena 16, FFT"], 1e-5)
     scanned = contenders["multihyena 16, modal scan"]

@@ -195,12 +195,14 @@ def test_branch_and_privacy(hub, scavenger, finished):
 def test_weights_of_an_earlier_model_go(hub, scavenger, finished):
     """The loader prefers some names to others: what it could take for this model's must not stay."""
     repository = hub.create("tester/third", "tester")
-    earlier = {"model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
+    mine = {"notes.txt": b"mine", "steering.safetensors": b"y", "adapter/model.safetensors": b"z"}
+    earlier = {"model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}"}
+    earlier |= {"chat_template.jinja": b"{{ old }}"} | mine
     parent = repository.branches["main"]
     repository.add("main", Commit("earlier", earlier, frozenset(list(earlier)[:1]), parent))
     assert scavenger("push", finished, "--to", "tester/third")[0] == 0
     files = repository.files()
-    assert "notes.txt" in files and [name for name in files if "safetensors" in name] == ["model.safetensors"]
+    assert set(earlier) & set(files) == set(mine), "what the loader does not read is not ours to take away"
     assert repository.history()[1:] == ["earlier", "initial commit"], "one commit takes and gives"
 
 
@@ -211,7 +213,7 @@ def test_an_upload_that_breaks_off_goes_on(hub, scavenger, finished):
     code, _, err = scavenger(*words)
     hub.drop_uploads = False
     assert code == 2 and "the upload to tester/fourth broke off" in one_line(err)
-    assert f"the run in {finished} is complete, `scavenger push {finished} --to tester/fourth` goes on" in err
+    assert f"what {finished} holds is kept, `scavenger push {finished} --to tester/fourth` goes on" in err
     assert hub.repositories["tester/fourth"].history() == ["initial commit"], "no half of a model"
 
     hub.broken = 503
@@ -252,6 +254,8 @@ def test_what_is_no_finished_run(scavenger, copy, tmp_path):
     code, _, err = scavenger("push", copy, "--to", "tester/model", "--revision", "a..b")
     assert code == 2 and "--revision: found" in one_line(err)
     shutil.rmtree(copy / "recurrence")
+    code, _, err = scavenger("push", copy, "--to", "tester/model")
+    assert code == 2 and "has no recurrence yet, which its recipe asks for" in one_line(err)
     (copy / "transfer").rename(copy / "transfer.partial")
     code, _, err = scavenger("push", copy, "--to", "tester/model")
     assert code == 2 and "its transfer is not complete" in one_line(err)
@@ -284,7 +288,7 @@ def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, copy):
 
     code, out, err = scavenger(*words, "hub.name=somebody/theirs")
     assert code == 2 and "may not write to somebody/theirs" in err
-    assert f"the run in {copy} is complete, `scavenger push {copy} --to somebody/theirs` goes on" in err
+    assert f"what {copy} holds is kept, `scavenger push {copy} --to somebody/theirs` goes on" in err
     assert "Traceback" not in err and "tester/fifth" not in hub.repositories
 
     code, out, err = scavenger(*words, "hub.name=tester/fifth", "hub.private=true")
@@ -346,7 +350,7 @@ def test_the_card_says_what_the_run_found(finished, workshop):
         f"less than {worst['floor']:.2e} (proven)",
         f"largest |pole|: {filters['largest_radius']:.4f}",
         f"KL {filters['logits']['divergence']:.2e}",
-        "at a context of 48 tokens, on 3,840 tokens of text.jsonl",
+        "at a context of 48 tokens, on 3,840 tokens of `text.jsonl`",
         f"torch {read_json(finished / 'environment.json')['torch']}",
         "2401.17574",
         "2310.18780",
@@ -357,6 +361,26 @@ def test_the_card_says_what_the_run_found(finished, workshop):
     shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, flags=re.S)[1])
     assert shown["data"]["path"] == "text.jsonl" and shown["teacher"]["path"] == "teacher" and shown["run_dir"] == "run"
     assert shown["transfer"] == yaml.safe_load((finished / "recipe.yaml").read_text())["transfer"]
+
+
+def test_the_card_of_an_older_run(copy):
+    """A report without what later ones have; folders that were given where Hub names go."""
+    figures = read_json(copy / "report/report.json")
+    for row in figures["models"].values():
+        row.pop("break_even_length", None)
+    (copy / "report/report.json").write_text(json.dumps(figures))
+    values = yaml.safe_load((copy / "recipe.yaml").read_text())
+    values["teacher"] |= {"path": None, "name": "/home/somebody/secret/pythia"}
+    values["data"] |= {"path": None, "name": "../clients/__acme__ *corpus*"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    card = model_card(copy, Target("tester/model"))
+    assert "between tokens." in card.text and "more with every token" not in card.text
+    assert "secret" not in card.content and "clients" not in card.content and "huggingface.co//" not in card.content
+    assert "`pythia`" in card.text and "`__acme__ *corpus*`" in card.text
+    assert card.data.eval_results[0].dataset_type == "__acme__-corpus"
+    figures["models"].pop("recurrent")
+    (copy / "report/report.json").write_text(json.dumps(figures))
+    assert not model_card(copy, Target("tester/model")).data.eval_results
 
 
 def test_the_card_of_less(hub, scavenger, copy):
@@ -380,6 +404,7 @@ def test_the_card_of_less(hub, scavenger, copy):
     assert (
         metadata["license"] == "other"
         and metadata["license_name"] == "their-own"
+        and metadata["license_link"] == "https://huggingface.co/somebody/theirs/blob/main/LICENSE"
         and "its teacher's: their-own" in card
     )
     assert metadata["base_model"] == "somebody/theirs" and metadata["datasets"] == ["somebody/text"]

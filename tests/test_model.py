@@ -115,14 +115,17 @@ def test_the_form_depends_on_the_shape(monkeypatch):
     assert taken == ["causal_convolution", "outer_product_convolution"]
 
 
-@pytest.mark.parametrize("filters", [5, 30])
+@pytest.mark.parametrize("filters", [5, 10])
 def test_the_scan_stands_in_for_the_matrices_where_inputs_are_long(filters, monkeypatch):
     model = tiny_student(filters, modal=True)
     ids = torch.randint(0, 97, (2, 391))
+    scans = []
+    monkeypatch.setattr("scavenger.model.hyena.modal_scan", lambda *x: scans.append(1) or modal_scan(*x))
     scanned = model(input_ids=ids, use_cache=False).logits
-    assert model.gpt_neox.layers[0].mixer._scan_pays(391)
+    assert len(scans) == 3
     monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 1e9)
     assert_close(scanned, model(input_ids=ids, use_cache=False).logits, 1e-11)
+    assert len(scans) == 3
 
 
 def test_modal_taps_are_the_loop_of_multiplications():
@@ -229,6 +232,10 @@ def test_positions_are_relative_wherever_rotary_is_kept(filters):
         angle = (places + shift).double()[None, :, None].expand(2, 23, 2)
         outputs.append(mixer(hidden, angle.cos(), angle.sin()))
     assert_close(*outputs, 1e-13)
+    assert not tiny_student(10, rotary_fraction=0.5).config.rotary, "3 of 6 channels: 4 are turned, (1, 3) is split"
+    with pytest.raises(ValueError, match="rotary is true; expected false: groups of 10 channels"):
+        tiny_student(3, rotary=True)
+    assert not tiny_student(5, rotary=False).gpt_neox.layers[0].mixer.rotary
     still = mixer(hidden, torch.ones(2, 23, 2, dtype=F64), torch.zeros(2, 23, 2, dtype=F64))
     assert model.config.rotary == ((still - outputs[0]).abs().max() > 1e-3)
 
@@ -393,6 +400,46 @@ def test_half_precision_differs_by_its_own_rounding_only(filters, dtype, toleran
     cache = half(input_ids=ids[:, :40], use_cache=True).past_key_values
     assert {layer.recurrent_state.dtype for layer in cache.layers} == {torch.complex64}
     assert_close(exact[:, 40:], half(input_ids=ids[:, 40:], past_key_values=cache).logits.float(), tolerance)
+
+
+@pytest.mark.parametrize("modal", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, {"filters": 15}])
+def test_autocast_trains_and_generates(shape, modal):
+    """As under accelerate's mixed precision: bfloat16 products around float32 parameters; 15 filters go by FFT."""
+    model = tiny_student(modal=modal, **shape).float()
+    ids = torch.randint(0, 97, (2, 47))
+    exact = model(input_ids=ids, labels=ids, use_cache=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(input_ids=ids, labels=ids, use_cache=False)
+    assert_close(exact.logits, found.logits.float(), 6e-2)
+    wanted = torch.autograd.grad(exact.loss, list(model.parameters()))
+    for a, b in zip(wanted, torch.autograd.grad(found.loss, list(model.parameters())), strict=True):
+        assert b.dtype == torch.float32 and b.isfinite().all()
+        assert a.norm() < 1e-6 or torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9
+    if modal:
+        with torch.no_grad():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                cache = model(input_ids=ids[:, :30], use_cache=True).past_key_values
+            for t in range(30, 47):  # a prompt read under autocast, steps without
+                out = model(input_ids=ids[:, t : t + 1], past_key_values=cache)
+        assert_close(exact.logits[:, -1:], out.logits, 6e-2)
+
+
+def test_a_model_that_was_measured_can_be_trained():
+    model = tiny_student(modal=True)
+    ids = torch.randint(0, 97, (2, 9))
+    with torch.inference_mode():
+        model(input_ids=ids)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, {"filters": 15}])
+@pytest.mark.parametrize("size", [(0, 40), (2, 0)])
+def test_nothing_in_nothing_out(shape, size):
+    for modal in (False, True):
+        model = tiny_student(modal=modal, **shape)
+        ids = torch.zeros(size, dtype=torch.long)
+        assert model(input_ids=ids, use_cache=modal).logits.shape == (*size, 97)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

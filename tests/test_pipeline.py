@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,6 +135,19 @@ def test_another_recipe_is_refused(finished, workshop):
         scavenger(workshop / "recipe.yaml", "transfer.logits.steps=11")
 
 
+def test_a_run_of_before_a_key_came_goes_on(finished, workshop, tmp_path):
+    """What a recipe says since, by default, is what was done then."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    saved = (run / "recipe.yaml").read_text().replace(str(finished), str(run))
+    older = re.sub(r"  (hyena_order|rotary): .*\n", "", saved)
+    assert len(older) < len(saved)
+    (run / "recipe.yaml").write_text(older)
+    scavenger(workshop / "recipe.yaml", f"run_dir={run}")
+    with pytest.raises(RecipeError, match="student.rotary"):
+        scavenger(workshop / "recipe.yaml", f"run_dir={run}", "student.rotary=false")
+
+
 def test_a_run_in_use_is_refused(finished, workshop):
     with open(finished / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -170,6 +184,32 @@ def test_hyena_with_cross_entropy(workshop, tmp_path):
     entry = read_json(tmp_path / "run/transfer/history.json")[-1]
     assert entry["loss"] == pytest.approx(0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"], rel=1e-4)
     assert read_json(tmp_path / "run/recurrence/filters.json")["filters"] == 90
+
+
+def test_full_recurrence_with_a_layer_of_whole_attention(workshop, tmp_path):
+    scavenger(
+        workshop / "recipe.yaml",
+        f"run_dir={tmp_path}/run",
+        "student.mixer=hyena",
+        "student.hyena_order=2",
+        "student.attention_layers=[1]",
+        "student.attention_window=0",
+        "recurrence.tolerance=1e-2",
+        "baseline=null",
+    )
+    run = tmp_path / "run"
+    filters = read_json(run / "recurrence/filters.json")
+    assert filters["filters"] == 2 * 2 * 30 and filters["logits"]["divergence"] < 1e-3
+    model = AutoModelForCausalLM.from_pretrained(run / "recurrence").double()
+    ids = torch.from_numpy(data.blocks(run / "data", "test")[:2, :30].astype(np.int64))
+    arguments = dict(
+        attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
+    figures = read_json(run / "report/report.json")
+    first, second = figures["models"]["recurrent"]["generation"]
+    assert second["state_bytes"] - first["state_bytes"] == (60 - 20) * (2 * 30 * 4 + 1)
+    assert "more with every token" in (run / "report/report.html").read_text()
 
 
 class Killed(BaseException):

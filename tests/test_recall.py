@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from scavenger import data, measure
 from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.recipe import load_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def test_a_model_that_copies_recalls_everything():
     for row in pairs:
         assert row.top_1 == row.among == 1
         assert row.log_probability == pytest.approx(0, abs=1e-6)
-        assert row.gain == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+        assert row.gain == pytest.approx(40, rel=1e-6)  # the oracle's logit for what followed; 0 for all else
     for row in passages:
         assert row.second_top_1 == 1 and row.first_top_1 == 0 and row.tokens == 11 * 15
         assert row.first_loss == pytest.approx(math.log(VOCABULARY), rel=1e-6)
@@ -73,7 +74,7 @@ def test_a_model_that_copies_recalls_everything():
 
 def test_a_model_that_knows_nothing_is_at_chance():
     for row in pairs_of(Oracle(window=0)):
-        assert row.top_1 == 0 and row.gain == 0
+        assert row.top_1 == 0 and row.gain == pytest.approx(0, abs=1e-6)
         assert row.log_probability == pytest.approx(-math.log(VOCABULARY), rel=1e-6)
     overall = pairs_of(Oracle(window=0), distances=[76])
     # Where all are alike the first is named: right once in each sequence.
@@ -89,7 +90,7 @@ def test_a_window_forgets_what_lies_further_back(furthest):
     model = Oracle(window=furthest + 1)
     for row in pairs_of(model):
         assert row.top_1 == (1 if row.distance <= furthest else 0), row
-        assert (row.gain == 0) == (row.distance > furthest), row
+        assert (abs(row.gain) < 1e-6) == (row.distance > furthest), row
     for row in passages_of(model):
         assert row.second_top_1 == (1 if row.distance <= furthest else 0), row
     # One token less, and the passage that far back is out of sight.
@@ -109,16 +110,31 @@ def test_sequences_follow_from_the_seed(monkeypatch):
 
 
 def test_a_model_of_two_tokens_gains_nothing():
-    """After the same token it says the same, whatever was before: at both readings of a pair and of a passage."""
+    """After the same token it says the same, whatever was before: at both readings of a passage."""
     model = Noise()
     log_p = model.table.detach().log_softmax(-1).numpy()
-    for row in pairs_of(model):
-        assert row.gain == pytest.approx(0, abs=1e-6)
     _, passages = recall._passages(TEXT, max(DISTANCES), 11, 3)
     expected = -np.mean([log_p[before, token] for row in passages for before, token in zip(row, row[1:], strict=False)])
     for row in passages_of(model):
         assert row.first_loss == pytest.approx(expected, rel=1e-6)
         assert row.second_loss == pytest.approx(expected, rel=1e-6)
+
+
+class Bag(Oracle):
+    """Every token read so far alike, and all others much less: it knows what occurred, and nothing of the order."""
+
+    def forward(self, input_ids, use_cache):
+        read = torch.zeros(*input_ids.shape, VOCABULARY)
+        for row, ids in enumerate(input_ids.tolist()):
+            for t, token in enumerate(ids):
+                read[row, t:, token] = 9.0
+        return CausalLMOutputWithPast(logits=read)
+
+
+def test_what_occurred_in_no_order_is_no_recall_of_pairs():
+    for row in pairs_of(Bag()):
+        assert row.gain == pytest.approx(0, abs=1e-6)
+    assert all(row.gain > 1 for row in passages_of(Bag())), "of passages it cannot be told apart, and the text says so"
 
 
 class Noise(nn.Module):
@@ -196,12 +212,22 @@ def compared(workshop, tmp_path_factory):
 
 def test_mixers_command(compared, tmp_path):
     folders = [compared / name for name in ("first", "kept", "second")]
-    done = command("eval/mixers.py", *folders, "--output", tmp_path / "mixers.md")
+    tolerance = load_recipe(str(folders[0] / "recipe.yaml")).recurrence.tolerance
+    words = ["--tolerances", tolerance, 0.6, "--output", tmp_path / "mixers.md"]
+    done = command("eval/mixers.py", *folders, *words)
     assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
-    assert len(table) == 5 and "\n".join(table) in (tmp_path / "mixers.md").read_text()
+    *tables, last = done.stdout.splitlines()
+    page = (tmp_path / "mixers.md").read_text()
+    assert tables[5] == "" and len(tables) == 5 + 1 + 2 + 4
+    assert "\n".join(tables[:5]) in page and "\n".join(tables[6:]) in page
     found = json.loads(last)
     seeds, kept = found["students"]
+    for row in (seeds, kept):
+        own, loose = row["reduced"]
+        first = row["runs"][0]
+        ratio = first["recurrent"]["validation"] / first["distilled"]["validation"]
+        assert own["ratio"] == pytest.approx(ratio, rel=1e-5) and own["state_bytes"] == first["state_bytes"]
+        assert loose["state_bytes"] < own["state_bytes"] and loose["divergence"] > own["divergence"]
     assert seeds["mixer"] == "multihyena, 5 filters of 6 channels" and [run["seed"] for run in seeds["runs"]] == [0, 1]
     assert kept["mixer"] == "hyena, layer 1 kept, window 21" and len(kept["runs"]) == 1
     # Ten steps of four sequences of 80 tokens, twice.
@@ -222,8 +248,8 @@ def test_mixers_command(compared, tmp_path):
         assert 0 <= run["pairs"] <= 1 and 0 <= run["agreement"] <= 1
     mean = (seeds["runs"][0]["distilled"]["test"] + seeds["runs"][1]["distilled"]["test"]) / 2
     half = abs(seeds["runs"][0]["distilled"]["test"] - mean)
-    assert f"{mean:.3f} ± {math.sqrt(2) * half:.3f} (" in table[3]  # the standard deviation of two
-    assert "±" not in table[4]
+    assert f"{mean:.3f} ± {math.sqrt(2) * half:.3f} (" in tables[3]  # the standard deviation of two
+    assert "±" not in tables[4]
 
 
 def test_mixers_command_refuses_what_cannot_be_compared(compared, finished, tmp_path):

@@ -39,7 +39,7 @@ class WindowedAttention(nn.Module):
             y = self._parallel(q, k, v, real, padded=mask is not None)
         elif self.window and q.shape[2] == 1:
             k, v, allowed = cache.layers[self.layer_index].step(k, v, real, self.window)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=allowed[:, None])
         else:
             k, v, real = cache.layers[self.layer_index].extend(k, v, real, self.window)
             y = self._parallel(q, k, v, real, padded=True)  # perhaps: the cache may hold padding
@@ -50,7 +50,7 @@ class WindowedAttention(nn.Module):
         length, keys = q.shape[2], k.shape[2]
         if not padded and (self.window == 0 or self.window >= length):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        window = self.window or keys
+        window = self.window or max(keys, 1)
         outputs = []
         for start in range(0, length, min(window, BLOCK)):
             stop = min(start + min(window, BLOCK), length)
@@ -87,8 +87,8 @@ class AttentionCacheLayer:
         """Put one token in the place of the oldest; the whole ring, and which of it (batch, 1, window) to look at."""
         self._begin(k, v, real, window)
         place = (self.written % window)[None]
-        self.keys = self.keys.index_copy(2, place, k)
-        self.values = self.values.index_copy(2, place, v)
+        self.keys = self.keys.index_copy(2, place, k.to(self.keys.dtype))
+        self.values = self.values.index_copy(2, place, v.to(self.values.dtype))
         self.real = self.real.index_copy(1, place, real)
         self.written = self.written + 1
         itself = torch.arange(window, device=k.device) == place

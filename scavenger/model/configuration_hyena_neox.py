@@ -10,6 +10,8 @@ class HyenaNeoXConfig(PreTrainedConfig):
     `num_filters`: heads that share a long filter; hidden_size (one for each channel) for hyena, fewer for multihyena.
     `hyena_order`: long convolutions of a layer, one after the other. 1 gates before and after its one convolution, as
     the published code calls "order 2"; from 2 on it is the paper's full recurrence and needs one filter per channel.
+    `rotary`: whether q and k of the mixers keep the teacher's rotary turn; None: wherever it stays relative, that is
+    where the groups of channels that share a filter split no turned pair.
     `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex
     modes of each filter (those of the first long convolution first).
     `context_length`: tokens of a training example, the unit of time of the implicit filters.
@@ -42,6 +44,7 @@ class HyenaNeoXConfig(PreTrainedConfig):
     attention_window: int = 256
     num_filters: int = 8
     hyena_order: int = 1
+    rotary: bool | None = None
     short_filter_length: int = 3
     filter_width: int = 64
     position_features: int = 33
@@ -60,16 +63,17 @@ class HyenaNeoXConfig(PreTrainedConfig):
                 f"hyena_order is {self.hyena_order} with num_filters {self.num_filters}; expected 1, or more with "
                 f"num_filters equal to hidden_size ({self.hidden_size})"
             )
+        group, head = self.hidden_size // self.num_filters, self.hidden_size // self.num_attention_heads
+        turned = self.rotary_channels + self.rotary_channels % 2  # in pairs
+        relative = group % head == 0 or (head % group == 0 and group >= turned)
+        if self.rotary is None:
+            self.rotary = relative
+        elif self.rotary and not relative:
+            raise ValueError(f"rotary is true; expected false: groups of {group} channels split the turned pairs")
         if self.filter not in ("implicit", "modal"):
             raise ValueError(f"filter is {self.filter!r}; expected 'implicit' or 'modal'")
         if self.filter == "modal" and len(self.state_sizes or []) != self.num_hidden_layers:
             raise ValueError(f"state_sizes has {len(self.state_sizes or [])} layers; expected {self.num_hidden_layers}")
-
-    @property
-    def rotary(self) -> bool:
-        """Whether q and k keep the teacher's rotary turn: it stays relative where no turned pair is split by groups."""
-        group, head = self.hidden_size // self.num_filters, self.hidden_size // self.num_attention_heads
-        return group % head == 0 or (head % group == 0 and group >= self.rotary_channels)
 
     @property
     def state_bytes(self) -> int | None:

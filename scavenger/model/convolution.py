@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 BLOCK = 128  # query positions of one Toeplitz block: few enough that its scores stay near the processor
@@ -17,9 +18,13 @@ def causal_convolution(
 
     The transform is at least as long as input and taps together, so nothing wraps round into the past.
     """
+    if u.numel() == 0:
+        return u
     length = u.shape[-1]
     taps = taps[..., :length]
-    size = transform_size(length + taps.shape[-1])
+    size = length + taps.shape[-1]
+    if not torch.compiler.is_compiling():  # whose graph is of any length, and takes no bits of it
+        size = transform_size(size)
     wide = torch.promote_types(u.dtype, torch.float32)
     product = torch.fft.rfft(u.to(wide), n=size) * torch.fft.rfft(taps.to(wide), n=size)
     return torch.fft.irfft(product, n=size)[..., :length].to(u.dtype)
@@ -39,14 +44,17 @@ def outer_product_convolution(
 ) -> Tensor:  # (batch, filter, length, width)
     """y_t = Σ_i q_ti (h * (k_i v))_t: the FFT form, O(width² length log length) for each filter.
 
-    One row i of the outer product is in memory at a time; for its gradients one more for each i.
+    One row i of the outer product is in memory at a time; the backward pass computes it again.
     """
-    y = torch.zeros_like(v)
-    v = v.transpose(-1, -2)
+    y = torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
     for row in range(q.shape[-1]):
-        convolved = causal_convolution(k[..., row][..., None, :] * v, taps[:, None])
-        y = y + q[..., row, None] * convolved.transpose(-1, -2)
-    return y
+        y = y + checkpoint(_row, q[..., row], k[..., row], v, taps, use_reentrant=False)
+    return y.to(v.dtype)
+
+
+def _row(q, k, v, taps):
+    convolved = causal_convolution(k[..., None, :] * v.transpose(-1, -2), taps[:, None])
+    return q[..., None] * convolved.transpose(-1, -2)
 
 
 class ToeplitzProduct(torch.autograd.Function):

@@ -122,7 +122,8 @@ class ModalFilter(WideFilter):
     def mode_filter(self) -> Tensor:  # (mode,) the filter of each mode
         if self._mode_filter is None or self._mode_filter.device != self.pole.device:
             owners = [index for index, size in enumerate(self.state_sizes) for _ in range(size)]
-            self._mode_filter = torch.tensor(owners, dtype=torch.long, device=self.pole.device)
+            with torch.inference_mode(False):  # it will serve a backward pass too
+                self._mode_filter = torch.tensor(owners, dtype=torch.long, device=self.pole.device)
         return self._mode_filter
 
     def modes(self, part: int = 0, parts: int = 1) -> Modes:

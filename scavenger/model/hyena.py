@@ -104,7 +104,8 @@ class HyenaMixer(nn.Module):
         """q, k, v and the gates between, each (batch, filter, length, filter_head_width); rotary turns q and k."""
         q, k, v, *between = x.split(self.dense.in_features, dim=-1)
         if self.rotary:
-            q, k = (turn(z.unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(-2) for z in (q, k))
+            # Under autocast cos and sin are wider than what the projections gave.
+            q, k = (turn(z.unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(-2).to(v.dtype) for z in (q, k))
         q, k, v, *between = (z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in (q, k, v, *between))
         return q * self.scale, k, v, between
 
@@ -132,16 +133,17 @@ class HyenaMixer(nn.Module):
         if state is None:
             size = len(self.filter.pole), self.filter_head_width, self.filter_head_width
             state = self.filter.poles.new_zeros(q.shape[0], *size)
-        if self.hyena_order == 1:
-            return self._advance(q, k, v, self.filter.modes(0, 1), state)
-        states, start = [], 0
-        for part, gate in enumerate([k, *between, q]):
-            modes = self.filter.modes(part, self.hyena_order)
-            own = state[:, start : start + len(modes.poles)]
-            v, own = self._advance(gate, torch.ones_like(v), v, modes, own)
-            start += len(modes.poles)
-            states.append(own)
-        return v, torch.cat(states, dim=1)
+        with torch.autocast(q.device.type, enabled=False):
+            if self.hyena_order == 1:
+                return self._advance(q, k, v, self.filter.modes(), state)
+            states, start = [], 0
+            for part, gate in enumerate([k, *between, q]):
+                modes = self.filter.modes(part, self.hyena_order)
+                own = state[:, start : start + len(modes.poles)]
+                v, own = self._advance(gate, torch.ones_like(v), v, modes, own)
+                start += len(modes.poles)
+                states.append(own)
+            return v, torch.cat(states, dim=1)
 
     @staticmethod
     def _advance(q, k, v, modes, state):
