@@ -34,7 +34,7 @@ from scavenger.model.modal import CHUNK
 from scavenger.model.rotary import rotary_angles
 
 
-MODES = 8  # of each filter in modal form; the quickstart's reduced filters have 1 to 17
+MODES = 8  # of each filter in modal form; the quickstart's reduced filters have 1 to 16
 WINDOW = 256  # of kept attention
 TOO_LONG = 5.0  # seconds: what took longer is not run at greater lengths
 

@@ -337,8 +337,9 @@ def test_the_card_says_what_the_run_found(finished, workshop):
     figures, filters = read_json(finished / "report/report.json"), read_json(finished / "recurrence/filters.json")
     card = model_card(finished, Target("tester/model"))
     assert card.data.license == "other" and "could not be found out" in card.text
-    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
-    assert "base_model" not in card.data.to_dict() and "datasets" not in card.data.to_dict(), "they are local folders"
+    metadata = card.data.to_dict()
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
+    assert "base_model" not in metadata and "datasets" not in metadata, "they are local folders"
     rows = [line.split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
     assert [row[0].removeprefix("| ") for row in rows[2:]] == list(figures["models"])
     for row, model in zip(rows[2:], figures["models"].values(), strict=True):

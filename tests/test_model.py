@@ -94,7 +94,7 @@ def test_every_form_is_the_formula_with_gradients(form, length, monkeypatch):
     taps = torch.randn(3, length + 4, dtype=F64, requires_grad=True)
     weight = torch.randn_like(v)
     fast, slow = form(q, k, v, taps), reference.mixer(q, k, v, taps)
-    assert_close(slow, fast, 1e-14)  # measured 6e-16
+    assert_close(slow, fast, 5e-15)  # measured 5e-16, its gradients too
     for a, b in zip(
         torch.autograd.grad((slow * weight).sum(), (q, k, v, taps)),
         torch.autograd.grad((fast * weight).sum(), (q, k, v, taps)),
@@ -172,7 +172,7 @@ def test_gradients_of_outputs_and_final_states(length):
 
     slow = gradients(*reference.recurrence(q, k, v, *modes, state))
     for a, b in zip(slow, gradients(*modal_scan(q, k, v, modes.taps(min(64, length)), modes, state)), strict=True):
-        assert_close(a, b, 1e-12)  # measured 4e-14
+        assert_close(a, b, 1e-14)  # measured 7e-16
     if length == 1:
         y, final = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], modes, state)
         for a, b in zip(slow, gradients(y[:, :, None], final), strict=True):

@@ -23,9 +23,9 @@ from .modal import CHUNK, modal_scan, modal_step
 from .rotary import turn
 
 
-# Where the forms take equally long on one CPU core (benchmarks/mixers.py has them side by side). The matrices read and
+# Where the forms take about equally long on a CPU (benchmarks/mixers.py has them side by side). The matrices read and
 # write length² / width scores for each channel, the transforms take width · log(length) for each channel and token:
-# length / width² was 6, 5, 4 and 3 at widths 8, 16, 32 and 64.
+# at width 8 they were even at 256 tokens, at width 16 beyond 1,024; at 32 and 64 that is extrapolated to be so.
 FFT_PAYS = 4  # length / width²
 # The scan pays for its state, width · modes for each channel and token, where the matrices pay for the length.
 SCAN_PAYS = 8  # length / (width · modes of a filter)
