@@ -1,1 +1,4 @@
-"""From the taps of a filter to poles and residues: numerics only, float64, no modules and no transformers."""
+"""From the taps of filters to poles and residues: numerics only, batched, float64, no modules and no transformers.
+
+One file for each method, each with one function: `reduce(taps, tolerance=…)` or `reduce(taps, state_size=…)`.
+"""
