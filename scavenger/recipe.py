@@ -181,8 +181,39 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Filter:
+    """The long filters of a student: implicit (arXiv:2302.10866, appendix), or modal from the start."""
+
+    form: Literal["implicit", "modal"] = "implicit"
+    filter_width: int = 64
+    position_features: int = 33
+    # The published Pile configuration has 14. At 1 the filters are smooth: in trials with the quickstart's teacher the
+    # mean activation error after 205 thousand tokens was 0.22 instead of 0.46 (14 needed taps a tenth as large at the
+    # start to come so far), and they take fewer modes.
+    sine_frequency: float = 1.0
+    window: float = 1.5  # contexts after which the slowest filter has 1 % of its amplitude left, the fastest in a fifth
+    state_size: int = 4  # complex modes of a filter that is modal from the start
+    hankel_penalty: float = 0.0  # weight, in the loss of both steps, of the energy that `hankel_states` cannot reach
+    hankel_states: int = 8  # real states of the floor that is watched while training, and pressed on by the penalty
+
+    def __post_init__(self):
+        _require(self.filter_width > 0, "filter_width", self.filter_width, "a positive width")
+        _require(
+            self.position_features > 0 and self.position_features % 2 == 1,
+            "position_features",
+            self.position_features,
+            "an odd number (time, and a sine and cosine for each frequency)",
+        )
+        _require(self.sine_frequency > 0, "sine_frequency", self.sine_frequency, "a positive number")
+        _require(self.window > 0, "window", self.window, "a positive number of contexts")
+        _require(self.state_size > 0, "state_size", self.state_size, "a positive number of modes")
+        _require(self.hankel_penalty >= 0, "hankel_penalty", self.hankel_penalty, "0 for none, or a positive weight")
+        _require(self.hankel_states > 0, "hankel_states", self.hankel_states, "a positive number of real states")
+
+
+@dataclass(frozen=True)
 class Student:
-    """The mixer in place of attention, and its implicit filters (arXiv:2302.10866, appendix)."""
+    """The mixer in place of attention, and its filters."""
 
     mixer: Literal["hyena", "multihyena"] = "multihyena"
     hyena_order: int = 1  # hyena: long convolutions of a layer; 1 is gated before and after, from 2 on as in the paper
@@ -191,12 +222,7 @@ class Student:
     attention_layers: tuple[int, ...] = ()  # layers that keep the teacher's attention, counted from 0
     attention_window: int | None = None  # tokens that such a layer sees; None: the context length; 0: all, without end
     short_filter_length: int = 3
-    filter_width: int = 64
-    position_features: int = 33
-    # The published Pile configuration has 14. At 1 the filters are smooth: in trials with the quickstart's teacher the
-    # mean activation error after 205 thousand tokens was 0.22 instead of 0.46 (14 needed taps a tenth as large at the
-    # start to come so far), and they take fewer modes.
-    sine_frequency: float = 1.0
+    filter: Filter = field(default_factory=Filter)
 
     def __post_init__(self):
         _require(
@@ -213,14 +239,6 @@ class Student:
             "1: the full recurrence works on single channels; it goes with hyena",
         )
         _require(1 <= self.short_filter_length <= 16, "short_filter_length", self.short_filter_length, "1 to 16 taps")
-        _require(self.filter_width > 0, "filter_width", self.filter_width, "a positive width")
-        _require(
-            self.position_features > 0 and self.position_features % 2 == 1,
-            "position_features",
-            self.position_features,
-            "an odd number (time, and a sine and cosine for each frequency)",
-        )
-        _require(self.sine_frequency > 0, "sine_frequency", self.sine_frequency, "a positive number")
         _require(
             self.num_filter_heads is None or self.num_filter_heads > 0,
             "num_filter_heads",
@@ -273,17 +291,34 @@ class Baseline:
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refinement(Stage):
+    """Poles and residues after extraction, trained on the divergence from the exact student or from the teacher."""
+
+    target: Literal["student", "teacher"] = "student"
+
+
 @dataclass(frozen=True)
 class Recurrence:
-    """Stage two: the smallest state whose taps meet the tolerance."""
+    """Stage two: the smallest state whose taps meet the tolerance, or the best use of a number of bytes."""
 
+    method: Literal["balanced", "irka", "projection", "gradient"] = "irka"
     tolerance: float = 1e-2  # relative l2 error of the taps, per filter
+    state_bytes: int | None = None  # of a sequence, with short convolutions and kept attention; replaces the tolerance
     max_state_size: int = 32  # complex modes per filter
     horizon: int | None = None  # taps to match; None: the context length
+    prefill_outputs: Literal["recurrent", "exact"] = "recurrent"  # a prompt's outputs: from the modes or the filters
+    refine: Refinement | None = None
 
     def __post_init__(self):
         _require(0 < self.tolerance < 1, "tolerance", self.tolerance, "a relative error between 0 and 1")
         _require(self.max_state_size > 0, "max_state_size", self.max_state_size, "a positive number of modes")
+        _require(
+            self.state_bytes is None or self.state_bytes > 0,
+            "state_bytes",
+            self.state_bytes,
+            "a positive number of bytes",
+        )
         _require(self.horizon is None or self.horizon >= 8, "horizon", self.horizon, "8 taps or more")
 
 

@@ -47,9 +47,17 @@ def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
             "pad_token_id",
         )
     }
+    kept = sorted(set(settings.attention_layers))
+    modal = {}
+    if settings.filter.form == "modal":
+        sizes = [settings.filter.state_size] * filters * settings.hyena_order
+        modal = {
+            "filter": "modal",
+            "state_sizes": [[] if layer in kept else sizes for layer in range(teacher.num_hidden_layers)],
+        }
     return HyenaNeoXConfig(
         **shared,
-        attention_layers=sorted(set(settings.attention_layers)),
+        attention_layers=kept,
         attention_window=(
             recipe.data.context_length if settings.attention_window is None else settings.attention_window
         ),
@@ -59,10 +67,12 @@ def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
         hyena_order=settings.hyena_order,
         rotary=None if settings.rotary else False,
         short_filter_length=settings.short_filter_length,
-        filter_width=settings.filter_width,
-        position_features=settings.position_features,
-        sine_frequency=settings.sine_frequency,
+        filter_width=settings.filter.filter_width,
+        position_features=settings.filter.position_features,
+        sine_frequency=settings.filter.sine_frequency,
+        filter_window=settings.filter.window,
         context_length=recipe.data.context_length,
+        **modal,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scavenger import checkpoint
+from scavenger.model.filters import ModalFilter
 from scavenger.recipe import RecipeError, Stage, Training
 
 
@@ -31,16 +32,19 @@ def train(
     accelerator: Accelerator,
     settings: Training,
     begins: int = 0,
+    watch: Callable[[], dict[str, float]] = dict,
 ) -> list[dict]:
     """Train the parameters of `model` that require a gradient; returns the history, one entry per `log_every` steps.
 
     `batch(step)` gives the global batch of a step, of which each process takes its share; `loss(model, batch)` gives a
     mean over sequences and further values to log. Resumes from the newest checkpoint below `steps_dir`. `begins` is
-    the step of the whole run at which this training begins: trackers want an axis that only goes on.
+    the step of the whole run at which this training begins: trackers want an axis that only goes on. What `watch()`
+    finds in the parameters is logged beside the means. Poles that a step put outside the unit circle are put back.
     """
     optimizer = torch.optim.AdamW(_groups(model), lr=stage.learning_rate, betas=BETAS, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     start, history = _resume(steps_dir, accelerator)
+    modal = [module for module in model.modules() if isinstance(module, ModalFilter)]
     model.train()
     sums, counted, seconds = {}, 0, history[-1]["seconds"] if history else 0.0
     began = time.monotonic()
@@ -60,6 +64,8 @@ def train(
         accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        for filters in modal:
+            filters.stabilise()
         for key, item in {"loss": value, **logged}.items():
             sums[key] = sums.get(key, 0.0) + item.detach()
         counted += 1
@@ -71,6 +77,7 @@ def train(
                     f"{name}: the loss is {means['loss']} at step {step + 1}; expected a finite one: "
                     f"lower the learning rate ({stage.learning_rate})"
                 )
+            means |= watch()
             history.append({"step": step + 1, "seconds": seconds + time.monotonic() - began, **means})
             accelerator.log(
                 {f"{name}/{key}": item for key, item in means.items()}

@@ -14,6 +14,9 @@ from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, Stage
 
 
+SEEN = 16  # filters of a layer whose Hankel values are taken at once: O(length³) each, and a layer can have thousands
+
+
 def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
     """Make `transfer/`, the distilled student; `transfer/activations` is the student between the two steps."""
     folder = run_dir / "transfer"
@@ -50,11 +53,12 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer) -
         matching = MixerMatching(model, matched, own_inputs=stage.schedule == "progressive")
         with teacher.captured(frozen) as (inputs, outputs):
 
-            def loss(module, ids, inputs=inputs, outputs=outputs, matched=matched):
+            def loss(module, ids, model=model, inputs=inputs, outputs=outputs, matched=matched):
                 with torch.no_grad():
                     frozen.gpt_neox(input_ids=ids, use_cache=False)
                 errors = module(ids, inputs, outputs)
-                return errors.sum(), {f"layer_{layer}": error for layer, error in zip(matched, errors, strict=True)}
+                logged = {f"layer_{layer}": error for layer, error in zip(matched, errors, strict=True)}
+                return pressed(errors.sum(), logged, model, recipe)
 
             name = "activations" if len(turns) == 1 else f"activations of layer {matched[0]}"
             found = training.train(
@@ -69,6 +73,7 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer) -
                 accelerator,
                 recipe.training,
                 begins=first,
+                watch=lambda model=model: floors(model, recipe),
             )
         history += [entry | {"step": entry["step"] + first} for entry in found]
         checkpoint.finish_model(model, tokenizer, history, reached, accelerator)
@@ -89,12 +94,10 @@ def match_logits(recipe, run_dir, frozen, model, steps_dir, accelerator) -> list
         logits = module(input_ids=ids, use_cache=False).logits
         divergence = losses.logit_divergence(logits, target)
         if not stage.cross_entropy:
-            return divergence, {}
+            return pressed(divergence, {"divergence": divergence}, model, recipe)
         ce = losses.cross_entropy(logits, ids)
-        return (1 - stage.cross_entropy) * divergence + stage.cross_entropy * ce, {
-            "divergence": divergence,
-            "cross_entropy": ce,
-        }
+        logged = {"divergence": divergence, "cross_entropy": ce}
+        return pressed((1 - stage.cross_entropy) * divergence + stage.cross_entropy * ce, logged, model, recipe)
 
     return training.train(
         "logits",
@@ -106,12 +109,48 @@ def match_logits(recipe, run_dir, frozen, model, steps_dir, accelerator) -> list
         accelerator,
         recipe.training,
         begins=recipe.transfer.activations.steps,
+        watch=lambda: floors(model, recipe),
     )
+
+
+def pressed(loss: Tensor, logged: dict, model: HyenaNeoXForCausalLM, recipe: Recipe) -> tuple[Tensor, dict]:
+    """The loss with the Hankel penalty, if the recipe has one, on SEEN filters of each layer drawn at each step."""
+    settings = recipe.student.filter
+    if not settings.hankel_penalty:
+        return loss, logged
+    tails = []
+    for _, taps in _taps(model, recipe):
+        drawn = torch.randperm(len(taps))[:SEEN]
+        tails.append(losses.hankel_tail(taps[drawn.to(taps.device)], settings.hankel_states).mean())
+    tail = torch.stack(tails).mean()
+    return loss + settings.hankel_penalty * tail, logged | {"hankel_tail": tail}
+
+
+@torch.no_grad()
+def floors(model: HyenaNeoXForCausalLM, recipe: Recipe) -> dict[str, float]:
+    """For each layer, the least relative error that `hankel_states` real states allow: a mean over SEEN filters."""
+    found = {}
+    for layer, taps in _taps(model, recipe):
+        tails = losses.hankel_tail(taps[:: -(-len(taps) // SEEN)], recipe.student.filter.hankel_states)
+        found[f"floor_{layer}"] = tails.sqrt().mean().item()
+    return found
+
+
+def _taps(model, recipe):
+    """The taps of each layer that has filters, over the context length."""
+    for index, layer in enumerate(model.gpt_neox.layers):
+        if index not in model.config.attention_layers:
+            yield index, layer.mixer.filter(recipe.data.context_length)
 
 
 def sequences_of_activations(recipe: Recipe) -> int:
     """How many sequences the first step reads, hence where the second begins."""
     return recipe.transfer.activations.steps * recipe.transfer.activations.batch_size
+
+
+def sequences(recipe: Recipe) -> int:
+    """How many sequences both steps read."""
+    return sequences_of_activations(recipe) + recipe.transfer.logits.steps * recipe.transfer.logits.batch_size
 
 
 class MixerMatching(nn.Module):

@@ -121,7 +121,7 @@ def workshop(tmp_path_factory):
 run_dir: {folder}/run
 teacher: {{path: {folder}/teacher}}
 data: {{path: {folder}/text.jsonl, context_length: 48, evaluation_tokens: 960}}
-student: {{filter_width: 8, position_features: 5, sine_frequency: 2.0}}
+student: {{filter: {{filter_width: 8, position_features: 5, sine_frequency: 2.0}}}}
 training: {{log_every: 2, checkpoint_every: 4}}
 transfer:
   activations: {{steps: 10, batch_size: 4, learning_rate: 1e-2}}

@@ -3,7 +3,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from scavenger.losses import activation_error, cross_entropy, logit_divergence
+from scavenger.losses import activation_error, cross_entropy, hankel_tail, logit_divergence
 
 
 def test_no_difference_is_no_loss_and_no_gradient():
@@ -45,3 +45,27 @@ def test_cross_entropy_predicts_the_next_token():
     logits = 50 * F.one_hot(torch.tensor([[1, 2, 0]]), 5).float()
     assert cross_entropy(logits, ids) < 1e-6
     assert cross_entropy(logits.roll(1, dims=1), ids) > 10
+
+
+def test_hankel_tail_is_what_no_recurrence_reaches():
+    """Against the weighted Hankel section written out; nothing is left of a filter that is a small recurrence."""
+    torch.manual_seed(3)
+    taps = torch.randn(3, 12, dtype=torch.float64)
+    weights = [math.sqrt(math.comb(2 * i, i) / 4**i) for i in range(11)]
+    for states in (0, 1, 4, 11):
+        for row, tail in zip(taps, hankel_tail(taps, states), strict=True):
+            ended = [*row[1:].tolist(), *[0.0] * 10]
+            section = [[weights[i] * ended[i + j] * weights[j] for j in range(11)] for i in range(11)]
+            section = torch.tensor(section, dtype=torch.float64)
+            values = torch.linalg.svdvals(section)
+            if states == 0:  # every tap counts once
+                assert math.isclose(values.square().sum(), row[1:].square().sum(), rel_tol=1e-12)
+            assert math.isclose(tail, values[states:].square().sum() / row.square().sum(), rel_tol=1e-12, abs_tol=1e-15)
+    poles = 0.3 ** torch.arange(41, dtype=torch.float64), (-0.5) ** torch.arange(41, dtype=torch.float64)
+    small = torch.stack([poles[0] - 2 * poles[1]])
+    assert hankel_tail(small, 2) < 1e-22 and hankel_tail(small, 1) > 1e-3
+
+
+def test_hankel_tail_gradient():
+    taps = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda taps: hankel_tail(taps, 2), taps)

@@ -42,11 +42,11 @@ def test_every_shipped_recipe_loads(path, monkeypatch):
 def test_numbers_overrides_and_defaults(tmp_path):
     recipe = load_recipe(
         write(tmp_path, MINIMAL),
-        ["transfer.logits.steps=100", "student.sine_frequency=1e1", "report.context_lengths=[3, 5]"],
+        ["transfer.logits.steps=100", "student.filter.sine_frequency=1e1", "report.context_lengths=[3, 5]"],
     )
     assert recipe.transfer.activations.learning_rate == 1e-3
     assert recipe.transfer.logits.steps == 100
-    assert recipe.student.sine_frequency == 10.0
+    assert recipe.student.filter.sine_frequency == 10.0
     assert recipe.report.context_lengths == (3, 5)
     assert recipe.baseline is None
 
@@ -85,7 +85,12 @@ def test_resolved_recipe_is_the_same_recipe(tmp_path):
         (["student.attention_window=-1"], ["student.attention_window", "-1", "0 for no window"]),
         (["student.hyena_order=2"], ["student.hyena_order", "2", "goes with hyena"]),
         (["student.mixer=hyena", "student.hyena_order=0"], ["student.hyena_order", "0", "1 to 8"]),
-        (["student.position_features=4"], ["student.position_features", "4", "odd"]),
+        (["student.filter.position_features=4"], ["student.filter.position_features", "4", "odd"]),
+        (["student.filter.form=modl"], ["student.filter.form", "modl", "did you mean modal"]),
+        (["student.filter.window=0"], ["student.filter.window", "0", "contexts"]),
+        (["student.filter.hankel_penalty=-1"], ["student.filter.hankel_penalty", "-1", "positive weight"]),
+        (["recurrence.state_bytes=0"], ["recurrence.state_bytes", "0", "positive number of bytes"]),
+        (["recurrence.refine={steps: 5}"], ["recurrence.refine.batch_size", "nothing", "whole number"]),
         (["teacher.path=/no/such/folder"], ["teacher.path", "/no/such/folder", "config.json"]),
         (["data.path=/no/such/text"], ["data.path", "/no/such/text", "existing"]),
         (["data.revision=abc"], ["data.revision", "abc", "name"]),

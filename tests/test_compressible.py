@@ -1,0 +1,138 @@
+"""Students that care for their recurrence: floors watched and pressed on, and what extraction lost trained back."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import scavenger
+from transformers import AutoModelForCausalLM
+
+from scavenger import data, measure, transfer
+from scavenger.checkpoint import read_json
+from scavenger.model.filters import MAX_RADIUS, ModalFilter
+from scavenger.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def begun(finished, workshop, tmp_path_factory):
+    """A run folder that has the workshop's text and its first stage, under a recipe that is still to be named."""
+
+    def copied(*overrides, keep=("data", "teacher", "transfer")):
+        run = tmp_path_factory.mktemp("begun")
+        for name in keep:
+            if (finished / name).is_dir():
+                shutil.copytree(finished / name, run / name)
+        words = [f"run_dir={run}", "baseline=null", "report=null", *overrides]
+        scavenger(workshop / "recipe.yaml", *words)
+        return run, load_recipe(str(workshop / "recipe.yaml"), words)
+
+    return copied
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_floors_are_watched(finished, workshop):
+    """What the history says of its last step is what the saved filters have."""
+    recipe = load_recipe(str(workshop / "recipe.yaml"))
+    for stage in ("transfer/activations", "transfer"):
+        found = transfer.floors(loaded(finished / stage), recipe)
+        last = read_json(finished / stage / "history.json")[-1]
+        assert list(found) == ["floor_0", "floor_1", "floor_2"]
+        assert {key: last[key] for key in found} == pytest.approx(found, rel=1e-3)
+
+
+def test_the_penalty_presses_on_the_floor(finished, begun):
+    pressed, recipe = begun(
+        "recurrence=null", "student.filter.hankel_penalty=30", "student.filter.hankel_states=2", keep=["data"]
+    )
+    free, held = loaded(finished / "transfer"), loaded(pressed / "transfer")
+    before, after = (np.mean(list(transfer.floors(model, recipe).values())) for model in (free, held))
+    assert after < 0.5 * before
+    tails = [entry["hankel_tail"] for entry in read_json(pressed / "transfer/history.json")]
+    assert tails[-1] < tails[0]
+
+
+def test_a_student_without_penalty_is_not_changed_by_the_watching(finished, begun):
+    run, _ = begun("recurrence=null", "student.filter.hankel_states=3", keep=["data"])
+    for (name, one), other in zip(
+        loaded(finished / "transfer").state_dict().items(), loaded(run / "transfer").state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_poles_that_left_the_disc_come_back():
+    torch.manual_seed(0)
+    filters = ModalFilter([3, 0, 2]).double()
+    with torch.no_grad():
+        filters.pole.mul_(torch.tensor([0.5, 1.7, 1.0, 3.0, 1.0])[:, None])
+    before = filters.poles.detach().clone()
+    filters.stabilise()
+    after = filters.poles.detach()
+    inside = before.abs() <= MAX_RADIUS
+    assert 0 < inside.sum() < 5
+    assert torch.equal(before[inside], after[inside])
+    torch.testing.assert_close(after[~inside].abs(), torch.full_like(after[~inside].real, MAX_RADIUS))
+    torch.testing.assert_close(after.angle(), before.angle())
+
+
+def test_filters_modal_from_the_start(begun):
+    run, recipe = begun(
+        "student.filter.form=modal", "student.filter.state_size=3", "student.attention_layers=[1]", keep=["data"]
+    )
+    model = loaded(run / "transfer")
+    assert model.config.filter == "modal" and model.config.state_sizes == [[3] * 5, [], [3] * 5]
+    first, last = (read_json(run / "transfer/history.json")[index]["loss"] for index in (0, -1))
+    assert last < first
+    reduced = loaded(run / "recurrence")
+    assert max(map(max, filter(None, reduced.config.state_sizes))) <= 3
+    blocks = data.blocks(run / "data", "test")
+    assert measure.held_out(reduced, blocks, model).divergence < 1e-5
+
+
+@pytest.fixture(scope="module")
+def loud(finished, workshop, tmp_path_factory):
+    """A teacher whose attention matters to its output, and a student of it with rough filters."""
+    folder = tmp_path_factory.mktemp("loud")
+    shutil.copytree(workshop / "teacher", folder / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.ndim > 1 else 1)
+    model.save_pretrained(folder / "teacher")
+    words = [f"teacher.path={folder}/teacher", "student.filter.sine_frequency=6"]
+    shutil.copytree(finished / "data", folder / "run/data")
+    scavenger(
+        workshop / "recipe.yaml", *words, f"run_dir={folder}/run", "baseline=null", "report=null", "recurrence=null"
+    )
+    return folder / "run", words
+
+
+@pytest.mark.parametrize("target", ["student", "teacher"])
+def test_refinement_brings_the_output_nearer(loud, workshop, tmp_path, target):
+    """At one mode a filter; nothing but the filters changes, and they stay as large and stable."""
+    first, words = loud
+    words = [*words, "baseline=null", "report=null", "recurrence.max_state_size=1"]
+    refine = f"recurrence.refine={{steps: 20, batch_size: 4, learning_rate: 3e-3, target: {target}}}"
+    for name, more in (("plain", []), ("refined", [refine])):
+        for part in ("data", "transfer"):
+            shutil.copytree(first / part, tmp_path / name / part)
+        scavenger(workshop / "recipe.yaml", *words, f"run_dir={tmp_path / name}", *more)
+    plain, refined = tmp_path / "plain", tmp_path / "refined"
+    student = AutoModelForCausalLM.from_pretrained(words[0].split("=")[1]) if target == "teacher" else None
+    student = student or loaded(first / "transfer")
+    blocks = data.blocks(first / "data", "test")
+    before, after = (
+        measure.held_out(loaded(run / "recurrence"), blocks, student).divergence for run in (plain, refined)
+    )
+    history = read_json(refined / "recurrence/history.json")
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert before > 1e-4 and after < {"student": 0.5, "teacher": 0.95}[target] * before
+    one, other = (loaded(run / "recurrence") for run in (plain, refined))
+    assert one.config.state_sizes == other.config.state_sizes
+    for (name, before), after in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(before, after) == (".mixer.filter." not in name), name
+    for layer in other.gpt_neox.layers:
+        assert layer.mixer.filter.poles.abs().max() <= MAX_RADIUS * (1 + 1e-6)
