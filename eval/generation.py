@@ -2,7 +2,7 @@
 
     python eval/generation.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --context-lengths 256 2048 8192
 
-One sequence, greedy, each step timed on its own and the median taken; the last line is JSON.
+One sequence, greedy, the mean of 32 steps; the last line is JSON.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> int:
         for length in args.context_lengths:
             torch.manual_seed(0)
             found = generation(model, torch.randint(0, model.config.vocab_size, (1, length)))
-            state = "none" if found.state_bytes is None else f"{found.state_bytes:,}"
+            state = f"{found.state_bytes:,}"
             print(
                 f"{name:<{width}}  {length:>8,}  {found.tokens_per_second:>9.1f}  "
                 f"{found.prefill_seconds:>9.3f}  {state:>12}",

@@ -1,10 +1,11 @@
-"""Mixers side by side, from finished runs of one teacher on one data set: quality, recall, and what is kept in memory.
+"""Students side by side, from finished runs of one teacher on one data set: quality, recall, what is kept in memory.
 
     python eval/mixers.py runs/a runs/b --tolerances 0.1 0.3 --output eval/mixers.md
+    python eval/mixers.py runs/a runs/b --tolerances 0.1 --state-bytes 300000 --output eval/filters.md
 
-Runs that differ in nothing but their seed are one row, mean ± standard deviation. With --tolerances the first run of
-each row is turned into recurrences again, by each tolerance: what a smaller state costs. The tables are printed and
-written as Markdown with what they were made from; the last line is JSON.
+Runs that differ in nothing but their seed are one row, mean ± standard deviation. With --tolerances or --state-bytes
+the first run of each row is turned into recurrences again, by each of them: what a smaller state costs. The tables are
+printed and written as Markdown with what they were made from; the last line is JSON.
 """
 
 import argparse
@@ -12,18 +13,20 @@ import json
 import shlex
 import statistics
 import sys
-from dataclasses import replace
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import recall
 import torch
 import yaml
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from scavenger import checkpoint, data, measure, recurrence, teacher
 from scavenger.model import HyenaNeoXForCausalLM
-from scavenger.recipe import Recipe, RecipeError, differences, load_recipe, resolved
+from scavenger.recipe import Filter, Recipe, RecipeError, differences, load_recipe, resolved
 
 
 PROMPT_TOKENS = 300  # after which the state is measured; a window that is longer is filled
@@ -48,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     parser.add_argument("--tolerances", type=float, nargs="*", default=[], help="of the filters' reduction")
+    parser.add_argument("--state-bytes", type=int, nargs="*", default=[], help="budgets of the reduction")
     parser.add_argument("--output", type=Path, default=Path("eval/mixers.md"), help="default: eval/mixers.md")
     args = parser.parse_args()
     try:
@@ -57,19 +61,20 @@ def main() -> int:
             raise RecipeError(f"--output: {args.output} is a folder; expected the name of a file")
         if any(not 0 < tolerance < 1 for tolerance in args.tolerances):
             raise RecipeError(f"--tolerances: found {args.tolerances}; expected relative errors between 0 and 1")
-        found = run(args.runs, args.tolerances)
+        aims = [{"tolerance": tolerance} for tolerance in args.tolerances]
+        found = run(args.runs, aims + [{"state_bytes": budget} for budget in args.state_bytes])
         checkpoint.write_text(args.output, page(found))
     except (OSError, ValueError, RecipeError) as error:
         print(f"mixers: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     print(table(found))
-    if args.tolerances:
-        print("\n" + tolerance_table(found))
+    if found["students"][0]["reduced"]:
+        print("\n" + reduction_table(found))
     print(json.dumps(found))
     return 0
 
 
-def run(folders: list[Path], tolerances: list[float]) -> dict:
+def run(folders: list[Path], aims: list[dict]) -> dict:
     """Every figure of the comparison; RecipeError, one line, for runs that cannot be compared."""
     runs = [(folder, finished(folder)) for folder in folders]
     rows = grouped(runs)
@@ -90,7 +95,7 @@ def run(folders: list[Path], tolerances: list[float]) -> dict:
             bar.update()
         students.append(
             {
-                "mixer": mixer(folder),
+                "mixer": mixer(folder, recipe),
                 "tokens_seen": tokens_seen(recipe),
                 "sections": {
                     name: section
@@ -98,7 +103,7 @@ def run(folders: list[Path], tolerances: list[float]) -> dict:
                     if name in ("student", "transfer", "recurrence")
                 },
                 "runs": measured,
-                "reduced": [at_tolerance(*row[0], tolerance) for tolerance in tolerances],
+                "reduced": [reduced_again(*row[0], aim) for aim in aims],
             }
         )
     bar.close()
@@ -106,7 +111,8 @@ def run(folders: list[Path], tolerances: list[float]) -> dict:
     return {
         "command": shlex.join(
             ["python", "eval/mixers.py", *(_shown(folder) for folder, _ in runs)]
-            + (["--tolerances", *map(str, tolerances)] if tolerances else [])
+            + _option("--tolerances", [aim["tolerance"] for aim in aims if "tolerance" in aim])
+            + _option("--state-bytes", [aim["state_bytes"] for aim in aims if "state_bytes" in aim])
         ),
         "teacher": {
             "name": f"teacher: GPT-NeoX, {config.num_hidden_layers} layers of {config.hidden_size} channels",
@@ -187,18 +193,20 @@ def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distance
     )
 
 
-def at_tolerance(folder: Path, recipe: Recipe, tolerance: float) -> dict:
-    """State and quality of the run's student, its filters reduced by another tolerance; against the exact student."""
+def reduced_again(folder: Path, recipe: Recipe, aim: dict) -> dict:
+    """State and quality of the run's student, its filters reduced with another aim; against the exact student."""
     student = HyenaNeoXForCausalLM.from_pretrained(folder / "transfer", dtype=torch.float32).to(_device()).eval()
     horizon = recipe.recurrence.horizon or recipe.data.context_length
-    reduced = recurrence.reduce_filters(student, horizon, tolerance, recipe.recurrence.max_state_size)
-    model = recurrence.recurrent_student(student, reduced).to(_device())
+    settings = replace(recipe.recurrence, **{"state_bytes": None} | aim)
     blocks = data.blocks(folder / "data", "validation")
+    with tempfile.TemporaryDirectory() as scratch:
+        reduced, _ = recurrence.reduced(student, settings, horizon, blocks, Path(scratch), PartialState())
+    model = recurrence.recurrent_student(student, reduced).to(_device())
     exact, against = measure.held_out(student, blocks), measure.held_out(model, blocks, student)
     sizes = [one.state_size for layer in reduced for one in layer]
     return {
         "seed": recipe.seed,
-        "tolerance": tolerance,
+        **({"state_bytes_asked": aim["state_bytes"]} if "state_bytes" in aim else aim),
         "modes": statistics.fmean(sizes),
         "most_modes": max(sizes),
         "state_bytes": model.config.state_bytes,
@@ -233,8 +241,8 @@ def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
     return measure.state_bytes(cache)
 
 
-def mixer(folder: Path) -> str:
-    """What stands in the place of attention, in words."""
+def mixer(folder: Path, recipe: Recipe) -> str:
+    """What stands in the place of attention, in words; of its filters what is not as in any recipe."""
     config = HyenaNeoXForCausalLM.config_class.from_pretrained(folder / "recurrence")
     if config.num_filters == config.hidden_size:
         words = "hyena" if config.hyena_order == 1 else f"hyena of order {config.hyena_order}"
@@ -244,7 +252,9 @@ def mixer(folder: Path) -> str:
         layers = " and ".join(map(str, config.attention_layers))
         window = f"window {config.attention_window}" if config.attention_window else "no window"
         words += f", layer{'s' if len(config.attention_layers) > 1 else ''} {layers} kept, {window}"
-    return words
+    filters, plain = asdict(recipe.student.filter), asdict(Filter())
+    changed = [f"{key} {value}" for key, value in filters.items() if value != plain[key]]
+    return "; ".join([words, *changed])
 
 
 def tokens_seen(recipe: Recipe) -> int:
@@ -288,7 +298,7 @@ def page(found: dict) -> str:
   {PROMPT_TOKENS:,} tokens, or of its window where that is longer.
 - break-even: the length at which the teacher's keys and values hold as many bytes.
 
-{tolerance_section(found)}## The rows
+{reduction_section(found)}## The rows
 
 {chr(10).join(sections)}
 ## Environment
@@ -339,22 +349,32 @@ def table(found: dict) -> str:
     return _aligned(lines)
 
 
-def tolerance_section(found: dict) -> str:
+def reduction_section(found: dict) -> str:
     """What a smaller state costs, where that was asked for."""
     if not any(row["reduced"] for row in found["students"]):
         return ""
     return f"""## State against quality
 
-Each row's first student with its filters reduced by another tolerance (relative l2 error of the taps), against the same
+Each row's first student with its filters reduced to a tolerance (relative l2 error of the taps) or to bytes of state
+(spread over the filters by what they do to the logits), against the same
 student with exact filters, on the validation split.
 
-{tolerance_table(found)}
+{reduction_table(found)}
 
 """
 
 
-def tolerance_table(found: dict) -> str:
-    header = "row", "mixer", "tolerance", "modes a filter", "most", "state, bytes", "break-even, tokens", "perplexity ×"
+def reduction_table(found: dict) -> str:
+    header = (
+        "row",
+        "mixer",
+        "reduced to",
+        "modes a filter",
+        "most",
+        "state, bytes",
+        "break-even, tokens",
+        "perplexity ×",
+    )
     lines = [[*header, "KL, nats", "agreement"]]
     for number, row in enumerate(found["students"], 1):
         for one in row["reduced"]:
@@ -362,7 +382,7 @@ def tolerance_table(found: dict) -> str:
                 [
                     str(number),
                     row["mixer"],
-                    f"{one['tolerance']:g}",
+                    f"{one['tolerance']:g}" if "tolerance" in one else f"{one['state_bytes_asked']:,} bytes",
                     f"{one['modes']:.1f}",
                     str(one["most_modes"]),
                     _count([one["state_bytes"]]),
@@ -388,6 +408,10 @@ def _aligned(lines):
         + " |"
         for line in lines
     )
+
+
+def _option(name, values):
+    return [name, *map(str, values)] if values else []
 
 
 def _shown(folder):

@@ -4,6 +4,7 @@ accelerate launch recipes/quickstart.yaml
 scavenger recipes/quickstart.yaml transfer.logits.steps=100
 scavenger recipes/neox70m.yaml --plan
 scavenger rank recipes/quickstart.yaml --keep 1 --to kept.yaml
+scavenger recur runs/quickstart/transfer --tolerance 1e-2
 scavenger push runs/quickstart --to user/repo
 """
 
@@ -12,7 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from scavenger.recipe import Hub, RecipeError, load_recipe
+from scavenger.recipe import Hub, RecipeError, Recurrence, _Wrong, load_recipe
 
 
 def main() -> int:
@@ -24,6 +25,8 @@ def main() -> int:
             return push(arguments[1:])
         if arguments[:1] == ["rank"]:
             return rank(arguments[1:])
+        if arguments[:1] == ["recur"]:
+            return recur(arguments[1:])
         args = parsed(arguments)
         return run(load_recipe(args.recipe, args.overrides), args.plan)
     except RecipeError as error:
@@ -54,6 +57,8 @@ def run(recipe, plan_only=False) -> int:
 
     if plan_only:
         print(plan.show(recipe))
+        if recipe.recurrence and (Path(recipe.run_dir) / "transfer").is_dir():
+            print(plan.recurrences(recipe))
         return 0
     if recipe.hub:
         hub.require_token()
@@ -111,6 +116,48 @@ def rank(arguments) -> int:
             ranking.write_recipe(made, found, args.to)
             print(ranking.table(found))
             print(f"\nrecipe that keeps layer {', '.join(map(str, made.student.attention_layers))}: {args.to}")
+    return 0
+
+
+def recur(arguments) -> int:
+    """Turn the filters of any student of ours into recurrences."""
+    parser = argparse.ArgumentParser(
+        prog="scavenger recur",
+        description="Turn the long filters of a student into recurrences, with a certificate of what that costs.",
+    )
+    parser.add_argument("folder", type=Path, help="a student, as runs/quickstart/transfer")
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument("--tolerance", type=float, help="relative l2 error of each filter's taps (1e-2)")
+    aim.add_argument(
+        "--state-bytes", type=int, metavar="N", help="bytes of state a sequence, spread where they help most"
+    )
+    parser.add_argument(
+        "--method", choices=["balanced", "irka", "projection", "gradient"], help="how poles are found (irka)"
+    )
+    parser.add_argument("--max-state-size", type=int, metavar="N", help="complex modes a filter may have (32)")
+    parser.add_argument("--horizon", type=int, metavar="N", help="taps to match (the student's context length)")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="the folder that is written (FOLDER-recurrent)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="held-out text, file or folder (standard library)")
+    args = parser.parse_args(arguments)
+    given = {
+        key: value for key, value in vars(args).items() if key not in ("folder", "to", "text") and value is not None
+    }
+    try:
+        settings = Recurrence(**given)
+    except _Wrong as wrong:
+        option = "--" + wrong.key.replace("_", "-")
+        raise RecipeError(f"{option}: found {wrong.found}; expected {wrong.right}") from None
+    if args.text is not None and not args.text.exists():
+        raise RecipeError(f"--text: {args.text} is not there; expected a file or folder of text")
+    import torch
+    from accelerate import Accelerator
+
+    from scavenger import recurrence
+
+    folder = args.folder.resolve()
+    to = args.to or folder.with_name(folder.name + "-recurrent")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    recurrence.of_folder(args.folder, settings, to, args.text, accelerator)
     return 0
 
 

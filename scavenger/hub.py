@@ -32,7 +32,8 @@ REPLACED = (
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
-    "filters.json",
+    "certificate.json",
+    "filters.json",  # the certificate's name in earlier versions
     "added_tokens.json",
     "chat_template.jinja",
     "merges.txt",
@@ -170,7 +171,7 @@ def _what_it_is(recipe, config):
         seeing = f"{config.attention_window:,} tokens" if config.attention_window else "all that was read"
         mixers.append(f"{_layers(kept)}: the teacher's attention, each token seeing {seeing}")
     if config.filter != "modal":
-        generation = "Its filters are not recurrences: to generate, it reads its whole input again at each token."
+        generation = "Its filters are not recurrences: to generate, it keeps the inputs of all its long convolutions."
     elif kept and not config.attention_window:
         generation = (
             "Each filter was then turned into a recurrence (poles and residues); the kept attention's state grows."
@@ -224,8 +225,7 @@ def _comparison(recipe, figures):
             *lines,
             "",
             f"Held-out text: {figures['test_tokens']:,} predicted tokens of the test split of {_text_name(recipe)}. "
-            "Agreement is the share of positions where the most likely token is the teacher's; a state of none means "
-            "that the whole input is read again at each token. "
+            "Agreement is the share of positions where the most likely token is the teacher's. "
             f"Seed {figures['seed']}; speeds are of one run on the machine that made the model.",
         ]
     )
@@ -233,26 +233,39 @@ def _comparison(recipe, figures):
 
 def _certificate(folder):
     """What the recurrences lost, in a few lines; nothing where there is no recurrence."""
-    if not (folder / "filters.json").is_file():
+    if not (folder / "certificate.json").is_file():
         return None
-    facts = checkpoint.read_json(folder / "filters.json")
-    found = [(layer, filter) for layer, filters in enumerate(facts["layers"]) for filter in filters]
+    facts = checkpoint.read_json(folder / "certificate.json")
+    settings, against = facts["settings"], facts["model"]
+    found = [(layer, filter) for layer, entry in enumerate(facts["layers"]) for filter in entry["filters"]]
     layer, worst = max(found, key=lambda pair: pair[1]["relative_error"])
     modes = [filter["state_size"] for _, filter in found]
-    against = facts["logits"]
     lines = [
-        f"{facts['within_tolerance']} of {facts['filters']} filters are within the tolerance of {facts['tolerance']:g} "
-        f"(relative l2 error of the first {facts['horizon']:,} taps)",
         f"modes: {sum(modes):,} in all, {sum(modes) / len(modes):.1f} a filter, {max(modes)} at most",
-        f"worst error: {worst['relative_error']:.2e}, of a filter of layer {layer}; no recurrence with as many states "
-        f"has less than {worst['floor']:.2e} (proven)",
+        f"worst error: {worst['relative_error']:.2e} (relative l2 error of the first {settings['horizon']:,} taps), of "
+        f"a filter of layer {layer}; no recurrence with as many states has less than {worst['floor']:.2e} (proven)",
         f"largest |pole|: {facts['largest_radius']:.4f}"
         + (" (every recurrence is stable)" if facts["largest_radius"] < 1 else ""),
         f"against the exact student on {against['tokens']:,} held-out tokens: KL {against['divergence']:.2e} nats per "
-        f"token, the same most likely token at {100 * against['agreement']:.2f} % of positions",
+        f"token, the same most likely token at {100 * against['agreement']:.2f} % of positions, perplexity "
+        f"{against['perplexity']:.3f} and {against['exact_perplexity']:.3f}",
+    ]
+    lines += [
+        f"the same in contexts of {entry['context_length']:,} tokens, beyond what the filters were matched over: KL "
+        f"{entry['beyond_horizon']['divergence']:.2e}, {100 * entry['beyond_horizon']['agreement']:.2f} %"
+        for entry in against["contexts"]
+        if entry["beyond_horizon"]
     ]
     return "\n".join(
-        ["## Certificate of the recurrence", "", *_items(lines), "", "Every filter's own figures: `filters.json`."]
+        [
+            "## Certificate of the recurrence",
+            "",
+            facts["verdict"],
+            "",
+            *_items(lines),
+            "",
+            "Every filter's own figures: `certificate.json`.",
+        ]
     )
 
 

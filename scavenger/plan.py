@@ -1,13 +1,15 @@
 """What a recipe would do: parameters, tokens, time, memory and folders, before anything is done."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger import checkpoint, student, teacher
+from scavenger import allocation, certificate, checkpoint, data, measure, recurrence, student, teacher
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, teacher_shape
 
@@ -16,6 +18,9 @@ from scavenger.recipe import Recipe, teacher_shape
 # optimiser take the rest. Our guess; with it the quickstart's plan says 7 minutes, and the whole run took 5 to 6.
 EFFICIENCY = 0.35
 ADAM_BYTES = 16  # per trained parameter: weight, gradient and two moments in float32
+TOLERANCES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3)  # that the table of recurrences shows, beside the recipe's own
+PLANNED_FILTERS = 16  # of each layer that the table is made from, so that it takes seconds
+PLANNED_SEQUENCES = 8  # of held-out text, likewise: the predicted KL is good to a half
 ACTIVATION_FLOATS = 34  # per token, layer and channel kept for the backward pass of a GPT-NeoX block
 
 
@@ -75,12 +80,109 @@ def show(recipe: Recipe, processes: int = 1) -> str:
         f"Estimated for {processes} process{'es' if processes > 1 else ''} on {device}; "
         "time from a matrix rate measured just now."
     )
+    if recipe.recurrence:
+        settings = recipe.recurrence
+        aim = (
+            f"the fewest modes that meet {settings.tolerance:g}"
+            if settings.state_bytes is None
+            else f"{settings.state_bytes:,} bytes of state where they help most"
+        )
+        most = f"{settings.max_state_size} modes or fewer"
+        lines.append(f"Then each filter becomes a recurrence of {most} ({settings.method}): {aim}.")
     if recipe.hub:
         private = ", private" if recipe.hub.private else ""
         lines.append(
             f"Then the student is pushed to {recipe.hub.name} (branch {recipe.hub.revision or 'main'}{private})."
         )
     return "\n".join(lines)
+
+
+def recurrences(recipe: Recipe) -> str:
+    """What the state could be, where there is a student whose filters can be asked; by balanced truncation.
+
+    Of a layer's filters PLANNED_FILTERS are reduced; modes and bytes are those of all of them, so far as these tell.
+    """
+    run_dir = Path(recipe.run_dir)
+    exact = HyenaNeoXForCausalLM.from_pretrained(run_dir / "transfer", dtype=torch.float32).eval()
+    config, settings = exact.config, dataclasses.replace(recipe.recurrence, method="balanced")
+    blocks = data.blocks(run_dir / "data", "validation")
+    rows, found = {}, [[[]] for _ in exact.gpt_neox.layers]
+    tolerances = sorted({*TOLERANCES, settings.tolerance}, reverse=True)
+    aims = [{"tolerance": tolerance} for tolerance in tolerances]
+    if settings.state_bytes is not None:
+        allocation.check(config, settings.state_bytes, blocks)
+        aims = recurrence.aims(settings)
+    for layer, filter in recurrence.long_filters(exact).items():
+        taps = measure.filter_taps(filter, settings.horizon or config.context_length)
+        rows[layer] = np.unique(np.linspace(0, len(taps) - 1, PLANNED_FILTERS).round().astype(int)).tolist()
+        found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims)
+    changes = allocation.responses(exact, found, blocks, rows, PLANNED_SEQUENCES)
+    divergences = allocation.divergences(changes, blocks.shape[1] - 1)
+    choices = {
+        f"{tolerance:g}": [np.full(len(layer[0]), index) for layer in found]
+        for index, tolerance in enumerate(tolerances)
+    }
+    share = sum(map(len, rows.values())) / sum(f.num_filters for f in recurrence.long_filters(exact).values())
+    if settings.state_bytes is not None:
+        least = allocation.state_bytes(config)
+        budgets = [max(least, settings.state_bytes * times // 2) for times in (1, 2, 4)]
+        bytes_ = allocation.mode_costs(config, found)
+        choices = {
+            f"{budget:,}": allocation.allocate(bytes_, divergences, share * (budget - least)) for budget in budgets
+        }
+    table = [
+        line
+        for name, chosen in choices.items()
+        for line in _choice(config, name, found, chosen, divergences, len(exact.gpt_neox.layers))
+    ]
+    what = "state bytes" if settings.state_bytes is not None else "tolerance"
+    header = [what, "layer", "filters", "modes", "most", "real states", "KiB", "worst error", "its floor", "KL"]
+    header.append("cache is larger from")
+    asked = "" if share == 1 else f" {100 * share:.0f} % of the filters were reduced."
+    return (
+        "\n"
+        + certificate.aligned(header, table)
+        + f"\nBy balanced truncation.{asked} KL: predicted of the model's output, nats per token, the layers' shares "
+        "summed. KiB of all: with short convolutions and kept attention."
+    )
+
+
+def _choice(config, name, found, chosen, divergences, layers):
+    """The lines of one choice: each layer, and all of them."""
+    lines, sizes, total = [], [[] for _ in range(layers)], 0.0
+    count = config.num_filters * config.hyena_order
+    for layer, (rungs, own) in enumerate(zip(found, chosen, strict=True)):
+        filters = [rungs[rung][index] for index, rung in enumerate(own)]
+        if not filters:
+            continue  # kept attention
+        share = count / len(filters)
+        sizes[layer] = np.resize([f.state_size for f in filters], count).tolist()
+        divergence = share * float(allocation.picked(divergences[layer], own).sum())
+        total += divergence
+        worst = max(filters, key=lambda f: f.relative_error)
+        lines.append(
+            [
+                name,
+                str(layer),
+                str(count),
+                f"{sum(sizes[layer]):,}",
+                str(max(sizes[layer])),
+                f"{share * sum(f.real_states for f in filters):,.0f}",
+                f"{allocation.mode_bytes(config) * sum(sizes[layer]) / 1024:,.1f}",
+                f"{worst.relative_error:.1e}",
+                f"{worst.floor:.1e}",
+                f"{divergence:.1e}",
+                "",
+            ]
+        )
+    whole = recurrence.recurrent_configuration(config, sizes)
+    held, even = whole.state_bytes, whole.break_even_length
+    lines.append(
+        [name, "all", str(count * len(lines)), f"{sum(map(sum, sizes)):,}", str(max(map(max, filter(None, sizes)))), ""]
+        + ["grows" if held is None else f"{held / 1024:,.1f}", "", "", f"{total:.1e}"]
+        + ["never" if even is None else f"{even:,} tokens"]
+    )
+    return lines
 
 
 def _stages(recipe, processes):
@@ -156,6 +258,20 @@ def _stages(recipe, processes):
                 add(
                     "baseline", stage.steps, stage.batch_size, 3 * forward, sizes["student"], 0, with_logits, "baseline"
                 )
+        refine = recipe.recurrence and recipe.recurrence.refine
+        if refine:
+            target = teacher_forward if refine.target == "teacher" else forward
+            frozen = sizes["teacher" if refine.target == "teacher" else "student"]
+            add(
+                "refinement",
+                refine.steps,
+                refine.batch_size,
+                target + 3 * forward,
+                sizes["student"],
+                frozen,
+                with_logits + 4 * config.vocab_size,
+                "recurrence",
+            )
     return config, sizes, stages
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from scavenger import checkpoint, data, measure, teacher
+from scavenger import certificate, checkpoint, data, measure, teacher, transfer
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe
 
@@ -59,6 +59,7 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
     test = data.blocks(run_dir / "data", "test")
     prompt = torch.from_numpy(test[:1, :PROMPT_TOKENS].astype(np.int64)).to(device)
     seen = {"teacher": _teacher_tokens(recipe, run_dir)} | dict.fromkeys(folders, _student_tokens(recipe))
+    seen["recurrent"] += _refinement_tokens(recipe)
     rows = {}
     for name, model in tqdm(models.items(), desc="report", unit="model", dynamic_ncols=True):
         held_out = measure.held_out(model, test, None if name == "teacher" else frozen)
@@ -78,7 +79,7 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
             "sample": _sample(model, prompt, recipe, tokenizer),
         }
     read = checkpoint.read_json
-    recurrence = run_dir / "recurrence" / "filters.json"
+    recurrence = run_dir / "recurrence" / "certificate.json"
     return {
         "run": str(run_dir),
         "seed": recipe.seed,
@@ -103,17 +104,7 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
 
 def text_table(figures: dict) -> str:
     """The comparison as aligned text."""
-    header, rows = cells(figures)
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    shown = [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
+    return certificate.aligned(*cells(figures))
 
 
 def draw(run_dir: Path, figures: dict, folder: Path) -> dict[str, str]:
@@ -141,10 +132,19 @@ def draw(run_dir: Path, figures: dict, folder: Path) -> dict[str, str]:
     save("loss.png", "Training loss: the student's cross-entropy from scratch, and its divergence from the teacher.")
     _draw_activations(figures)
     save("activations.png", "Activation error of each layer, relative to the energy of the teacher's attention output.")
+    _draw_floors(figures)
+    watched = figures["student"]["filter"]["hankel_states"]
+    save("floors.png", f"While training: the least error that {watched} real states allow a filter.")
     if figures["recurrence"]:
+        _draw_errors(figures)
+        save("errors.png", "The error of each filter above its proven floor, below which no method comes; its modes.")
+        _draw_positions(figures)
+        save(
+            "positions.png", "KL to the exact student by position, in contexts of the training length and longer ones."
+        )
         _draw_spectra(figures)
         save("hankel.png", "Hankel singular values: how fast they fall decides how many states a filter needs.")
-        error = _draw_filter(run_dir, figures, figures["recurrence"]["horizon"])
+        error = _draw_filter(run_dir, figures, figures["recurrence"]["settings"]["horizon"])
         save("filter.png", f"The filter with the largest error ({error:.1e}) and its recurrence.")
     _draw_generation(figures)
     save("generation.png", "Generation, one sequence: speed, and what is kept between tokens, by context length.")
@@ -281,51 +281,41 @@ def _html_table(header, rows):
 
 
 def _recurrence_section(figures):
-    recurrence = figures["recurrence"]
-    if not recurrence:
+    found = figures["recurrence"]
+    if not found:
         return ""
-    rows = []
-    for index, layer in enumerate(recurrence["layers"]):
-        if not layer:
-            continue  # kept attention has no filter
-        errors = [f["relative_error"] for f in layer]
-        worst = layer[int(np.argmax(errors))]
-        rows.append(
-            [
-                str(index),
-                str(len(layer)),
-                str(sum(f["state_size"] for f in layer)),
-                f"{np.mean([f['state_size'] for f in layer]):.1f}",
-                str(max(f["state_size"] for f in layer)),
-                f"{np.mean(errors):.2e}",
-                f"{worst['relative_error']:.2e}",
-                f"{worst['floor']:.2e}",
-                f"{max(f['tail'] for f in layer):.1e}",
-                f"{max(f['largest_radius'] for f in layer):.4f}",
-            ]
-        )
-    table = _html_table(
+    contexts = _html_table(
+        ["context", "positions", "tokens", "KL (nats)", "agreement", "perplexity", "exact student's"],
         [
-            "layer",
-            "filters",
-            "modes",
-            "mean modes",
-            "most modes",
-            "mean error",
-            "worst error",
-            "its proven floor",
-            "largest tail",
-            "largest |pole|",
+            [
+                str(entry["context_length"]),
+                which,
+                f"{part['tokens']:,}",
+                f"{part['divergence']:.2e}",
+                f"{100 * part['agreement']:.2f} %",
+                f"{part['perplexity']:.3f}",
+                f"{part['exact_perplexity']:.3f}",
+            ]
+            for entry in found["model"]["contexts"]
+            for which, part in (("all", entry), ("beyond the horizon", entry["beyond_horizon"]))
+            if part
         ],
-        rows,
+    )
+    settings = found["settings"]
+    aim = (
+        f"a tolerance of {settings['tolerance']:g}"
+        if settings["state_bytes"] is None
+        else f"{settings['state_bytes']:,} bytes of state"
     )
     return (
-        f"<h2>Filters as recurrences</h2><p>{recurrence['within_tolerance']} of {recurrence['filters']} filters meet "
-        f"the tolerance of {recurrence['tolerance']:g} (relative l2 error of the taps) with at most "
-        f"{recurrence['max_state_size']} complex modes. The floor is proven from the Hankel singular values: no "
-        "recurrence with as many real states has a smaller error. Against the exact student on held-out text: KL "
-        f"{recurrence['logits']['divergence']:.2e} nats per token, the same most likely token at "
-        f'{100 * recurrence["logits"]["agreement"]:.2f} % of positions.</p><div class="wide">{table}</div>'
+        f"<h2>Certificate of the recurrence</h2><p>{html.escape(found['verdict'])}</p>"
+        f"<p>Found by the method {settings['method']} for {aim}, over {settings['horizon']:,} taps, with at most "
+        f"{settings['max_state_size']} complex modes a filter. Errors are relative l2 errors of the taps; the floor is "
+        "proven from the Hankel singular values: no recurrence with as many real states has a smaller one. The error "
+        'of a layer\'s output is measured on held-out text.</p><div class="wide">'
+        f"{_html_table(*certificate.table(found))}</div>"
+        f"<p>{html.escape(found['model']['compared'])}</p>"
+        f'<div class="wide">{contexts}</div>'
     )
 
 
@@ -361,15 +351,74 @@ def _draw_activations(figures):
     plt.legend(ncols=2)
 
 
+def _draw_floors(figures):
+    """Both steps on one axis, the mean over the watched filters of a layer."""
+    history = figures["history"]
+    before = history["activations"][-1]["step"]
+    entries = history["activations"] + [entry | {"step": before + entry["step"]} for entry in history["logits"]]
+    keys = sorted((key for key in entries[-1] if key.startswith("floor_")), key=lambda key: int(key[6:]))
+    plt.figure(figsize=(4.6, 2.8))
+    plt.axvline(before, color="#bbbbbb", linewidth=1)
+    for index, key in enumerate(keys):
+        colour = plt.cm.viridis(index / max(1, len(keys)))
+        plt.plot(*_curve([entry for entry in entries if key in entry], key), color=colour, label=f"layer {key[6:]}")
+    plt.yscale("log")
+    plt.xlabel("step (the line: from activations to logits)")
+    plt.ylabel("floor of the relative error")
+    plt.legend(ncols=2)
+
+
+def _draw_errors(figures):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
+    layers = figures["recurrence"]["layers"]
+    least = 1e-9  # of what is drawn: a floor of zero has no place on a logarithmic axis
+    for index, layer in enumerate(layers):
+        if layer["filters"]:
+            left.scatter(
+                *([max(least, f[key]) for f in layer["filters"]] for key in ("floor", "relative_error")),
+                color=plt.cm.viridis(index / max(1, len(layers))),
+                s=14,
+                label=f"layer {index}",
+            )
+    low, high = (pick(*left.get_xlim(), *left.get_ylim()) for pick in (min, max))
+    left.plot([max(low, least), high], [max(low, least), high], color="#888888", linewidth=0.8)
+    left.set(xlabel="proven floor", ylabel="relative error", xscale="log", yscale="log")
+    left.legend()
+    modes = [f["state_size"] for layer in layers for f in layer["filters"]]
+    right.hist(modes, bins=np.arange(-0.5, max(modes) + 1.5), color=COLOURS["recurrent"])
+    right.set(xlabel="complex modes", ylabel="filters")
+    figure.tight_layout()
+
+
+def _draw_positions(figures):
+    found = figures["recurrence"]
+    plt.figure(figsize=(4.6, 2.8))
+    contexts = found["model"]["contexts"]
+    for index, entry in enumerate(contexts):
+        plt.plot(
+            [(part["from"] + part["to"]) / 2 for part in entry["positions"]],
+            [max(1e-9, part["divergence"]) for part in entry["positions"]],  # less is rounding of float32 logits
+            "o-",
+            markersize=3,
+            color=plt.cm.viridis(index / max(1, len(contexts))),
+            label=f"contexts of {entry['context_length']:,}",
+        )
+    plt.axvline(found["settings"]["horizon"], color="#888888", linestyle=":", label="horizon")
+    plt.xlabel("position")
+    plt.ylabel("KL (nats per token)")
+    plt.yscale("log")
+    plt.legend()
+
+
 def _draw_spectra(figures):
     layers = figures["recurrence"]["layers"]
     plt.figure(figsize=(4.6, 2.8))
     for index, layer in enumerate(layers):
-        if not layer:
+        if not layer["filters"]:
             continue
-        spectra = [np.array(f["hankel_values"]) / (f["hankel_values"][0] or 1) for f in layer]
-        count = min(len(s) for s in spectra)
-        curves = np.array([s[:count] for s in spectra])
+        count = max(len(f["hankel_values"]) for f in layer["filters"])  # of some only the first ones are known
+        spectra = [np.array(f["hankel_values"]) for f in layer["filters"] if len(f["hankel_values"]) == count]
+        curves = np.array([values / (values.max(initial=0) or 1) for values in spectra])
         colour = plt.cm.viridis(index / max(1, len(layers)))
         plt.plot(np.arange(1, count + 1), np.median(curves, axis=0), color=colour, label=f"layer {index}")
         plt.fill_between(np.arange(1, count + 1), curves.min(0), curves.max(0), color=colour, alpha=0.12)
@@ -382,7 +431,7 @@ def _draw_spectra(figures):
 def _draw_filter(run_dir, figures, length):
     layers = figures["recurrence"]["layers"]
     error, layer, row = max(
-        (f["relative_error"], i, j) for i, filters in enumerate(layers) for j, f in enumerate(filters)
+        (f["relative_error"], i, j) for i, entry in enumerate(layers) for j, f in enumerate(entry["filters"])
     )
     student, recurrent = (
         HyenaNeoXForCausalLM.from_pretrained(run_dir / name, dtype=torch.float32) for name in ("transfer", "recurrence")
@@ -393,7 +442,9 @@ def _draw_filter(run_dir, figures, length):
         )
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(4.6, 3.2), sharex=True, height_ratios=[3, 1])
     top.plot(exact, color=COLOURS["distilled"], linewidth=2.4, alpha=0.5, label=f"layer {layer}, filter {row}")
-    top.plot(modal, color=COLOURS["recurrent"], linewidth=1, label=f"{layers[layer][row]['state_size']} modes")
+    top.plot(
+        modal, color=COLOURS["recurrent"], linewidth=1, label=f"{layers[layer]['filters'][row]['state_size']} modes"
+    )
     top.set_ylabel("tap")
     top.legend()
     bottom.plot(modal - exact, color="#b03030", linewidth=1)
@@ -443,10 +494,12 @@ def _sample(model, prompt, recipe, tokenizer):
 
 
 def _student_tokens(recipe):
-    return (
-        sum(s.steps * s.batch_size for s in (recipe.transfer.activations, recipe.transfer.logits))
-        * recipe.data.context_length
-    )
+    return transfer.sequences(recipe) * recipe.data.context_length
+
+
+def _refinement_tokens(recipe):
+    stage = recipe.recurrence and recipe.recurrence.refine
+    return stage.steps * stage.batch_size * recipe.data.context_length if stage else 0
 
 
 def _teacher_tokens(recipe, run_dir):

@@ -156,7 +156,7 @@ def test_a_pushed_run_comes_back_the_same(hub, environment, scavenger, finished,
     files = dict(repository.files())
     assert set(files) - set(local) == {".gitattributes", "README.md"}
     assert all(files[name] == content for name, content in local.items())
-    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_hyena_neox.py", "filters.json"} <= set(
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_hyena_neox.py", "certificate.json"} <= set(
         files
     )
 
@@ -334,7 +334,7 @@ def test_mistakes_in_a_recipe(overrides, parts):
 
 
 def test_the_card_says_what_the_run_found(finished, workshop):
-    figures, filters = read_json(finished / "report/report.json"), read_json(finished / "recurrence/filters.json")
+    figures, found = read_json(finished / "report/report.json"), read_json(finished / "recurrence/certificate.json")
     card = model_card(finished, Target("tester/model"))
     assert card.data.license == "other" and "could not be found out" in card.text
     metadata = card.data.to_dict()
@@ -344,13 +344,13 @@ def test_the_card_says_what_the_run_found(finished, workshop):
     assert [row[0].removeprefix("| ") for row in rows[2:]] == list(figures["models"])
     for row, model in zip(rows[2:], figures["models"].values(), strict=True):
         assert row[1] == f"{model['parameters']:,}" and row[3] == f"{model['perplexity']:.3f}"
-    worst = max((filter for layer in filters["layers"] for filter in layer), key=lambda f: f["relative_error"])
+    worst = max((f for layer in found["layers"] for f in layer["filters"]), key=lambda f: f["relative_error"])
     for fact in (
-        f"{filters['within_tolerance']} of {filters['filters']} filters are within the tolerance of 0.001",
+        found["verdict"],
         f"worst error: {worst['relative_error']:.2e}",
         f"less than {worst['floor']:.2e} (proven)",
-        f"largest |pole|: {filters['largest_radius']:.4f}",
-        f"KL {filters['logits']['divergence']:.2e}",
+        f"largest |pole|: {found['largest_radius']:.4f}",
+        f"KL {found['model']['divergence']:.2e} nats per token",
         "at a context of 48 tokens, on 3,840 tokens of `text.jsonl`",
         f"torch {read_json(finished / 'environment.json')['torch']}",
         "2401.17574",
@@ -399,7 +399,7 @@ def test_the_card_of_less(hub, scavenger, copy):
     assert scavenger("push", copy, "--to", "tester/less")[0] == 0
     files = hub.repositories["tester/less"].files()
     assert files["model.safetensors"] == (student_folder(copy) / "model.safetensors").read_bytes()
-    assert "history.json" in files and "filters.json" not in files and not any("/" in name for name in files)
+    assert "history.json" in files and "certificate.json" not in files and not any("/" in name for name in files)
     card = files["README.md"].decode()
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert (
@@ -410,7 +410,7 @@ def test_the_card_of_less(hub, scavenger, copy):
     )
     assert metadata["base_model"] == "somebody/theirs" and metadata["datasets"] == ["somebody/text"]
     assert "model-index" not in metadata and "nothing was measured or compared" in card
-    assert "Certificate" not in card and "reads its whole input again at each token" in card
+    assert "Certificate" not in card and "keeps the inputs of all its long convolutions" in card
 
 
 @pytest.mark.parametrize(

@@ -67,15 +67,15 @@ def test_activations_touch_mixers_only(finished, workshop):
 
 
 def test_recurrent_student_is_the_distilled_one(finished):
-    filters = read_json(finished / "recurrence/filters.json")
-    assert filters["filters"] == 15 and filters["largest_radius"] < 1
+    found = read_json(finished / "recurrence/certificate.json")
+    assert found["filters"] == 15 and found["largest_radius"] < 1
     distilled, recurrent = (
         AutoModelForCausalLM.from_pretrained(finished / name) for name in ("transfer", "recurrence")
     )
     for layer, (exact, modal) in enumerate(zip(distilled.gpt_neox.layers, recurrent.gpt_neox.layers, strict=True)):
-        taps, found = exact.mixer.filter(48), modal.mixer.filter(48)
-        for row, facts in enumerate(filters["layers"][layer]):
-            error = ((taps[row] - found[row]).norm() / taps[row].norm()).item()
+        taps, made = exact.mixer.filter(48), modal.mixer.filter(48)
+        for row, facts in enumerate(found["layers"][layer]["filters"]):
+            error = ((taps[row] - made[row]).norm() / taps[row].norm()).item()
             assert error == pytest.approx(facts["relative_error"], rel=0.05, abs=1e-5)
             assert facts["relative_error"] >= facts["floor"] * (1 - 1e-9)
             assert facts["relative_error"] <= 1e-3 or facts["state_size"] >= 20
@@ -104,7 +104,7 @@ def test_report(finished):
     first, second = figures["models"]["teacher"]["generation"]
     assert second["state_bytes"] - first["state_bytes"] == (60 - 20) * 2 * 3 * 30 * 4
     page = (finished / "report/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 == len(list((finished / "report").glob("*.png")))
+    assert page.count("data:image/png;base64,") == 8 == len(list((finished / "report").glob("*.png")))
     for name in figures["models"]:
         assert name in page
 
@@ -183,7 +183,7 @@ def test_hyena_with_cross_entropy(workshop, tmp_path):
     )
     entry = read_json(tmp_path / "run/transfer/history.json")[-1]
     assert entry["loss"] == pytest.approx(0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"], rel=1e-4)
-    assert read_json(tmp_path / "run/recurrence/filters.json")["filters"] == 90
+    assert read_json(tmp_path / "run/recurrence/certificate.json")["filters"] == 90
 
 
 def test_full_recurrence_with_a_layer_of_whole_attention(workshop, tmp_path):
@@ -198,8 +198,8 @@ def test_full_recurrence_with_a_layer_of_whole_attention(workshop, tmp_path):
         "baseline=null",
     )
     run = tmp_path / "run"
-    filters = read_json(run / "recurrence/filters.json")
-    assert filters["filters"] == 2 * 2 * 30 and filters["logits"]["divergence"] < 1e-3
+    found = read_json(run / "recurrence/certificate.json")
+    assert found["filters"] == 2 * 2 * 30 and found["model"]["divergence"] < 1e-3
     model = AutoModelForCausalLM.from_pretrained(run / "recurrence").double()
     ids = torch.from_numpy(data.blocks(run / "data", "test")[:2, :30].astype(np.int64))
     arguments = dict(
@@ -301,6 +301,7 @@ def test_two_processes_are_one(finished, workshop, tmp_path):
     for stage in ("transfer/activations", "transfer", "baseline"):
         np.testing.assert_allclose(curve(tmp_path / "run", stage), curve(finished, stage), rtol=2e-3)
     assert done.stdout.count("× teacher") == 1
+    assert read_json(tmp_path / "run/recurrence/certificate.json")["filters"] == 15
     assert (tmp_path / "run/report/report.html").is_file()
 
 

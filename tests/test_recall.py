@@ -213,17 +213,18 @@ def compared(workshop, tmp_path_factory):
 def test_mixers_command(compared, tmp_path):
     folders = [compared / name for name in ("first", "kept", "second")]
     tolerance = load_recipe(str(folders[0] / "recipe.yaml")).recurrence.tolerance
-    words = ["--tolerances", tolerance, 0.6, "--output", tmp_path / "mixers.md"]
+    words = ["--tolerances", tolerance, 0.6, "--state-bytes", 12_000, "--output", tmp_path / "mixers.md"]
     done = command("eval/mixers.py", *folders, *words)
     assert done.returncode == 0, done.stderr
     *tables, last = done.stdout.splitlines()
     page = (tmp_path / "mixers.md").read_text()
-    assert tables[5] == "" and len(tables) == 5 + 1 + 2 + 4
+    assert tables[5] == "" and len(tables) == 5 + 1 + 2 + 6
     assert "\n".join(tables[:5]) in page and "\n".join(tables[6:]) in page
     found = json.loads(last)
     seeds, kept = found["students"]
     for row in (seeds, kept):
-        own, loose = row["reduced"]
+        own, loose, within = row["reduced"]
+        assert within["state_bytes"] <= within["state_bytes_asked"] == 12_000
         first = row["runs"][0]
         ratio = first["recurrent"]["validation"] / first["distilled"]["validation"]
         assert own["ratio"] == pytest.approx(ratio, rel=1e-5) and own["state_bytes"] == first["state_bytes"]
