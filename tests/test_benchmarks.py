@@ -1,4 +1,4 @@
-"""The benchmark of the mixers runs, forces the forms it names, and those compute the same."""
+"""The benchmarks run, force the forms they name, and those compute the same."""
 
 import argparse
 import json
@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from reference import assert_close
+from transformers import GPTNeoXForCausalLM
 
 from scavenger.model import hyena
 
 
+DECODING = Path(__file__).parents[1] / "benchmarks/decoding.py"
+TINY = (64, 2, 4, 128, 101)
 COMMAND = Path(__file__).parents[1] / "benchmarks/mixers.py"
 SMALL = argparse.Namespace(hidden_size=64, num_heads=4, batch_size=2)
 
@@ -58,3 +62,121 @@ def test_forms_that_are_timed_are_the_mixers_own(monkeypatch):
         for length in (20, 70, 5000):
             taken = [contenders[f"multihyena {width}, {form}"].chosen(length) for form in ("Toeplitz", "FFT")]
             assert sum(taken) == 1
+
+
+@pytest.fixture(scope="module")
+def decoding():
+    return runpy.run_path(str(DECODING))
+
+
+def made(decoding, row, mixer="hyena"):
+    """A row's contender at a tiny shape."""
+    case = {"text": "3x21+20", "batch": 3, "prompt": 21, "new": 20}
+    args = argparse.Namespace(dtype="float32", threads=torch.get_num_threads(), modes=None)
+    length = case["prompt"] + case["new"]
+    return decoding[row](decoding["model_of"](decoding[row], mixer, TINY, length, torch.device("cpu"), args), case)
+
+
+def test_decoding_command(tmp_path):
+    words = ["--shapes", ",".join(map(str, TINY)), "--cases", "2x21+7", "--mixers", "hyena", "multihyena"]
+    words += ["--contexts", "9", "70", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, DECODING, *words, "--json", tmp_path / "found.json", "--to", tmp_path / "found.md"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = {(row["mixer"], row["row"]): row for row in found["cases"][0]["rows"]}
+    dynamic, static = rows[None, "teacher, dynamic cache"], rows[None, "teacher, static cache"]
+    assert dynamic["kept_last"] - dynamic["kept_first"] == 7 * 2 * 4 * 2 * 64
+    assert static["kept_last"] == static["kept_first"] == dynamic["kept_last"]
+    assert static["tokens"] == dynamic["tokens"] and len(dynamic["tokens"]) == 8
+    for mixer in ("hyena", "multihyena"):
+        again, exact = rows.pop((mixer, "read again")), rows.pop((mixer, "exact"))
+        assert again["tokens"] == exact["tokens"] and exact["kept_first"] < exact["kept_last"]
+        steps, decoder = rows.pop((mixer, "recurrent, model(...)")), rows.pop((mixer, "recurrent, Decoder"))
+        assert steps["tokens"] == decoder["tokens"]
+        for row in (steps, decoder):
+            assert row["kept_first"] == row["kept_last"]
+    for row in found["cases"][0]["rows"]:
+        numbers = [value for value in row.values() if isinstance(value, (int, float))]
+        assert len(numbers) > 15 and all(0 < number < math.inf for number in numbers), row
+        assert row["timed"] == 7
+    assert dynamic["new_to_dynamic"] == 1 and min(dynamic["new_to_best"], static["new_to_best"]) <= 1
+    for by_context, share in zip(found["contexts"], found["prompts"], strict=True):
+        short, long = by_context["rows"]
+        assert short["kept"] == long["kept"] and short["teacher_kept"] / long["teacher_kept"] == 9 / 70
+        assert 0 < share["state"] < share["prefill"] and 0 < share["share"] < math.inf
+    shown = (tmp_path / "found.md").read_text()
+    assert "teacher, dynamic cache" in shown and "The floor of a step is" in shown and "--cases 2x21+7" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cases", "2x1+3"], "--cases: found 2x1+3"),
+        (["--shapes", "60,2,4,128,101"], "--shapes: found 60,2"),
+        (["--contexts", "0"], "found 0 or less"),
+    ],
+)
+def test_decoding_errors(decoding, words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decoding.py", *words])
+    assert decoding["main"]() == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"decoding: error: {said}") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("mixer", ["hyena", "multihyena"])
+@pytest.mark.parametrize(
+    "rows", [("DynamicTeacher", "StaticTeacher", "PackedStaticTeacher"), ("Exact",), ("Steps", "Decoded")]
+)
+@torch.inference_mode()
+def test_every_cache_gives_what_reading_again_gives(decoding, rows, mixer):
+    ids = torch.randint(TINY[-1], (3, 21), generator=torch.Generator().manual_seed(0))
+    again = None
+    for row in rows:
+        contender = made(decoding, row, mixer)
+        if again is None:  # the models of the others are made from the same seed
+            again = decoding["ReadAgain"](contender.model, contender.case)
+            reference = [again.read(ids)]
+            for _ in range(20):
+                reference.append(again.step(reference[-1].argmax(-1)))
+        contender.step(contender.read(ids[:, :2]).argmax(-1))  # must leave no trace
+        logits = [contender.read(ids)]
+        for _ in range(20):
+            logits.append(contender.step(logits[-1].argmax(-1)))
+        assert_close(torch.stack(reference), torch.stack(logits), 1e-5)
+        assert torch.equal(torch.stack(reference).argmax(-1), torch.stack(logits).argmax(-1))
+
+
+@pytest.mark.parametrize("row", ["DynamicTeacher", "StaticTeacher", "ReadAgain", "Exact", "Steps", "Decoded"])
+@torch.inference_mode()
+def test_a_few_steps_stand_for_all(decoding, row):
+    ids = torch.randint(TINY[-1], (3, 21), generator=torch.Generator().manual_seed(0))
+    contender = made(decoding, row)
+    whole = decoding["generated"](contender, ids, 20, math.inf, torch.device("cpu"))
+    assert len(whole["steps"]) == 20 and whole["generation"] == pytest.approx(sum(whole["steps"]))
+    sampled = decoding["generated"](contender, ids, 20, 0, torch.device("cpu"))
+    assert len(sampled["steps"]) == (20 if contender.uneven else 6)
+    assert sampled["kept_last"] == whole["kept_last"]  # the cache was filled up to the last token
+    assert sampled["tokens"] == whole["tokens"][: len(sampled["tokens"])] and len(sampled["tokens"]) >= 3
+    if row == "StaticTeacher":
+        assert contender.cache.get_seq_length() == 41
+
+
+def test_floors(decoding):
+    width, layers, _, mlp, vocabulary = TINY
+    weights = layers * (4 * width**2 + 2 * width * mlp) + vocabulary * width
+    machine = {"bytes_per_second": 1e3, "operations_per_second": 1e30}
+    for row in ("DynamicTeacher", "Steps", "Exact"):
+        contender = made(decoding, row)
+        assert decoding["multiplied"](contender.model) == weights
+        if row == "Steps":
+            contender.read(torch.zeros(3, 5, dtype=torch.long))
+        floor = decoding["floor_of"](contender, 30, machine)
+        assert floor["seconds"] == floor["bytes"] / 1e3 and floor["bytes"] > 4 * weights
+        assert floor["operations"] > 2 * 3 * weights
+        if isinstance(contender.model, GPTNeoXForCausalLM):
+            small = sum(p.nbytes for p in contender.model.parameters() if p.ndim == 1)
+            assert floor["bytes"] == 4 * weights + small + 3 * layers * 2 * 4 * width * 32

@@ -60,5 +60,6 @@ def test_generation_command(finished, workshop):
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     states = [row["state_bytes"] for row in rows]
-    assert states[1] - states[0] == 20 * 2 * 3 * 30 * 4 and states[2] == states[3] and states[4] is states[5] is None
+    assert states[1] - states[0] == 20 * 2 * 3 * 30 * 4 and states[2] == states[3]
+    assert states[5] - states[4] == 20 * 3 * (30 * 6 + 5) * 4  # outer products of heads of six channels, and taps
     assert command("eval/generation.py", finished / "nothing").returncode == 2

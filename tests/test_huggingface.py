@@ -170,9 +170,8 @@ def refused_by_generate():
         "a static cache": (modal, dict(past_key_values=static), "StaticCache; expected a HyenaCache"),
         "a dynamic cache": (modal, dict(past_key_values=DynamicCache()), "DynamicCache; expected a HyenaCache"),
         "another batch": (modal, dict(past_key_values="two sequences"), "holds 2 sequences; expected 1"),
-        "no state": (tiny_student(), dict(past_key_values="two sequences"), "has no state"),
-        "no state, chunks": (tiny_student(), dict(prefill_chunk_size=3), "without a cache"),
-        "no state, embeddings": (tiny_student(), dict(inputs_embeds=torch.zeros(1, 9, 30)), "expected input_ids"),
+        "other filters": (tiny_student(), dict(past_key_values="two sequences"), "expected one of implicit filters"),
+        "no cache, chunks": (modal, dict(prefill_chunk_size=3, use_cache=False), "without a cache"),
     }
 
 

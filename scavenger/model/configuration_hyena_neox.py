@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedConfig
 
+from .modal import ring_places
+
 
 class HyenaNeoXConfig(PreTrainedConfig):
     """GPT-NeoX's own fields, and the mixer's.
@@ -14,7 +16,10 @@ class HyenaNeoXConfig(PreTrainedConfig):
     where the groups of channels that share a filter split no turned pair.
     `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex
     modes of each filter (those of the first long convolution first).
-    `context_length`: tokens of a training example, the unit of time of the implicit filters.
+    `prefill_outputs`: where the outputs of a prompt that is read into a cache come from: "recurrent", the modes, or
+    "exact", the implicit filter that the modes stand for, which the student then keeps; the state is the modes' anyway.
+    `context_length`: tokens of a training example, the unit of time of the implicit filters; `filter_window`: in how
+    many of them the slowest of these filters falls to 1 %.
     """
 
     model_type = "hyena_neox"
@@ -49,9 +54,11 @@ class HyenaNeoXConfig(PreTrainedConfig):
     filter_width: int = 64
     position_features: int = 33
     sine_frequency: float = 1.0
+    filter_window: float = 1.5
     context_length: int = 1024
     filter: str = "implicit"
     state_sizes: list[list[int]] | None = None
+    prefill_outputs: str = "recurrent"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -72,6 +79,8 @@ class HyenaNeoXConfig(PreTrainedConfig):
             raise ValueError(f"rotary is true; expected false: groups of {group} channels split the turned pairs")
         if self.filter not in ("implicit", "modal"):
             raise ValueError(f"filter is {self.filter!r}; expected 'implicit' or 'modal'")
+        if self.prefill_outputs not in ("recurrent", "exact"):
+            raise ValueError(f"prefill_outputs is {self.prefill_outputs!r}; expected 'recurrent' or 'exact'")
         if self.filter == "modal" and len(self.state_sizes or []) != self.num_hidden_layers:
             raise ValueError(f"state_sizes has {len(self.state_sizes or [])} layers; expected {self.num_hidden_layers}")
 
@@ -82,10 +91,13 @@ class HyenaNeoXConfig(PreTrainedConfig):
             return None
         streams = 3 + max(0, self.hyena_order - 2)
         convolution = 4 * (self.short_filter_length - 1) * streams * self.hidden_size
-        modes = 8 * (self.hidden_size // self.num_filters) ** 2
+        width = self.hidden_size // self.num_filters
+        modes = 8 * width**2
+        # Keys and values that wait, in 4 bytes a channel, and the age of each slice of the modes, in 8.
+        waiting = 8 * (self.hidden_size + 1) * ring_places(width) if width > 1 else 0
         window = self.attention_window * (2 * 4 * self.hidden_size + 1)  # keys, values, and which are real
         return sum(
-            window if layer in self.attention_layers else convolution + modes * sum(self.state_sizes[layer])
+            window if layer in self.attention_layers else convolution + waiting + modes * sum(self.state_sizes[layer])
             for layer in range(self.num_hidden_layers)
         )
 

@@ -5,11 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .modal import Modes
+from .modal import Layout, Modes
 
 
-SLOWEST_DECAY = -math.log(1e-2) / 1.5  # per context length: 1 % of the amplitude is left after 1.5 contexts
-FASTEST_DECAY = -math.log(1e-2) / 0.3  # and here after 0.3 contexts (arXiv:2302.10866, appendix)
+FADED = 1e-2  # share of its amplitude that a filter has left after its window
+FASTEST = 0.2  # the fastest filter's window as a share of the slowest's: 0.3 of 1.5 (arXiv:2302.10866, appendix)
+MAX_RADIUS = 0.9999  # of a pole that is trained; as where poles are found in a filter
+FADING = 512  # tokens in which the slowest mode of an untrained modal filter falls to 1/e; our guess
 
 
 class WideFilter(nn.Module):
@@ -28,8 +30,9 @@ class ImplicitFilter(WideFilter):
     """h_t = exp(-δ t/L) · FFN(features(t/L)) + D [t = 0], for every filter c of a layer.
 
     Features are time and sines and cosines of it; the network has sine activations of a trained frequency; the decays δ
-    are spread linearly over the filters and not trained. L is the context length of training; positions beyond it go on
-    along the same formula. Source: arXiv:2302.10866, section 3.3 and appendix. Taps are float32 or wider.
+    are spread linearly over the filters and not trained: the slowest falls to 1 % in `window` times L, the fastest in a
+    fifth of that. L is the context length of training; positions beyond it go on along the same formula. Taps are
+    float32 or wider. Source: arXiv:2302.10866, section 3.3 and appendix.
 
     With `hyena_order` n there are n sets of `num_filters`, one after the other. All but the last start with D = 1, to
     pass their input on, so that a full recurrence starts near the student with one long convolution.
@@ -43,6 +46,7 @@ class ImplicitFilter(WideFilter):
         position_features: int,
         sine_frequency: float,
         context_length: int,
+        window: float,
     ):
         super().__init__()
         self.hyena_order = hyena_order
@@ -50,6 +54,7 @@ class ImplicitFilter(WideFilter):
         self.position_features = position_features
         self.sine_frequency = sine_frequency
         self.context_length = context_length
+        self.window = window
         self.inner = nn.ModuleList(
             [nn.Linear(position_features, width), nn.Linear(width, width), nn.Linear(width, width)]
         )
@@ -78,7 +83,8 @@ class ImplicitFilter(WideFilter):
                 )
             taps = (hidden @ self.head.weight.to(wide).T).T
             spread = self.num_filters // self.hyena_order
-            decay = torch.linspace(SLOWEST_DECAY, FASTEST_DECAY, spread, device=device, dtype=wide)
+            slowest = -math.log(FADED) / self.window
+            decay = torch.linspace(slowest, slowest / FASTEST, spread, device=device, dtype=wide)
             decay = decay.repeat(self.hyena_order)
             taps = taps * torch.exp(-decay[:, None] * time / self.context_length)
             return torch.cat([taps[:, :1] + self.direct.to(wide)[:, None], taps[:, 1:]], dim=1)
@@ -100,11 +106,28 @@ class ModalFilter(WideFilter):
     def __init__(self, state_sizes: list[int]):
         super().__init__()
         self.state_sizes = list(state_sizes)
-        self._mode_filter = None
+        self._layouts = {}
         modes = sum(state_sizes)
         self.pole = nn.Parameter(torch.zeros(modes, 2))  # real and imaginary part
         self.residue = nn.Parameter(torch.zeros(modes, 2))
         self.direct = nn.Parameter(torch.zeros(len(state_sizes)))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Where training starts: modes that fade in 1 to FADING tokens, the slower the less they turn in one."""
+        share = torch.cat([torch.zeros(0), *((torch.arange(size) + 0.5) / size for size in self.state_sizes)])
+        sizes = torch.cat([torch.zeros(0), *(torch.full((size,), float(size)) for size in self.state_sizes)])
+        radius = torch.exp(-1 / FADING**share)
+        angle = math.pi * torch.rand(len(share)) * (1 - share)
+        with torch.no_grad():
+            self.pole.copy_(torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1))
+            self.residue.copy_(((1 - radius) / sizes)[:, None] * torch.randn(len(share), 2))
+            self.direct.zero_()
+
+    @torch.no_grad()
+    def stabilise(self):
+        """Draw poles that left the disc of MAX_RADIUS back to its edge; their angles stay."""
+        self.pole.mul_((MAX_RADIUS / self.pole.norm(dim=1, keepdim=True)).clamp(max=1))
 
     @property
     def num_filters(self) -> int:
@@ -112,28 +135,23 @@ class ModalFilter(WideFilter):
 
     @property
     def poles(self) -> Tensor:  # (mode,) complex
-        return torch.view_as_complex(self.pole)
+        # Not a view: parameters mapped from a file need not be aligned as complex numbers, and kernels crash then.
+        return torch.complex(*self.pole.unbind(1))
 
     @property
     def residues(self) -> Tensor:  # (mode,) complex
-        return torch.view_as_complex(self.residue)
-
-    @property
-    def mode_filter(self) -> Tensor:  # (mode,) the filter of each mode
-        if self._mode_filter is None or self._mode_filter.device != self.pole.device:
-            owners = [index for index, size in enumerate(self.state_sizes) for _ in range(size)]
-            with torch.inference_mode(False):  # it will serve a backward pass too
-                self._mode_filter = torch.tensor(owners, dtype=torch.long, device=self.pole.device)
-        return self._mode_filter
+        return torch.complex(*self.residue.unbind(1))
 
     def modes(self, part: int = 0, parts: int = 1) -> Modes:
         """The modes of one of `parts` equal runs of filters, as a full recurrence has one for each long convolution."""
-        if parts == 1:
-            return Modes(self.poles, self.residues, self.mode_filter, self.direct)
         count = self.num_filters // parts
-        first, last = part * count, (part + 1) * count
-        own = slice(sum(self.state_sizes[:first]), sum(self.state_sizes[:last]))
-        return Modes(self.poles[own], self.residues[own], self.mode_filter[own] - first, self.direct[first:last])
+        own = slice(part * count, (part + 1) * count)
+        first = sum(self.state_sizes[: own.start])
+        modes = slice(first, first + sum(self.state_sizes[own]))
+        key = part, parts, self.pole.device
+        if key not in self._layouts:
+            self._layouts[key] = Layout(self.state_sizes[own], self.pole.device)
+        return Modes(self.poles[modes], self.residues[modes], self.direct[own], self._layouts[key])
 
     def forward(self, length: int) -> Tensor:  # (filter, length)
         return self.modes().taps(length)

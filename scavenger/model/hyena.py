@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .convolution import ToeplitzProduct, causal_convolution, outer_product_convolution, short_convolution
 from .filters import ImplicitFilter, ModalFilter
-from .modal import CHUNK, modal_scan, modal_step
+from .modal import CHUNK, ChannelState, HeadState, modal_scan
 from .rotary import turn
 
 
@@ -46,17 +46,9 @@ class HyenaMixer(nn.Module):
         self.gates = nn.Linear(width, between * width) if between else None
         self.dense = nn.Linear(width, width, bias=config.attention_bias)
         self.short_filter = nn.Parameter(torch.zeros((3 + between) * width, config.short_filter_length))
-        if config.filter == "modal":
-            self.filter = ModalFilter(config.state_sizes[layer_index])
-        else:
-            self.filter = ImplicitFilter(
-                config.num_filters,
-                config.hyena_order,
-                config.filter_width,
-                config.position_features,
-                config.sine_frequency,
-                config.context_length,
-            )
+        exact = config.filter == "modal" and config.prefill_outputs == "exact"
+        self.filter = ModalFilter(config.state_sizes[layer_index]) if config.filter == "modal" else _implicit(config)
+        self.exact_filter = _implicit(config) if exact else None
         # Linear attention adds up what softmax averages; the teacher's own scale is where it starts.
         self.scale = self.filter_head_width**-0.5
         self.reset_parameters()
@@ -90,9 +82,12 @@ class HyenaMixer(nn.Module):
         q, k, v, between = self._split(x, cos, sin)
         if layer_cache is None:
             y = self._parallel(q, k, v, between)
+        elif isinstance(self.filter, ImplicitFilter):
+            y = self._exact(q, k, v, between, layer_cache)
+            layer_cache.conv_state = conv_state
         else:
-            y, recurrent_state = self._recurrent(q, k, v, between, layer_cache.recurrent_state)
-            layer_cache.conv_state, layer_cache.recurrent_state = conv_state, recurrent_state
+            y = self._recurrent(q, k, v, between, layer_cache)
+            layer_cache.conv_state = conv_state
         return self.dense(y.transpose(1, 2).flatten(2).to(hidden.dtype))
 
     def _by_stream(self, projected):
@@ -115,42 +110,86 @@ class HyenaMixer(nn.Module):
             return v
         if self.hyena_order == 1:
             if self.filter_head_width > 1 and self._scan_pays(length):
-                return self._recurrent(q, k, v, between, None)[0].to(v.dtype)
+                return self._scan(q, k, v).to(v.dtype)
             return long_convolution(q, k, v, self.filter(length))
         for gate, taps in zip([k, *between, q], self.filter(length).chunk(self.hyena_order), strict=True):
             v = gate * causal_convolution(v[..., 0], taps)[..., None]
         return v
+
+    def _exact(self, q, k, v, between, layer_cache):
+        """The same outputs from all inputs so far, which `layer_cache` keeps; float32 or wider."""
+        layer_cache.admit()
+        if torch.is_grad_enabled():
+            return self._parallel(q, k, v, between)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
+        with torch.autocast(q.device.type, enabled=False):
+            taps = layer_cache.taps_for(self.filter, q.shape[2])
+            if self.hyena_order == 1:
+                return layer_cache.convolutions[0].advance(q, k, v, taps)
+            for gate, own, part in zip(
+                [k, *between, q], layer_cache.convolutions, taps.chunk(self.hyena_order), strict=True
+            ):
+                v = own.advance(gate, torch.ones_like(v), v, part)
+            return v
 
     def _scan_pays(self, length):
         if not isinstance(self.filter, ModalFilter):
             return False
         return length * self.num_filters > SCAN_PAYS * self.filter_head_width * len(self.filter.pole)
 
-    def _recurrent(self, q, k, v, between, state):
-        """The same outputs from a state of constant size, and that state; float32 or wider."""
+    def _scan(self, q, k, v):
         wide = self.filter.pole.dtype
-        q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
-        if state is None:
-            size = len(self.filter.pole), self.filter_head_width, self.filter_head_width
-            state = self.filter.poles.new_zeros(q.shape[0], *size)
         with torch.autocast(q.device.type, enabled=False):
-            if self.hyena_order == 1:
-                return self._advance(q, k, v, self.filter.modes(), state)
-            states, start = [], 0
-            for part, gate in enumerate([k, *between, q]):
-                modes = self.filter.modes(part, self.hyena_order)
-                own = state[:, start : start + len(modes.poles)]
-                v, own = self._advance(gate, torch.ones_like(v), v, modes, own)
-                start += len(modes.poles)
-                states.append(own)
-            return v, torch.cat(states, dim=1)
+            state = HeadState(self.filter.modes(), len(q), self.filter_head_width)
+            return modal_scan(*(z.to(wide) for z in (q, k, v)), self.filter(min(q.shape[2], CHUNK)), state)
 
-    @staticmethod
-    def _advance(q, k, v, modes, state):
-        if q.shape[2] == 1:
-            y, state = modal_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], modes, state)
-            return y[:, :, None], state
-        return modal_scan(q, k, v, modes.taps(max(1, min(q.shape[2], CHUNK))), modes, state)
+    def _recurrent(self, q, k, v, between, layer_cache):
+        """The same outputs from states of constant size, which go along; float32 or wider."""
+        wide, length, first = self.filter.pole.dtype, q.shape[2], not layer_cache.modal_states
+        q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
+        if first:
+            layer_cache.modal_states = self._no_tokens(len(q))
+        if length == 0:
+            return v
+        convolutions = [(q, k)] if self.hyena_order == 1 else [(gate, torch.ones_like(v)) for gate in (k, *between, q)]
+        with torch.autocast(q.device.type, enabled=False):
+            if length == 1 and not (first and self.exact_filter):
+                for (q, k), state in zip(convolutions, layer_cache.modal_states, strict=True):
+                    v = state.step(q, k, v)
+                return v
+            taps = (self.exact_filter or self.filter)(length).chunk(self.hyena_order)
+            for (q, k), h, state in zip(convolutions, taps, layer_cache.modal_states, strict=True):
+                v = self._piece(q, k, v, h, state, first)
+            return v
+
+    def _no_tokens(self, batch):
+        parts = [self.filter.modes(part, self.hyena_order) for part in range(self.hyena_order)]
+        if self.filter_head_width == 1:
+            return [ChannelState(modes, batch) for modes in parts]
+        return [HeadState(modes, batch, self.filter_head_width) for modes in parts]
+
+    def _piece(self, q, k, v, taps, state, first):
+        state.settle()
+        if self.filter_head_width > 1 and not self.exact_filter and self._scan_pays(q.shape[2]):
+            return modal_scan(q, k, v, taps, state)
+        y = long_convolution(q, k, v, taps)
+        if not first:
+            y = y + state.read(q)
+        state.advance(k, v)
+        return y
+
+
+def _implicit(config):
+    return ImplicitFilter(
+        config.num_filters,
+        config.hyena_order,
+        config.filter_width,
+        config.position_features,
+        config.sine_frequency,
+        config.context_length,
+        config.filter_window,
+    )
 
 
 def long_convolution(

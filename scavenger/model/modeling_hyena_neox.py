@@ -1,7 +1,7 @@
 """GPT-NeoX with a Hyena mixer where attention was, at home in transformers.
 
 Parameter names are GPT-NeoX's, with `mixer` for `attention`. A student whose filters are modal generates with a cache
-of constant size; one whose filters are implicit has no state yet and reads its whole input at each token.
+of constant size; one whose filters are implicit with a cache of all its inputs, exactly as it reads them at once.
 """
 
 import torch
@@ -16,13 +16,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import AttentionCacheLayer, WindowedAttention
 from .configuration_hyena_neox import HyenaNeoXConfig
-from .filters import ImplicitFilter
+from .filters import WideFilter
 from .hyena import HyenaMixer
+from .modal import ChannelState, HeadState
+from .online import ExactCacheLayer
 from .rotary import rotary_angles
 
 
 class HyenaCacheLayer:
-    """What one mixer remembers: the last inputs of its short convolution, and its modes."""
+    """What one mixer remembers: the last inputs of its short convolution, and the modes of its long ones."""
 
     is_compileable = False
     is_croppable = False
@@ -30,26 +32,29 @@ class HyenaCacheLayer:
 
     def __init__(self):
         self.conv_state: Tensor | None = None  # (batch, tap - 1, 3 channel)
-        self.recurrent_state: Tensor | None = None  # (batch, mode, width, width) complex
+        self.modal_states: list[ChannelState | HeadState] = []  # one for each long convolution
 
     @property
     def states(self) -> tuple[Tensor | None, ...]:
-        return self.conv_state, self.recurrent_state
+        return self.conv_state, *(tensor for state in self.modal_states for tensor in state.tensors)
 
     def select(self, rows: Tensor):
         if self.conv_state is not None:
             self.conv_state = self.conv_state.index_select(0, rows.to(self.conv_state.device))
-            self.recurrent_state = self.recurrent_state.index_select(0, rows.to(self.recurrent_state.device))
+            for state in self.modal_states:
+                state.select(rows)
 
 
 class HyenaCache(Cache):
-    """The state of a sequence, of a size that does not depend on how much was read."""
+    """The state of a sequence, of a size that does not depend on how much was read; of implicit filters, all inputs."""
 
     def __init__(self, config: HyenaNeoXConfig):
         kept = set(config.attention_layers)
         super().__init__(
             layers=[
-                AttentionCacheLayer() if index in kept else HyenaCacheLayer()
+                AttentionCacheLayer()
+                if index in kept
+                else (HyenaCacheLayer() if config.filter == "modal" else ExactCacheLayer(config))
                 for index in range(config.num_hidden_layers)
             ]
         )
@@ -71,7 +76,7 @@ class HyenaCache(Cache):
 
     def crop(self, tokens_to_remove: int):
         if tokens_to_remove:
-            raise ValueError("a recurrent state cannot forget its last tokens; copy the cache before reading them")
+            raise ValueError("a HyenaCache cannot forget its last tokens; copy the cache before reading them")
 
     def reorder_cache(self, beam_idx: Tensor):
         for layer in self.layers:
@@ -131,11 +136,11 @@ class HyenaNeoXPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no decoding that takes tokens back
     _can_record_outputs = {"hidden_states": HyenaNeoXLayer}
     # Loading in half precision must leave poles and residues alone.
-    _keep_in_fp32_modules_strict = ["mixer.filter"]
+    _keep_in_fp32_modules_strict = ["mixer.filter", "mixer.exact_filter"]
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, (HyenaMixer, ImplicitFilter, nn.LayerNorm)):
+        if isinstance(module, (HyenaMixer, WideFilter, nn.LayerNorm)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -173,7 +178,7 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
             raise ValueError("expected either input_ids or inputs_embeds")
         hidden = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
-        if cache is None and use_cache and self.config.filter == "modal":
+        if cache is None and use_cache:
             cache = HyenaCache(self.config)
         if cache is not None:
             self.check_cache(cache, len(hidden))
@@ -186,10 +191,12 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden), past_key_values=cache)
 
     def check_cache(self, cache: HyenaCache, batch: int):
-        if self.config.filter != "modal":
-            raise ValueError("a student with implicit filters has no state; expected past_key_values=None")
         if not isinstance(cache, HyenaCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; expected a HyenaCache")
+        if cache.config.filter != self.config.filter:
+            raise ValueError(
+                f"past_key_values is of {cache.config.filter} filters; expected one of {self.config.filter} filters"
+            )
         if self.gradient_checkpointing and self.training:
             raise ValueError("past_key_values with gradient checkpointing would be read twice; expected None")
         if cache.real is not None and len(cache.real) != batch:
@@ -251,13 +258,13 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """A HyenaCache where the student has a state: no other kind fits, so none is looked for."""
+        """A HyenaCache: no other kind fits, so none is looked for."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; expected None, for a HyenaCache"
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if self.config.filter == "modal" and generation_config.use_cache is not False:
+        if generation_config.use_cache is not False:
             model_kwargs.setdefault("past_key_values", HyenaCache(self.config))
 
     def prepare_inputs_for_generation(
@@ -265,13 +272,6 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
     ):
         if past_key_values is not None:
             self.gpt_neox.check_cache(past_key_values, len(input_ids))
-        if self.config.filter != "modal":
-            if inputs_embeds is not None:
-                raise ValueError(
-                    "a student with implicit filters reads its whole input at each token; expected input_ids"
-                )
-            # Without a state the whole input is read at each token, whatever `use_cache` says.
-            next_sequence_length = None
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

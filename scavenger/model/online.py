@@ -1,0 +1,207 @@
+"""Exact decoding: long convolutions token by token, without approximation and without reading the input again.
+
+    y_t = Σ_{s≤t} h_{t-s} u_s
+
+The plane of pairs (s, t), s < t, is cut into tiles. After n tokens, U being the largest power of two that divides n,
+the part of the last U inputs in the next U outputs is computed by one FFT of length 2U. Tiles of one size come once in
+2U tokens, so L tokens cost O(L log² L) in all. Source: arXiv:2410.12982, algorithm 1, and arXiv:2410.03766.
+
+What is kept is every input: exact, but no state of constant size. Gradients do not pass through it.
+"""
+
+import torch
+from torch import Tensor
+
+from .convolution import BLOCK, causal_convolution, toeplitz_block
+from .hyena import long_convolution
+
+
+# Measured on one core at 512 channels: from 16 to 64 a token took the same to a quarter, at batch 1 and at batch 16; at
+# 256 half as long again, and at batch 16 two to four times as long.
+NEAR = 32  # inputs that are summed directly; tiles are this large or larger
+PIECE = 1 << 18  # most numbers of one transform: with more of them at once a large batch took twice as long
+# Tiles keep `width` numbers for each channel and token, and transform as many; keys and values are two. Measured at 512
+# channels, both took the same time over the first 1,000 tokens at width 8; at width 16 tiles still took half as long
+# again over the first 2,000, at 64 some twenty times as long over 1,000.
+TILED_WIDTH = 8  # channels of a head up to which its convolution is tiled
+
+
+class ExactCacheLayer:
+    """What a mixer with implicit filters remembers: the last inputs of its short convolution, all of its long ones."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, config):
+        self.conv_state: Tensor | None = None  # (batch, tap - 1, 3 channel)
+        self.taps: Tensor | None = None  # (filter, as many as were needed or more)
+        online = OnlineConvolution if config.hidden_size <= TILED_WIDTH * config.num_filters else OnlineProduct
+        self.convolutions = [online() for _ in range(config.hyena_order)]
+        self.graph = False  # whether a piece was read for its gradients, of which nothing is kept
+
+    def admit(self):
+        """Refuse what would lose gradients in silence."""
+        if self.graph or (torch.is_grad_enabled() and self.convolutions[0].read):
+            raise ValueError(
+                "past_key_values of implicit filters hold no gradients; expected torch.no_grad() throughout"
+            )
+        self.graph = torch.is_grad_enabled()
+
+    def taps_for(self, filter, length: int) -> Tensor:  # (filter, tokens so far and `length` more, or more)
+        """The filter's taps; after the first piece computed anew whenever there must be twice as many."""
+        total = self.convolutions[0].read + length
+        if self.taps is None or self.taps.shape[1] < total:
+            self.taps = filter(length if total == length else 1 << (total - 1).bit_length())
+            self.taps = self.taps.T.contiguous().T  # a step reads a few lags of all filters
+        return self.taps
+
+    @property
+    def states(self) -> tuple[Tensor | None, ...]:
+        return self.conv_state, self.taps, *(state for each in self.convolutions for state in each.states)
+
+    def select(self, rows: Tensor):
+        if self.conv_state is not None:
+            self.conv_state = self.conv_state.index_select(0, rows.to(self.conv_state.device))
+            for convolution in self.convolutions:
+                convolution.select(rows)
+
+
+class OnlineConvolution:
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s by tiles over u_s = k_s v_sᵀ, for pieces of any length."""
+
+    def __init__(self):
+        # (batch, `read` or more, filter, width²): u, and behind it what it adds to outputs to come
+        self.line: Tensor | None = None
+        self.read = 0
+        self.tiled = 0  # inputs whose tiles were computed
+
+    def advance(
+        self,
+        q: Tensor,  # (batch, filter, length, width)
+        k: Tensor,  # (batch, filter, length, width): after those already read
+        v: Tensor,  # (batch, filter, length, width)
+        taps: Tensor,  # (filter, as many as tokens, these included); after the first piece a power of two, or more
+    ) -> Tensor:  # (batch, filter, length, width)
+        u = (k[..., :, None] * v[..., None, :]).flatten(-2).transpose(1, 2)
+        if self.read == 0:
+            self.line, self.read = u.contiguous(), u.shape[1]
+            return long_convolution(q, k, v, taps)
+        convolved = self._convolve(u, taps).transpose(1, 2).unflatten(-1, (-1, q.shape[-1]))
+        return (q[..., None] * convolved).sum(-2)
+
+    def _convolve(self, u, taps):
+        outputs = [u[:, :0]]
+        while u.shape[1]:
+            # From `near` on the tiles have left out nothing that was read before it, up to where its own tile ends.
+            near = self.read - self.read % NEAR
+            self._tile(near, taps)
+            length = min(u.shape[1], near + (near & -near) - self.read) if near else u.shape[1]
+            outputs.append(self._block(u[:, :length], near, taps))
+            u = u[:, length:]
+        return torch.cat(outputs, dim=1)
+
+    def _tile(self, count, taps):
+        """All tiles that end at or before `count` inputs and reach outputs to come: those of its binary digits."""
+        end = 0
+        for size in _powers_of_two(count if count > self.tiled else 0):
+            end += size
+            if end > self.tiled:
+                self.line = _writable(self.line, 1, end + size)
+                inputs, sums = self.line[:, end - size : end], self.line[:, self.read : end + size]
+                spectrum = torch.fft.rfft(taps[:, None, : 2 * size])
+                rows = max(1, PIECE // (2 * size * self.line.shape[2:].numel()))
+                for first in range(0, len(self.line), rows):
+                    part = slice(first, first + rows)
+                    sums[part] += tile(inputs[part].movedim(1, -1), spectrum).movedim(-1, 1)[:, self.read - end :]
+        self.tiled = max(count, self.tiled)
+
+    def _block(self, u, near, taps):
+        """The next outputs: what the tiles gave, and the part of the inputs from `near` on."""
+        stop = self.read + u.shape[1]
+        self.line = _writable(self.line, 1, max(stop, NEAR))
+        sums = self.line[:, self.read : stop].clone()
+        self.line[:, self.read : stop] = u
+        inputs = self.line[:, near:stop]
+        if u.shape[1] == 1:
+            y = sums.add_((inputs * taps[:, : stop - near].T.flip(0)[..., None]).sum(1, keepdim=True))
+        else:
+            y = causal_convolution(inputs.movedim(1, -1), taps[:, None]).movedim(-1, 1)[:, self.read - near :] + sums
+        self.read = stop
+        return y
+
+    @property
+    def states(self) -> tuple[Tensor | None, ...]:
+        return (self.line,)
+
+    def select(self, rows: Tensor):
+        if self.line is not None:
+            self.line = self.line.index_select(0, rows.to(self.line.device))
+
+
+def tile(
+    u: Tensor,  # (…, size)
+    spectrum: Tensor,  # (…, size + 1) complex: of the first 2 · size taps
+) -> Tensor:  # (…, size)
+    """Σ_s h_{size+t-s} u_s for t < size: what inputs add to as many outputs behind them.
+
+    The transform is no longer than the taps: what wraps round are outputs that are not asked for.
+    """
+    size = u.shape[-1]
+    return torch.fft.irfft(torch.fft.rfft(u, n=2 * size) * spectrum, n=2 * size)[..., size:]
+
+
+class OnlineProduct:
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s by a product with all keys and values so far, for pieces of any length."""
+
+    def __init__(self):
+        self.keys: Tensor | None = None  # (batch, filter, `read` or more, width)
+        self.values: Tensor | None = None
+        self.read = 0
+
+    def advance(
+        self,
+        q: Tensor,  # (batch, filter, length, width)
+        k: Tensor,  # (batch, filter, length, width): after those already read
+        v: Tensor,  # (batch, filter, length, width)
+        taps: Tensor,  # (filter, as many as tokens, these included, or more)
+    ) -> Tensor:  # (batch, filter, length, width)
+        start, self.read = self.read, self.read + q.shape[2]
+        if start == 0:
+            self.keys, self.values = k.contiguous(), v.contiguous()
+            return long_convolution(q, k, v, taps)
+        room = 1 << (self.read - 1).bit_length()
+        self.keys, self.values = (_writable(states, 2, room) for states in self.states)
+        self.keys[:, :, start : self.read], self.values[:, :, start : self.read] = k, v
+        outputs = [q[:, :, :0]]
+        for first in range(start, self.read, BLOCK):
+            rows = slice(first, min(first + BLOCK, self.read))
+            keys, values = (states[:, :, : rows.stop] for states in self.states)
+            scores = q[:, :, first - start : rows.stop - start] @ keys.transpose(-1, -2)
+            outputs.append(scores.mul_(toeplitz_block(taps, rows)) @ values)
+        return torch.cat(outputs, dim=2)
+
+    @property
+    def states(self) -> tuple[Tensor | None, ...]:
+        return self.keys, self.values
+
+    def select(self, rows: Tensor):
+        if self.keys is not None:
+            self.keys, self.values = (states.index_select(0, rows.to(states.device)) for states in self.states)
+
+
+def _writable(states, dim, length):
+    """States with room for `length` tokens or more, zeros where there were none, that can be written in place."""
+    held = states.shape[dim]
+    if held >= length and (torch.is_inference_mode_enabled() or not states.is_inference()):
+        return states
+    shape = list(states.shape)
+    shape[dim] = max(held, length)
+    grown = states.new_zeros(shape)
+    grown.narrow(dim, 0, held).copy_(states)
+    return grown
+
+
+def _powers_of_two(number):
+    """The powers of two that add up to a number, the largest first."""
+    return [1 << place for place in reversed(range(number.bit_length())) if number >> place & 1]

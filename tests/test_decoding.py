@@ -1,0 +1,376 @@
+"""A recurrent student is one model in all its forms: the recurrence token by token is the definition."""
+
+import copy
+import shutil
+
+import pytest
+import reference
+import torch
+from conftest import tiny_student
+from reference import assert_close, relative_error
+
+from scavenger.model import HyenaCache
+from scavenger.model.decoding import Decoder
+from scavenger.model.filters import ModalFilter
+from scavenger.model.hyena import long_convolution
+from scavenger.model.modal import ChannelState, HeadState, modal_scan
+
+
+F64 = torch.float64  # whole models: measured 6e-15 at most, where the tolerance is 5e-14
+SHAPES = [
+    {"filters": 30},
+    {"filters": 5},
+    {"filters": 3},  # groups of 10 channels, in 5 slices
+    {"filters": 30, "hyena_order": 2},
+    {"filters": 5, "attention_layers": [1], "attention_window": 7},
+]
+LENGTH = 41
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 63, 64, 65, 150])
+@pytest.mark.parametrize("width", [1, 4, 6, 9, 11])
+def test_a_piece_is_the_recurrence(width, length):
+    filter, modes, q, k, v = _inputs(width, length)
+    state, start = _some_state(modes, width)
+    twin = copy.deepcopy(state)
+    expected, final = _recurrence(filter, q, k, v, start)
+    y = long_convolution(q, k, v, filter(length)) + state.read(q)
+    state.advance(k, v)
+    assert_close(expected, y, 2e-14)  # measured 1.4e-15 at most
+    assert_close(final, _complex(modes, state), 2e-14)
+    if width > 1:
+        assert_close(expected, modal_scan(q, k, v, filter(length), twin), 2e-14)
+        assert_close(final, _complex(modes, twin), 2e-14)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("width", [1, 4, 6, 9, 11])
+def test_steps_are_the_recurrence(width, in_place):
+    """In place and not; and the state is right wherever the ring of waiting keys stands."""
+    filter, modes, q, k, v = _inputs(width, 23)
+    state, start = _some_state(modes, width)
+    expected, _ = _recurrence(filter, q, k, v, start)
+    before = [tensor.data_ptr() for tensor in state.parts]
+    with torch.set_grad_enabled(not in_place):
+        for t in range(23):
+            here = slice(t, t + 1)
+            assert_close(expected[:, :, here], state.step(q[:, :, here], k[:, :, here], v[:, :, here]), 2e-14)
+            settled = copy.deepcopy(state)
+            settled.settle()
+            _, final = _recurrence(filter, q[:, :, : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], start)
+            assert_close(final, _complex(modes, settled), 2e-14)
+    assert in_place == (before == [tensor.data_ptr() for tensor in state.parts])
+
+
+def test_a_state_that_is_not_advanced_and_an_output_of_zero_are_found():
+    filter, modes, q, k, v = _inputs(6, 23)
+    state, start = _some_state(modes, 6)
+    expected, final = _recurrence(filter, q, k, v, start)
+    assert relative_error(expected, torch.zeros_like(expected)) > 0.5
+    assert relative_error(final, _complex(modes, state)) > 0.5
+    assert relative_error(expected, long_convolution(q, k, v, filter(23))) > 0.1  # without what came before
+
+
+@pytest.mark.parametrize("pieces", [[31], [12, 1, 1, 17], [1] * 10])
+@pytest.mark.parametrize("width", [1, 6])
+def test_gradients_of_outputs_and_of_the_final_state(width, pieces):
+    filter, _, q, k, v = _inputs(width, sum(pieces))
+    modes = filter.requires_grad_().modes()
+    state, _ = _some_state(modes, width)
+    parts = [part.requires_grad_() for part in state.parts if part.numel()]
+    start = _complex(modes, state)
+    weight, state_weight = torch.randn_like(v), torch.randn_like(start)
+    variables = [*(x.requires_grad_() for x in (q, k, v)), *parts, *filter.parameters()]
+
+    def gradients(y, final):
+        loss = (y * weight).sum() + (final * state_weight).real.sum()
+        return torch.autograd.grad(loss, variables, retain_graph=True)
+
+    slow = gradients(*_recurrence(filter, q, k, v, start))
+    found = []
+    for a, b, c in zip(*(x.split(pieces, 2) for x in (q, k, v)), strict=True):
+        if a.shape[2] == 1:
+            found.append(state.step(a, b, c))
+        else:
+            state.settle()
+            found.append(long_convolution(a, b, c, filter(a.shape[2])) + state.read(a))
+            state.advance(b, c)
+    state.settle()
+    for expected, gradient in zip(slow, gradients(torch.cat(found, dim=2), _complex(modes, state)), strict=True):
+        assert_close(expected, gradient, 1e-14)  # measured 1e-15 at most
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("prompt", [0, 1, 2, 3, 17, LENGTH - 1])
+def test_whole_pass_is_prompt_and_steps_is_pure_recurrence(shape, prompt, monkeypatch):
+    model = tiny_student(modal=True, **shape)
+    ids = torch.randint(0, 97, (2, LENGTH))
+    whole = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        assert_close(whole, _prompt_and_steps(model, ids, prompt), 5e-14)
+        if prompt == 1:
+            monkeypatch.setattr("scavenger.model.hyena.ChannelState", _loop_state)
+            monkeypatch.setattr("scavenger.model.hyena.HeadState", _loop_state)
+            assert_close(whole, _prompt_and_steps(model, ids, prompt), 5e-14)
+    for length in (1, 2, 5, 17, LENGTH):
+        assert_close(whole[:, :length], model(input_ids=ids[:, :length], use_cache=False).logits, 5e-14)
+
+
+# Measured 1e-6, 4e-3 and 4e-2 at most.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_dtype_by_its_own_rounding(shape, dtype, tolerance):
+    model = tiny_student(modal=True, **shape).float().to(dtype)
+    ids = torch.randint(0, 97, (2, LENGTH))
+    exact = tiny_student(modal=True, **shape)(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        assert_close(exact, _prompt_and_steps(model, ids, 17).double(), tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_student_that_keeps_its_filter_reads_prompts_by_it(shape):
+    """The state is the modes' own: a prompt's outputs change with the exact taps, and what comes after does not."""
+    recurrent = tiny_student(modal=True, **shape)
+    model = tiny_student(modal=True, prefill_outputs="exact", **shape)
+    ids = torch.randint(0, 97, (2, LENGTH))
+    missing = model.load_state_dict(recurrent.state_dict(), strict=False).missing_keys
+    assert missing and all(".mixer.exact_filter." in key for key in missing)
+    whole = recurrent(input_ids=ids, use_cache=False).logits
+    assert torch.equal(whole, model(input_ids=ids, use_cache=False).logits)
+    implicit = tiny_student(**shape)
+    values = {key.replace(".filter.", ".exact_filter."): value for key, value in implicit.state_dict().items()}
+    values |= {key: value for key, value in recurrent.state_dict().items() if key in values}
+    implicit.load_state_dict(recurrent.state_dict() | implicit.state_dict(), strict=False)
+    model.load_state_dict({key: value for key, value in values.items() if ".exact_filter." in key}, strict=False)
+    exact = tiny_student(**shape)
+    exact.load_state_dict(
+        {
+            key.replace(".exact_filter.", ".filter."): v
+            for key, v in model.state_dict().items()
+            if ".mixer.filter." not in key
+        }
+    )
+    expected = exact(input_ids=ids, use_cache=False).logits
+    assert relative_error(whole, expected) > 0.05
+    with torch.no_grad():
+        assert_close(expected, model(input_ids=ids, use_cache=True).logits, 5e-14)
+        assert_close(expected[:, :1], model(input_ids=ids[:, :1], use_cache=True).logits, 5e-14)
+        for layer in model.gpt_neox.layers:
+            if getattr(layer.mixer, "exact_filter", None) is not None:
+                layer.mixer.exact_filter.forward = layer.mixer.filter.forward
+        for prompt in (0, 1, 2, 17):
+            assert_close(whole, _prompt_and_steps(model, ids, prompt), 5e-14)
+        cache = model(input_ids=ids[:, :17], use_cache=True).past_key_values
+        model(input_ids=ids[:, 17:18], past_key_values=cache)
+        assert_close(whole[:, 18:], model(input_ids=ids[:, 18:], past_key_values=cache).logits, 5e-14)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_states_are_copied_and_reordered(shape):
+    model = tiny_student(modal=True, **shape)
+    ids = torch.randint(0, 97, (3, LENGTH))
+    order = torch.tensor([2, 0, 0, 1])
+    with torch.no_grad():
+        whole = model(input_ids=ids[order], use_cache=False).logits
+        cache = model(input_ids=ids[:, :9], use_cache=True).past_key_values
+        for t in range(9, 14):
+            model(input_ids=ids[:, t : t + 1], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        twin.reorder_cache(order)
+        for t in range(14, LENGTH):
+            out = model(input_ids=ids[order, t : t + 1], past_key_values=twin)
+            assert_close(whole[:, t : t + 1], out.logits, 5e-14)
+        rest = model(input_ids=ids[order, 14:], past_key_values=_reordered(cache, order))
+    assert_close(whole[:, 14:], rest.logits, 5e-14)
+
+
+@pytest.mark.parametrize("first", ["inference", "gradients"])
+def test_what_must_not_be_written_to_is_not(first):
+    """States of inference mode outside it, and states that gradients flow through."""
+    model = tiny_student(5, modal=True)
+    ids = torch.randint(0, 97, (2, LENGTH))
+    whole = model(input_ids=ids, use_cache=False).logits
+    with torch.inference_mode(first == "inference"):
+        prompt = model(input_ids=ids[:, :17], use_cache=True)
+    cache = prompt.past_key_values
+    with torch.no_grad():
+        for t in range(17, 22):
+            assert_close(whole[:, t : t + 1], model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits, 5e-14)
+    if first == "gradients":
+        prompt.logits.sum().backward()  # what it needs is still as it was
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_come_and_go_are_each_sequence_alone(shape):
+    model = tiny_student(modal=True, **shape)
+    texts = [torch.randint(0, 97, (LENGTH,)) for _ in range(4)]
+    whole = [model(input_ids=text[None], use_cache=False).logits[0] for text in texts]
+    decoder = Decoder(model, rows=3)
+    rows, read = {}, {}
+    # (before which step) text and how much of it is its prompt; text 1 leaves, and text 3 takes its row
+    coming = {0: [(0, 9), (1, 2)], 3: [(2, 17)], 11: [(3, 1)]}
+    for step in range(24):
+        if step == 11:
+            decoder.remove([rows.pop(1)])
+        new = coming.get(step, [])
+        for (text, prompt), row in zip(new, decoder.add([texts[t][:n] for t, n in new]), strict=True):
+            rows[text], read[text] = row, prompt
+        assert len(set(rows.values())) == len(rows)
+        tokens = torch.randint(0, 97, (3,))  # what idle rows read
+        for text, row in rows.items():
+            assert_close(whole[text][read[text] - 1], decoder.logits[row], 5e-14)
+            tokens[row] = texts[text][read[text]]
+            read[text] += 1
+        assert decoder.step(tokens) is decoder.logits
+    assert read[3] == 14 and read[0] == 33
+
+
+@pytest.mark.parametrize("shape", SHAPES[::2])
+def test_generated_tokens_are_those_of_transformers(shape):
+    model = tiny_student(modal=True, **shape)
+    prompts = [torch.randint(1, 97, (n,)) for n in (5, 1, 12, 3, 8, 2, 2)]
+    alone = [
+        model.generate(prompt[None], max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)[
+            0, len(prompt) :
+        ]
+        for prompt in prompts
+    ]
+    end = alone[0][4].item()
+    expected = [x[: x.tolist().index(end) + 1] if end in x else x for x in alone]
+    assert len({len(x) for x in expected}) > 1
+    decoder = Decoder(model, rows=3)
+    for eos_token_id, wanted in ((None, alone), (end, expected)):
+        found = decoder.generate(prompts, 9, eos_token_id)
+        assert [x.tolist() for x in found] == [x.tolist() for x in wanted]
+    assert sorted(decoder.free) == [0, 1, 2] and decoder.generate([], 9) == []
+    sharp = decoder.generate(prompts, 9, do_sample=True, temperature=1e-4)
+    assert [x.tolist() for x in sharp] == [x.tolist() for x in alone]
+    torch.manual_seed(0)
+    first, second = (decoder.generate(prompts[:1], 1, do_sample=True, top_k=5, top_p=0.9) for _ in range(2))
+    best = model(input_ids=prompts[0][None]).logits[0, -1].topk(5).indices
+    assert first[0] in best and second[0] in best
+
+
+def test_packed_layers_are_the_layers():
+    model = tiny_student(5, modal=True).float()
+    ids = torch.randint(0, 97, (2, LENGTH))
+    whole = model(input_ids=ids, use_cache=False).logits
+    decoder = Decoder(model, rows=2)
+    assert decoder.model is not model and type(model.lm_head) is torch.nn.Linear
+    if torch.backends.mkldnn.is_available():
+        assert type(decoder.model.lm_head).__name__ == "PackedLinear"
+    decoder.add(list(ids[:, :9]))
+    for t in range(9, 20):
+        assert_close(whole[:, t], decoder.step(ids[:, t]), 2e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiled_decoder():
+    kept = dict(num_hidden_layers=2, attention_layers=[1], attention_window=7)
+    model = tiny_student(5, modal=True, state_sizes=[[2, 2, 2, 2, 2], []], **kept).float()
+    ids = torch.randint(0, 97, (2, LENGTH))
+    whole = model(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    decoder = Decoder(model, rows=2, compiled=True)
+    decoder.add(list(ids[:, :9]))
+    graphs = set()
+    for t in range(9, 30):
+        assert_close(whole[:, t], decoder.step(ids[:, t]), 2e-5)
+        graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1
+
+
+def test_without_a_compiler_steps_are_not_compiled(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="no-such-compiler is not installed; the steps"):
+        decoder = Decoder(tiny_student(5, modal=True), rows=1, compiled=True)
+    assert decoder.generate([torch.tensor([3])], 2)[0].shape == (2,)
+
+
+def test_what_a_decoder_refuses():
+    model = tiny_student(5, modal=True)
+    for wrong, rows, message in (
+        (tiny_student(), 2, "filter is 'implicit'; expected 'modal'"),
+        (tiny_student(modal=True, attention_layers=[1], attention_window=0), 2, "state grows; expected a window"),
+        (model, 0, "rows is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Decoder(wrong, rows)
+    decoder = Decoder(model, rows=2)
+    word = torch.tensor([3, 4])
+    for call, message in (
+        (lambda: decoder.add([word] * 3), "3 prompts for 2 free rows of 2"),
+        (lambda: decoder.add([word, word[:0]]), r"prompt 1 has shape \(0,\)"),
+        (lambda: decoder.step(torch.tensor([1])), r"shape \(1,\); expected \(2,\)"),
+        (lambda: decoder.remove([0]), "row 0 holds no sequence"),
+        (lambda: decoder.generate([word], 0), "max_new_tokens is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert decoder.add([word]) == [0] and decoder.add([]) == []
+    with pytest.raises(ValueError, match="1 rows hold sequences"):
+        decoder.generate([word], 3)
+
+
+def _inputs(width, length):
+    """A filter of each state size from 0 to 3, two of size 2, one of its poles slow; and q, k, v."""
+    filter = ModalFilter([2, 0, 3, 1, 2]).double().requires_grad_(False)
+    with torch.no_grad():
+        radius = 0.3 + 0.69 * torch.rand(8, dtype=F64)
+        radius[3] = 0.9995
+        filter.pole.copy_(torch.view_as_real(torch.polar(radius, 3 * torch.rand(8, dtype=F64))))
+        filter.residue.normal_()
+        filter.direct.normal_()
+    return filter, filter.modes(), *torch.randn(3, 2, 5, length, width, dtype=F64)
+
+
+def _some_state(modes, width):
+    """A state that holds something, and the same as (batch, mode, width, width) complex."""
+    state = ChannelState(modes, 2) if width == 1 else HeadState(modes, 2, width)
+    state.parts = [torch.randn_like(part) for part in state.parts]
+    return state, _complex(modes, state)
+
+
+def _complex(modes, state):
+    parts = []
+    for part in state.parts:
+        if isinstance(state, HeadState):  # (batch, filter, slice, mode, 2, row, width)
+            part = part.permute(0, 1, 3, 2, 5, 6, 4).flatten(3, 4).flatten(1, 2)
+        else:  # (batch, 2, filter, mode)
+            part = part.movedim(1, -1).flatten(1, 2)[:, :, None, None]
+        parts.append(torch.view_as_complex(part.contiguous()))
+    return torch.cat(parts, dim=1)[:, modes.layout.modes.argsort()]
+
+
+def _recurrence(filter, q, k, v, start):
+    mode_filter = torch.tensor([index for index, size in enumerate(filter.state_sizes) for _ in range(size)])
+    return reference.recurrence(q, k, v, filter.poles, filter.residues, mode_filter, filter.direct, start)
+
+
+def _loop_state(modes, batch, width=1):
+    """A state that knows nothing but the recurrence's definition."""
+    return _Loop(modes, torch.zeros(batch, len(modes.poles), width, width, dtype=modes.poles.dtype))
+
+
+class _Loop:
+    def __init__(self, modes, state):
+        sizes = torch.tensor([size for count, size in modes.layout.buckets for _ in range(count)])
+        sizes = sizes[modes.layout.back]
+        self.modes, self.state = modes, state
+        self.mode_filter = torch.arange(len(sizes)).repeat_interleave(sizes)
+
+    def step(self, q, k, v):
+        poles, residues, direct, _ = self.modes
+        y, self.state = reference.recurrence(q, k, v, poles, residues, self.mode_filter, direct, self.state)
+        return y
+
+
+def _prompt_and_steps(model, ids, prompt):
+    cache = HyenaCache(model.config)
+    pieces = ids.split([prompt] + [1] * (ids.shape[1] - prompt), dim=1)
+    return torch.cat([model(input_ids=piece, past_key_values=cache).logits for piece in pieces], dim=1)
+
+
+def _reordered(cache, order):
+    cache.reorder_cache(order)
+    return cache
