@@ -61,6 +61,8 @@ def main() -> int:
             raise RecipeError(f"--output: {args.output} is a folder; expected the name of a file")
         if any(not 0 < tolerance < 1 for tolerance in args.tolerances):
             raise RecipeError(f"--tolerances: found {args.tolerances}; expected relative errors between 0 and 1")
+        if any(budget < 1 for budget in args.state_bytes):
+            raise RecipeError(f"--state-bytes: found {args.state_bytes}; expected positive numbers of bytes")
         aims = [{"tolerance": tolerance} for tolerance in args.tolerances]
         found = run(args.runs, aims + [{"state_bytes": budget} for budget in args.state_bytes])
         checkpoint.write_text(args.output, page(found))

@@ -151,12 +151,14 @@ def recur(arguments) -> int:
         raise RecipeError(f"--text: {args.text} is not there; expected a file or folder of text")
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-    from scavenger import recurrence
+    from scavenger import processes, recurrence
 
     folder = args.folder.resolve()
     to = args.to or folder.with_name(folder.name + "-recurrent")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    patience = InitProcessGroupKwargs(timeout=processes.PATIENCE)  # the others wait while the first one measures
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     recurrence.of_folder(args.folder, settings, to, args.text, accelerator)
     return 0
 

@@ -72,7 +72,6 @@ def described(settings: Recurrence, horizon: int) -> dict:
         "max_state_size": settings.max_state_size,
         "horizon": horizon,
         "prefill_outputs": settings.prefill_outputs,
-        "refined": settings.refine is not None,
     }
 
 
@@ -81,7 +80,7 @@ def filter_facts(
 ) -> list[dict]:
     """What each filter of a layer lost, in plain numbers, and its floors, as proven by the reduction.
 
-    Errors are those of the filter as it is saved, rounded and refined. A filter is compressible if the floor at
+    Errors are those of the filter as it is saved, rounded. A filter is compressible if the floor at
     `max_state_size` allows the tolerance; where a filter meets it that is plain.
     """
     taps = measure.filter_taps(exact, horizon)
@@ -109,7 +108,7 @@ def filter_facts(
         entry["within_tolerance"] = entry["compressible"] = entry["relative_error"] <= settings.tolerance
     missed = [index for index, entry in enumerate(facts) if not entry["within_tolerance"]]
     if missed:
-        floors = _relative_floors(taps[missed])
+        floors = hankel.tap_floors(taps[missed])
         for index, row in zip(missed, floors, strict=True):
             floor = float(row[min(2 * settings.max_state_size, len(row) - 1)])
             facts[index] |= {"floor_at_most_modes": floor, "compressible": floor <= settings.tolerance}
@@ -122,15 +121,17 @@ def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> l
     parts = [each.detach().to(torch.complex128).split(made.state_sizes) for each in (made.poles, made.residues)]
     poles, residues = (pad_sequence(list(part), batch_first=True) for part in parts)
     errors = (measure.filter_taps(made, taps.shape[1]) - taps).norm(dim=1) / taps.norm(dim=1).clamp_min(1e-300)
-    gains = gain_errors(taps, poles, residues * poles)
-    beyond = tails(taps, poles, residues * poles)
-    filters = [
+    gains, beyond = taps.new_zeros(2, len(taps))
+    for rows in hankel.pieces(len(taps), 160 * taps.shape[1] * (poles.shape[1] + 1)):
+        amplitudes = residues[rows] * poles[rows]
+        gains[rows] = gain_errors(taps[rows], poles[rows], amplitudes)
+        beyond[rows] = tails(taps[rows], poles[rows], amplitudes)
+    return [
         dataclasses.replace(
             f,
             poles=own.cpu().numpy(),
             residues=residue.cpu().numpy(),
             direct=float(direct),
-            real_states=int(torch.where(own.imag == 0, 1, 2).sum()),
             relative_error=float(error),
             gain_error=float(gain),
             tail=float(tail),
@@ -139,15 +140,6 @@ def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> l
             reduced, *parts, made.direct, errors, gains, beyond, strict=True
         )
     ]
-    changed = [
-        i for i, (f, before) in enumerate(zip(filters, reduced, strict=True)) if f.real_states != before.real_states
-    ]
-    if changed:  # a real pole that training made complex: other floors hold
-        for index, row in zip(changed, _relative_floors(taps[changed]), strict=True):
-            f = filters[index]
-            floor, gain = (float(v[f.real_states]) if f.real_states < len(v) else 0.0 for v in (row, f.hankel_values))
-            filters[index] = dataclasses.replace(f, floor=floor, gain_floor=gain)
-    return filters
 
 
 @torch.no_grad()
@@ -176,7 +168,7 @@ def output_errors(
         for hook in hooks:
             hook.remove()
     return [
-        float((error / energy).sqrt()) if hasattr(exact.mixer, "filter") else None
+        float((error / energy.clamp_min(1e-300)).sqrt()) if hasattr(exact.mixer, "filter") else None
         for (exact, _), (error, energy) in zip(layers, sums, strict=True)
     ]
 
@@ -317,12 +309,6 @@ def _spectra(taps):
         values = hankel.hankel_eigen(taps[rows[piece], 1:], SPECTRUM)[0].abs()
         found |= zip(rows[piece].tolist(), values[:, : length - 1].tolist(), strict=True)
     return found
-
-
-def _relative_floors(taps):
-    """For d = 0, 1, …: the least error of d real states, relative to all taps; (filter, states + 1)."""
-    share = taps[:, 1:].norm(dim=1) / taps.norm(dim=1).clamp_min(1e-300)
-    return hankel.relative_floors(taps[:, 1:]) * share[:, None]
 
 
 def _ratio(error, floor):

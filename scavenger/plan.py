@@ -11,6 +11,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scavenger import allocation, certificate, checkpoint, data, measure, recurrence, student, teacher
 from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.model.filters import ModalFilter
 from scavenger.recipe import Recipe, teacher_shape
 
 
@@ -49,6 +50,8 @@ def show(recipe: Recipe, processes: int = 1) -> str:
     ]
     if recipe.transfer:
         config = student.configuration(recipe, teacher_config)
+        if recipe.recurrence and recipe.recurrence.state_bytes is not None:
+            allocation.check(config, recipe.recurrence.state_bytes)
         kept = ", ".join(map(str, config.attention_layers))
         lines.append(
             f"student   {recipe.student.mixer}, {sizes['student']:,} parameters, {config.num_filters} filters a layer, "
@@ -110,12 +113,13 @@ def recurrences(recipe: Recipe) -> str:
     tolerances = sorted({*TOLERANCES, settings.tolerance}, reverse=True)
     aims = [{"tolerance": tolerance} for tolerance in tolerances]
     if settings.state_bytes is not None:
-        allocation.check(config, settings.state_bytes, blocks)
         aims = recurrence.aims(settings)
     for layer, filter in recurrence.long_filters(exact).items():
         taps = measure.filter_taps(filter, settings.horizon or config.context_length)
         rows[layer] = np.unique(np.linspace(0, len(taps) - 1, PLANNED_FILTERS).round().astype(int)).tolist()
         found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims)
+        if isinstance(filter, ModalFilter):
+            found[layer] = [recurrence.with_own_modes(filter, made, rows[layer]) for made in found[layer]]
     changes = allocation.responses(exact, found, blocks, rows, PLANNED_SEQUENCES)
     divergences = allocation.divergences(changes, blocks.shape[1] - 1)
     choices = {
@@ -258,20 +262,6 @@ def _stages(recipe, processes):
                 add(
                     "baseline", stage.steps, stage.batch_size, 3 * forward, sizes["student"], 0, with_logits, "baseline"
                 )
-        refine = recipe.recurrence and recipe.recurrence.refine
-        if refine:
-            target = teacher_forward if refine.target == "teacher" else forward
-            frozen = sizes["teacher" if refine.target == "teacher" else "student"]
-            add(
-                "refinement",
-                refine.steps,
-                refine.batch_size,
-                target + 3 * forward,
-                sizes["student"],
-                frozen,
-                with_logits + 4 * config.vocab_size,
-                "recurrence",
-            )
     return config, sizes, stages
 
 

@@ -50,8 +50,6 @@ def start(recipe: Recipe) -> Accelerator:
     stages = {"teacher.train": recipe.teacher.train}
     if recipe.transfer:
         stages |= {"transfer.activations": recipe.transfer.activations, "transfer.logits": recipe.transfer.logits}
-    if recipe.recurrence:
-        stages["recurrence.refine"] = recipe.recurrence.refine
     for name, stage in stages.items():
         if stage is not None and stage.batch_size % accelerator.num_processes:
             raise RecipeError(

@@ -291,13 +291,6 @@ class Baseline:
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Refinement(Stage):
-    """Poles and residues after extraction, trained on the divergence from the exact student or from the teacher."""
-
-    target: Literal["student", "teacher"] = "student"
-
-
 @dataclass(frozen=True)
 class Recurrence:
     """Stage two: the smallest state whose taps meet the tolerance, or the best use of a number of bytes."""
@@ -308,7 +301,6 @@ class Recurrence:
     max_state_size: int = 32  # complex modes per filter
     horizon: int | None = None  # taps to match; None: the context length
     prefill_outputs: Literal["recurrent", "exact"] = "recurrent"  # a prompt's outputs: from the modes or the filters
-    refine: Refinement | None = None
 
     def __post_init__(self):
         _require(0 < self.tolerance < 1, "tolerance", self.tolerance, "a relative error between 0 and 1")
@@ -429,6 +421,14 @@ class Recipe:
             "transfer",
             None,
             "a transfer section, or teacher.train: the recipe makes nothing",
+        )
+        _require(
+            self.recurrence is None
+            or self.recurrence.prefill_outputs == "recurrent"
+            or self.student.filter.form == "implicit",
+            "recurrence.prefill_outputs",
+            "exact",
+            "recurrent: the student's filters are modal already",
         )
         if self.baseline is not None:
             steps = self.transfer.activations.steps + self.transfer.logits.steps

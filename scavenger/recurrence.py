@@ -37,15 +37,7 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
         return folder
     student = HyenaNeoXForCausalLM.from_pretrained(run_dir / "transfer", dtype=torch.float32).eval()
     blocks = data.blocks(run_dir / "data", "validation")
-
-    def refine(recurrent):
-        if recipe.recurrence.refine is None:
-            return []
-        from scavenger import refinement
-
-        return refinement.run(recipe, run_dir, recurrent, student, accelerator)
-
-    return distil(student, recipe.recurrence, folder, accelerator, tokenizer, blocks, refine)
+    return distil(student, recipe.recurrence, folder, accelerator, tokenizer, blocks)
 
 
 def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, accelerator) -> Path:
@@ -56,20 +48,24 @@ def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, a
     logging.disable_progress_bar()  # one bar is ours
     student, tokenizer = opened(source)
     horizon = settings.horizon or student.config.context_length
+    blocks = None if tokenizer is None else held_out_text(text, tokenizer, student.config.context_length)
     asked = {
         "settings": certificate.described(settings, horizon),
-        "student_sha256": _digest("", student.state_dict()),
+        "student_sha256": _digest(student.config.to_json_string(), student.state_dict()),
         "text": None if tokenizer is None else "the Python standard library" if text is None else text.resolve().name,
+        "text_sha256": None if blocks is None else _digest("", {"text": torch.from_numpy(blocks.astype(np.int64))}),
     }
     if to.exists():
-        saved = checkpoint.read_json(to / "certificate.json") if (to / "certificate.json").is_file() else {}
+        try:
+            saved = checkpoint.read_json(to / "certificate.json")
+        except (OSError, ValueError):
+            saved = {}
         if {key: saved.get(key) for key in asked} != asked:
             raise RecipeError(
                 f"--to: {to} is there already and is not what this command makes; expected the name of a new folder"
             )
         accelerator.print(f"{to} (complete)")
     else:
-        blocks = None if tokenizer is None else held_out_text(text, tokenizer, student.config.context_length)
         distil(student, settings, to, accelerator, tokenizer, blocks, more=asked)
     if accelerator.is_main_process:
         found = checkpoint.read_json(to / "certificate.json")
@@ -135,7 +131,6 @@ def distil(
     accelerator,
     tokenizer,  # None: there is none to write
     blocks: np.ndarray | None,  # (block, length) held-out text; None: nothing is measured on text
-    refine=lambda recurrent: [],  # trains the recurrent student; returns its history
     more: dict | None = None,  # facts for the certificate
 ) -> Path:
     """Make `folder`, the recurrent student with its certificate; goes on from the layers that are done.
@@ -147,19 +142,21 @@ def distil(
             "recurrence.prefill_outputs: found exact; expected recurrent: the student's filters are modal already"
         )
     if settings.state_bytes is not None:
-        allocation.check(student.config, settings.state_bytes, blocks)
+        if blocks is None:
+            raise RecipeError(
+                "recurrence.state_bytes: found no text to measure on, which needs a tokenizer; expected a tolerance"
+            )
+        allocation.check(student.config, settings.state_bytes)
     student.to(accelerator.device)
     horizon = settings.horizon or student.config.context_length
     beside = checkpoint.partial(folder)
     made, predicted = reduced(student, settings, horizon, blocks, beside / "layers", accelerator)
     recurrent = recurrent_student(student, made, settings.prefill_outputs)
-    history = refine(recurrent)
     if accelerator.is_main_process:
         facts = certificate.measure_all(student, recurrent, made, settings, blocks, predicted)
         recurrent.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
-        checkpoint.write_json(beside / "history.json", history)
         checkpoint.write_json(beside / "certificate.json", facts | (more or {}))
         shutil.rmtree(beside / "layers")
         checkpoint.finish(folder)
@@ -186,13 +183,11 @@ def reductions(
     filters, found = long_filters(student), {}
 
     def read_or_make(index, bar):
-        path, key = saved / f"layer_{index:03d}.safetensors", _key(filters[index], settings, horizon)
+        path, key = saved / f"layer_{index:03d}.safetensors", _key(student.config, filters[index], settings, horizon)
         if (made := _read(path, key)) is not None:
             bar.update(filters[index].num_filters)
             return made
         taps = measure.filter_taps(filters[index], horizon)
-        if not taps.isfinite().all():
-            raise RecipeError(f"recurrence: the filters of layer {index} are not finite; the transfer diverged")
         made = reduce_filters(taps, settings, aims(settings), bar.update)
         if isinstance(filters[index], ModalFilter):
             made = [with_own_modes(filters[index], rung) for rung in made]
@@ -224,6 +219,8 @@ def reduce_filters(
     taps: Tensor, settings: Recurrence, wanted: list[dict], reduced=lambda count: None
 ) -> list[list[ReducedFilter]]:
     """For each aim the reductions of the filters, `taps` (filter, length); says how many are reduced as it goes."""
+    if not taps.isfinite().all():
+        raise RecipeError("recurrence: a layer's filters are not finite; the transfer diverged")
     reduce = importlib.import_module(f"scavenger.reduction.{settings.method}").reduce
     made = [[] for _ in wanted]
     for rows in taps.split(TOGETHER):
@@ -234,9 +231,13 @@ def reduce_filters(
 
 
 @torch.no_grad()
-def with_own_modes(filter: ModalFilter, reduced: list[ReducedFilter]) -> list[ReducedFilter]:
+def with_own_modes(
+    filter: ModalFilter, reduced: list[ReducedFilter], rows: list[int] | None = None
+) -> list[ReducedFilter]:
     """The reductions, but of a filter that is modal already with no more modes than its reduction the filter itself."""
     poles, residues = (z.to(torch.complex128).cpu().split(filter.state_sizes) for z in (filter.poles, filter.residues))
+    rows = list(range(filter.num_filters)) if rows is None else rows
+    own_modes = ([part[row] for row in rows] for part in (poles, residues))
     return [
         f
         if f.state_size < len(own)
@@ -248,7 +249,7 @@ def with_own_modes(filter: ModalFilter, reduced: list[ReducedFilter]) -> list[Re
             real_states=int(torch.where(own.imag == 0, 1, 2).sum()),
             **dict.fromkeys(("relative_error", "floor", "gain_error", "gain_floor", "tail"), 0.0),
         )
-        for f, own, residue, direct in zip(reduced, poles, residues, filter.direct, strict=True)
+        for f, own, residue, direct in zip(reduced, *own_modes, filter.direct[rows], strict=True)
     ]
 
 
@@ -302,9 +303,10 @@ def recurrent_configuration(
     return HyenaNeoXConfig.from_dict(config.to_dict() | changes)
 
 
-def _key(filter, settings, horizon):
+def _key(config, filter, settings, horizon):
     """What a layer's reductions depend on."""
-    return _digest(json.dumps([settings.method, aims(settings), settings.max_state_size, horizon]), filter.state_dict())
+    asked = json.dumps([settings.method, aims(settings), settings.max_state_size, horizon])
+    return _digest(asked + config.to_json_string(), filter.state_dict())
 
 
 def _digest(text, tensors):

@@ -59,7 +59,6 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
     test = data.blocks(run_dir / "data", "test")
     prompt = torch.from_numpy(test[:1, :PROMPT_TOKENS].astype(np.int64)).to(device)
     seen = {"teacher": _teacher_tokens(recipe, run_dir)} | dict.fromkeys(folders, _student_tokens(recipe))
-    seen["recurrent"] += _refinement_tokens(recipe)
     rows = {}
     for name, model in tqdm(models.items(), desc="report", unit="model", dynamic_ncols=True):
         held_out = measure.held_out(model, test, None if name == "teacher" else frozen)
@@ -495,11 +494,6 @@ def _sample(model, prompt, recipe, tokenizer):
 
 def _student_tokens(recipe):
     return transfer.sequences(recipe) * recipe.data.context_length
-
-
-def _refinement_tokens(recipe):
-    stage = recipe.recurrence and recipe.recurrence.refine
-    return stage.steps * stage.batch_size * recipe.data.context_length if stage else 0
 
 
 def _teacher_tokens(recipe, run_dir):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scavenger import checkpoint, data, losses, student, teacher, training
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, Stage
+from scavenger.reduction import hankel
 
 
 SEEN = 16  # filters of a layer whose Hankel values are taken at once: O(length³) each, and a layer can have thousands
@@ -50,6 +51,7 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer) -
             model = HyenaNeoXForCausalLM.from_pretrained(reached, dtype=torch.float32)
             history = checkpoint.read_json(reached / "history.json")
             continue
+        torch.manual_seed(recipe.seed)  # the penalty draws filters; a run that goes on draws the same
         matching = MixerMatching(model, matched, own_inputs=stage.schedule == "progressive")
         with teacher.captured(frozen) as (inputs, outputs):
 
@@ -84,6 +86,7 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer) -
 
 def match_logits(recipe, run_dir, frozen, model, steps_dir, accelerator) -> list[dict]:
     """Step two: the whole student learns the teacher's distribution; returns the history."""
+    torch.manual_seed(recipe.seed)  # as before: where the run went on from makes no difference
     stage = recipe.transfer.logits
     blocks = data.blocks(run_dir / "data", "train")
     first = sequences_of_activations(recipe)
@@ -131,8 +134,8 @@ def floors(model: HyenaNeoXForCausalLM, recipe: Recipe) -> dict[str, float]:
     """For each layer, the least relative error that `hankel_states` real states allow: a mean over SEEN filters."""
     found = {}
     for layer, taps in _taps(model, recipe):
-        tails = losses.hankel_tail(taps[:: -(-len(taps) // SEEN)], recipe.student.filter.hankel_states)
-        found[f"floor_{layer}"] = tails.sqrt().mean().item()
+        least = hankel.tap_floors(taps[:: -(-len(taps) // SEEN)].double())
+        found[f"floor_{layer}"] = least[:, min(recipe.student.filter.hankel_states, least.shape[1] - 1)].mean().item()
     return found
 
 

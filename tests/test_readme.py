@@ -82,14 +82,14 @@ def test_recipes_in_commands_load():
 
 def test_evaluation_commands(quickstart):
     folder, _ = quickstart
-    for words in (words.split() for words in commands() if words.startswith("python eval/")):
+    for words in (words.split() for words in commands() if words.startswith(("python eval/", "scavenger recur "))):
         words = [word.replace("runs/quickstart", str(folder)) for word in words]
-        done = run([sys.executable, *words[1:]])
+        done = run([sys.executable, *words[1:]] if words[0] == "python" else words)
         assert done.returncode == 0, done.stderr
 
 
 def test_python_example(quickstart, tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.S))
     (tmp_path / "runs").mkdir()
     shutil.copytree(quickstart[0], tmp_path / "runs/quickstart")
     done = run([sys.executable, "-c", code], cwd=tmp_path)

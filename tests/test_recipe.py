@@ -90,7 +90,10 @@ def test_resolved_recipe_is_the_same_recipe(tmp_path):
         (["student.filter.window=0"], ["student.filter.window", "0", "contexts"]),
         (["student.filter.hankel_penalty=-1"], ["student.filter.hankel_penalty", "-1", "positive weight"]),
         (["recurrence.state_bytes=0"], ["recurrence.state_bytes", "0", "positive number of bytes"]),
-        (["recurrence.refine={steps: 5}"], ["recurrence.refine.batch_size", "nothing", "whole number"]),
+        (
+            ["student.filter.form=modal", "recurrence.prefill_outputs=exact"],
+            ["recurrence.prefill_outputs", "exact", "modal already"],
+        ),
         (["teacher.path=/no/such/folder"], ["teacher.path", "/no/such/folder", "config.json"]),
         (["data.path=/no/such/text"], ["data.path", "/no/such/text", "existing"]),
         (["data.revision=abc"], ["data.revision", "abc", "name"]),

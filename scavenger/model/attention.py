@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .modal import may_overwrite
 from .rotary import turn
 
 
@@ -87,9 +88,10 @@ class AttentionCacheLayer:
         """Put one token in the place of the oldest; the whole ring, and which of it (batch, 1, window) to look at."""
         self._begin(k, v, real, window)
         place = (self.written % window)[None]
-        self.keys = self.keys.index_copy(2, place, k.to(self.keys.dtype))
-        self.values = self.values.index_copy(2, place, v.to(self.values.dtype))
-        self.real = self.real.index_copy(1, place, real)
+        write = Tensor.index_copy_ if may_overwrite([self.keys, self.values, self.real]) else Tensor.index_copy
+        self.keys = write(self.keys, 2, place, k.to(self.keys.dtype))
+        self.values = write(self.values, 2, place, v.to(self.values.dtype))
+        self.real = write(self.real, 1, place, real)
         self.written = self.written + 1
         itself = torch.arange(window, device=k.device) == place
         return self.keys, self.values, (self.real | itself)[:, None]

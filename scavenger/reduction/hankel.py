@@ -42,6 +42,12 @@ def relative_floors(g: Tensor) -> Tensor:
     return floors
 
 
+def tap_floors(taps: Tensor) -> Tensor:
+    """The same relative to all taps, of which the first needs no state: (filter, length) to (filter, states + 1)."""
+    share = taps[:, 1:].norm(dim=1) / taps.norm(dim=1).clamp_min(1e-300)
+    return relative_floors(taps[:, 1:]) * share[:, None]
+
+
 def section(g: Tensor) -> Tensor:
     """H_ij = g_{i+j}, the largest square that has all its taps: (filter, length) to (filter, side, side)."""
     side = (g.shape[1] + 1) // 2

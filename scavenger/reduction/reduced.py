@@ -49,8 +49,7 @@ class Targets:
 
     def __init__(self, taps: Tensor, most_states: int):
         self.taps = taps  # (filter, length)
-        share = taps[:, 1:].norm(dim=1) / taps.norm(dim=1).clamp_min(1e-300)
-        self.floors = hankel.relative_floors(taps[:, 1:]) * share[:, None]  # (filter, states + 1), of all taps
+        self.floors = hankel.tap_floors(taps)
         self._known = torch.zeros(len(taps), dtype=torch.long, device=taps.device)
         self._values = taps.new_zeros(len(taps), most_states + 1)
         self._shift = taps.new_zeros(len(taps), most_states + 1, most_states + 1)
