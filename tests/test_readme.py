@@ -27,7 +27,6 @@ SMALL = [
     "data.evaluation_tokens=2048",
     "report.context_lengths=[16, 64]",
     "report.sample_tokens=8",
-    "recurrence.tolerance=0.3",
 ]
 
 
