@@ -82,7 +82,7 @@ def test_recipes_in_commands_load():
 def test_evaluation_commands(quickstart):
     folder, _ = quickstart
     for words in (words.split() for words in commands() if words.startswith(("python eval/", "scavenger recur "))):
-        words = [word.replace("runs/quickstart", str(folder)) for word in words]
+        words = [word.replace("runs/quickstart", str(folder)).replace("runs/", f"{folder}-") for word in words]
         done = run([sys.executable, *words[1:]] if words[0] == "python" else words)
         assert done.returncode == 0, done.stderr
 
