@@ -229,8 +229,11 @@ def test_mixers_command(compared, tmp_path):
         ratio = first["recurrent"]["validation"] / first["distilled"]["validation"]
         assert own["ratio"] == pytest.approx(ratio, rel=1e-5) and own["state_bytes"] == first["state_bytes"]
         assert loose["state_bytes"] < own["state_bytes"] and loose["divergence"] > own["divergence"]
-    assert seeds["mixer"] == "multihyena, 5 filters of 6 channels" and [run["seed"] for run in seeds["runs"]] == [0, 1]
-    assert kept["mixer"] == "hyena, layer 1 kept, window 21" and len(kept["runs"]) == 1
+    filters = "; filter_width 8; position_features 5; sine_frequency 2.0"
+    assert seeds["mixer"] == "multihyena, 5 filters of 6 channels" + filters and [
+        run["seed"] for run in seeds["runs"]
+    ] == [0, 1]
+    assert kept["mixer"] == "hyena, layer 1 kept, window 21" + filters and len(kept["runs"]) == 1
     # Ten steps of four sequences of 80 tokens, twice.
     assert seeds["tokens_seen"] == 2 * 10 * 4 * 80
     assert [text["seed"] for text in found["teacher"]["texts"]] == [0, 1]  # another seed, other held-out text
