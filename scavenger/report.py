@@ -18,6 +18,7 @@ from scavenger.recipe import Recipe
 
 matplotlib.use("Agg")  # files, no window
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib.ticker import MaxNLocator, NullFormatter  # noqa: E402
 
 
 NAMES = ("teacher", "pre-trained", "distilled", "recurrent")
@@ -382,10 +383,12 @@ def _draw_errors(figures):
     low, high = (pick(*left.get_xlim(), *left.get_ylim()) for pick in (min, max))
     left.plot([max(low, least), high], [max(low, least), high], color="#888888", linewidth=0.8)
     left.set(xlabel="proven floor", ylabel="relative error", xscale="log", yscale="log")
+    left.xaxis.set_minor_formatter(NullFormatter())  # less than a decade would have labels upon labels
     left.legend()
     modes = [f["state_size"] for layer in layers for f in layer["filters"]]
     right.hist(modes, bins=np.arange(-0.5, max(modes) + 1.5), color=COLOURS["recurrent"])
     right.set(xlabel="complex modes", ylabel="filters")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
 
 
