@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -216,7 +216,7 @@ class PackedLinear(nn.Module):
 
 # To a compiler one opaque operator: it takes packed weights only where it packed them itself. Named after the module,
 # as this file can be loaded twice, from the package and from a checkpoint.
-@torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::packed_linear", mutates_args=())
+@library.custom_op(re.sub(r"\W", "_", __name__) + "::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
