@@ -13,7 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from scavenger.recipe import Hub, RecipeError, Recurrence, _Wrong, load_recipe
+from scavenger.recipe import Hub, RecipeError, Recurrence, load_recipe
 
 
 def main() -> int:
@@ -142,11 +142,7 @@ def recur(arguments) -> int:
     given = {
         key: value for key, value in vars(args).items() if key not in ("folder", "to", "text") and value is not None
     }
-    try:
-        settings = Recurrence(**given)
-    except _Wrong as wrong:
-        option = "--" + wrong.key.replace("_", "-")
-        raise RecipeError(f"{option}: found {wrong.found}; expected {wrong.right}") from None
+    settings = Recurrence.from_command_line(**given)
     if args.text is not None and not args.text.exists():
         raise RecipeError(f"--text: {args.text} is not there; expected a file or folder of text")
     import torch

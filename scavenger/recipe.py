@@ -313,6 +313,15 @@ class Recurrence:
         )
         _require(self.horizon is None or self.horizon >= 8, "horizon", self.horizon, "8 taps or more")
 
+    @classmethod
+    def from_command_line(cls, **given):
+        """The same from `scavenger recur`, with the same words for a mistake."""
+        try:
+            return cls(**given)
+        except _Wrong as wrong:
+            option = "--" + wrong.key.replace("_", "-")
+            raise RecipeError(f"{option}: found {_show(wrong.found)}; expected {wrong.right}") from None
+
 
 @dataclass(frozen=True)
 class Report:
