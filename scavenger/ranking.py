@@ -61,7 +61,10 @@ def without_attention(recipe: Recipe) -> Recipe:
         run_dir=f"{Path(recipe.run_dir)}-ranking",
         student=dataclasses.replace(recipe.student, attention_layers=()),
         transfer=dataclasses.replace(
-            recipe.transfer, activations=dataclasses.replace(recipe.transfer.activations, schedule="parallel")
+            recipe.transfer,
+            activations=tuple(
+                dataclasses.replace(phase, schedule="parallel", flat=None) for phase in recipe.transfer.activations
+            ),
         ),
         baseline=None,
         recurrence=None,

@@ -114,6 +114,9 @@ class Teacher:
     name: str | None = None
     revision: str | None = None
     path: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: the checkpoint's own; float32 on a CPU
+    allow_pickle: bool = False  # weights that are no safetensors run code of whoever wrote them when they are read
+    trust_remote_code: bool = False  # of the tokenizer; the model's code is transformers' own
     train: TeacherTraining | None = None
 
     def __post_init__(self):
@@ -154,6 +157,9 @@ class Data:
     text_column: str = "text"
     context_length: int = 256  # tokens per training example
     evaluation_tokens: int = 65_536  # held-out tokens, in each of validation and test
+    # stream: documents end to end, as Pythia read them. documents: each begins a block, its last one is padded, and no
+    # loss is taken on the padding.
+    packing: Literal["stream", "documents"] = "stream"
 
     def __post_init__(self):
         _require(self.context_length >= 8, "context_length", self.context_length, "8 tokens or more")
@@ -257,26 +263,83 @@ class Student:
 class Activations(Stage):
     """Match each mixer to the teacher's attention; mixers only."""
 
-    schedule: Literal["parallel", "progressive"] = "parallel"
+    # parallel: each layer reads the teacher's activations. progressive: one layer after the other, from the bottom, on
+    # the student's own. joint: all at once, on the student's own.
+    schedule: Literal["parallel", "progressive", "joint"] = "parallel"
+    # Ends a turn early: since the last look the held-out error fell by less than this share of itself.
+    flat: float | None = None
+    look_every: int = 50  # steps between two looks at held-out text, where `flat` asks for them
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.flat is None or 0 < self.flat < 1, "flat", self.flat, "a share between 0 and 1")
+        _require(self.look_every > 0, "look_every", self.look_every, "a positive number of steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Logits(Stage):
-    """Match the teacher's distribution; every parameter free."""
+    """Match the teacher's distribution."""
 
-    cross_entropy: float = 0.0  # loss = (1 - cross_entropy) KL + cross_entropy CE
+    trained: Literal["mixers", "everything"] = "everything"
+    rest_learning_rate: float | None = None  # of all that is no mixer; None: learning_rate
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    temperature: float = 1.0  # of both distributions; the loss is multiplied by its square
+    cross_entropy: float = 0.0  # loss = (1 - cross_entropy) objective + cross_entropy CE
+    hidden_states: float = 0.0  # weight of the mean relative error of the blocks' outputs against the teacher's
 
     def __post_init__(self):
         super().__post_init__()
         _require(0 <= self.cross_entropy < 1, "cross_entropy", self.cross_entropy, "a share, 0 up to but not 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "a positive number")
+        _require(self.hidden_states >= 0, "hidden_states", self.hidden_states, "0 for none, or a positive weight")
+        _require(
+            self.rest_learning_rate is None or 0 < self.rest_learning_rate < 1,
+            "rest_learning_rate",
+            self.rest_learning_rate,
+            "a number between 0 and 1",
+        )
+        _require(
+            self.rest_learning_rate is None or self.trained == "everything",
+            "rest_learning_rate",
+            self.rest_learning_rate,
+            "nothing where only mixers are trained",
+        )
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Stage one: activations, then logits."""
+    """Stage one: activations, then logits; each a section, or a list of sections that follow one another."""
 
-    activations: Activations
-    logits: Logits
+    activations: tuple[Activations, ...]
+    logits: tuple[Logits, ...]
+
+    def __post_init__(self):
+        for key in ("activations", "logits"):
+            _require(len(getattr(self, key)) > 0, key, [], "a section, or a list of them")
+
+    @property
+    def phases(self) -> tuple[Stage, ...]:
+        """All of both, in order."""
+        return self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The teacher's outputs on disk, so that several passes, seeds and students need its forward once."""
+
+    folder: str = "cache"  # shared by runs: what lies there is named by a hash of teacher, text and length
+    logits: int | None = None  # the most likely tokens kept at each position, with the mass of the rest
+    activations: bool = False  # what every attention layer takes in and gives out, in float16
+
+    def __post_init__(self):
+        _require(self.folder != "", "folder", self.folder, "a folder")
+        _require(self.logits is None or self.logits > 0, "logits", self.logits, "a positive number of tokens")
+        _require(
+            self.activations or self.logits is not None,
+            "logits",
+            self.logits,
+            "a number of tokens to keep, or activations: true: the section keeps nothing",
+        )
 
 
 @dataclass(frozen=True)
@@ -344,13 +407,16 @@ class Report:
 class Training:
     """What every optimisation shares: logging and checkpoints."""
 
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     log_every: int = 10  # steps
     checkpoint_every: int = 200  # steps
+    accumulate: int = 1  # parts that a process takes its share of a batch in, one after the other
+    energy: bool = False  # measure energy and CO2 of each stage with codecarbon
 
     def __post_init__(self):
         for key in ("log_every", "checkpoint_every"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of steps")
+        _require(self.accumulate > 0, "accumulate", self.accumulate, "a positive number of parts")
         _require(
             self.checkpoint_every % self.log_every == 0,
             "checkpoint_every",
@@ -409,6 +475,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     student: Student = field(default_factory=Student)
     training: Training = field(default_factory=Training)
+    cache: Cache | None = None
     transfer: Transfer | None = None
     baseline: Baseline | None = None
     recurrence: Recurrence | None = None
@@ -418,7 +485,7 @@ class Recipe:
     def __post_init__(self):
         _require(self.run_dir != "", "run_dir", self.run_dir, "a folder for the run")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
-        for section in ("baseline", "recurrence", "report", "hub"):
+        for section in ("cache", "baseline", "recurrence", "report", "hub"):
             _require(
                 getattr(self, section) is None or self.transfer is not None,
                 section,
@@ -439,8 +506,23 @@ class Recipe:
             "exact",
             "recurrent: the student's filters are modal already",
         )
+        for phase in self.transfer.activations if self.transfer else ():
+            _require(
+                phase.flat is None or phase.look_every % self.training.log_every == 0,
+                "transfer.activations.look_every",
+                phase.look_every,
+                f"a multiple of training.log_every ({self.training.log_every}): a look is an entry of the log",
+            )
+        for phase in self.transfer.logits if self.cache is not None and self.cache.logits is not None else ():
+            _require(
+                phase.temperature == 1 and phase.hidden_states == 0,
+                "cache.logits",
+                self.cache.logits,
+                "nothing, where transfer.logits has a temperature other than 1 or a weight of hidden_states: what is "
+                "kept is the distribution at temperature 1 and no hidden state",
+            )
         if self.baseline is not None:
-            steps = self.transfer.activations.steps + self.transfer.logits.steps
+            steps = sum(phase.steps for phase in self.transfer.phases)
             _require(
                 self.baseline.warmup_steps <= steps,
                 "baseline.warmup_steps",
@@ -452,13 +534,13 @@ class Recipe:
         if self.transfer is not None and shape is not None:
             layers = shape["num_hidden_layers"]
             kept = set(self.student.attention_layers)
-            activations = self.transfer.activations
-            _require(
-                activations.schedule == "parallel" or activations.steps >= layers,
-                "transfer.activations.steps",
-                activations.steps,
-                f"at least one step for each of the teacher's {layers} layers, one after the other",
-            )
+            for phase in self.transfer.activations:
+                _require(
+                    phase.schedule != "progressive" or phase.steps >= layers,
+                    "transfer.activations.steps",
+                    phase.steps,
+                    f"at least one step for each of the teacher's {layers} layers, one after the other",
+                )
             _require(
                 all(0 <= layer < layers for layer in kept) and len(kept) < layers,
                 "student.attention_layers",
@@ -579,11 +661,22 @@ def _override(values, override, path):
         ) from None
     *sections, last = key.split(".")
     for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
+        if isinstance(values, list):  # a section that is a list of them: counted from 0
+            if not (section.isdigit() and int(section) < len(values)):
+                raise RecipeError(
+                    f"{path}: override {override!r}: found {section}; expected a number from 0 to {len(values) - 1}"
+                )
+            values = values[int(section)]
+        else:
+            if values.get(section) is None:
+                values[section] = {}
+            values = values[section]
+        if not isinstance(values, (dict, list)):
             raise RecipeError(f"{path}: override {override!r}: {section} is no section")
+    if isinstance(values, list):
+        raise RecipeError(
+            f"{path}: override {override!r}: found a list of sections; expected {'.'.join(sections)}.0.{last}"
+        )
     values[last] = value
 
 
@@ -627,9 +720,13 @@ def _convert(hint, value, where):
             raise _Wrong(where, value, "one of " + ", ".join(choices) + hint_text)
         return value
     if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(kind) and not isinstance(value, list):
+            return (_build(kind, value, where),)  # one section is a list of one
         if not isinstance(value, list):
             raise _Wrong(where, value, _describe(hint))
-        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
+        several = dataclasses.is_dataclass(kind) and len(value) > 1
+        return tuple(_convert(kind, item, f"{where}.{i}" if several else where) for i, item in enumerate(value))
     if hint in (int, float):
         try:
             number = float(value) if not isinstance(value, bool) else None
@@ -653,7 +750,8 @@ def _describe(hint):
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "a list of whole numbers"
+        kind = typing.get_args(hint)[0]
+        return _describe(kind) + ", or a list of them" if dataclasses.is_dataclass(kind) else "a list of whole numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[hint]
 
 
@@ -668,14 +766,19 @@ def _show(value):
 def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        items = [_plain(item) for item in value]
+        return items[0] if len(items) == 1 and isinstance(items[0], dict) else items
+    return value
 
 
 def _flat(values, prefix=""):
     flat = {}
     for key, value in (values or {}).items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
-            flat |= _flat(value, prefix + key + ".")
+            flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat

@@ -59,7 +59,7 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
             models[name] = HyenaNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     test = data.blocks(run_dir / "data", "test")
     prompt = torch.from_numpy(test[:1, :PROMPT_TOKENS].astype(np.int64)).to(device)
-    seen = {"teacher": _teacher_tokens(recipe, run_dir)} | dict.fromkeys(folders, _student_tokens(recipe))
+    seen = {"teacher": _teacher_tokens(recipe, run_dir)} | dict.fromkeys(folders, _student_tokens(recipe, run_dir))
     rows = {}
     for name, model in tqdm(models.items(), desc="report", unit="model", dynamic_ncols=True):
         held_out = measure.held_out(model, test, None if name == "teacher" else frozen)
@@ -495,8 +495,8 @@ def _sample(model, prompt, recipe, tokenizer):
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
-def _student_tokens(recipe):
-    return transfer.sequences(recipe) * recipe.data.context_length
+def _student_tokens(recipe, run_dir):
+    return transfer.sequences(run_dir / "transfer") * recipe.data.context_length
 
 
 def _teacher_tokens(recipe, run_dir):

@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,15 +29,15 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path | None:
     torch.manual_seed(recipe.seed)
     model = GPTNeoXForCausalLM(configuration(recipe, tokenizer))
     blocks = data.blocks(run_dir / "data", "train")
-    history = training.train(
+    history, model = training.train(
         "teacher",
-        model,
-        _next_token_loss,
+        training.NextTokens(model),
+        training.next_token_loss,
         lambda step: data.batch(blocks, step * train.batch_size, train.batch_size, recipe.seed),
         train,
         checkpoint.partial(folder) / "steps",
         accelerator,
-        recipe.training,
+        recipe,
     )
     checkpoint.finish_model(
         model,
@@ -49,15 +50,24 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path | None:
     return folder
 
 
-def load(recipe: Recipe, run_dir: Path) -> GPTNeoXForCausalLM:
-    """The teacher, in float32, without gradients and in evaluation mode."""
+def load(recipe: Recipe, run_dir: Path, device: torch.device | str = "cpu") -> GPTNeoXForCausalLM:
+    """The teacher on the device, without gradients and in evaluation mode.
+
+    It is kept in the checkpoint's own dtype where the recipe names no other: Pythia's float16 takes half the memory of
+    float32. On a CPU, which has no fast products of half precision, that is float32.
+    """
     load_configuration(recipe, run_dir)
-    where = _where(recipe, run_dir)
+    where, dtype = _where(recipe, run_dir), recipe.teacher.dtype
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"
     with _clear_errors(where):
         model = GPTNeoXForCausalLM.from_pretrained(
-            where, revision=_revision(recipe), dtype=torch.float32, use_safetensors=True
+            where,
+            revision=_revision(recipe),
+            dtype=dtype,
+            use_safetensors=None if recipe.teacher.allow_pickle else True,
         )
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(device)
 
 
 def load_configuration(recipe: Recipe, run_dir: Path) -> GPTNeoXConfig:
@@ -76,7 +86,9 @@ def tokenizer(recipe: Recipe, run_dir: Path) -> PreTrainedTokenizerFast:
     if train is None:
         where = _where(recipe, run_dir)
         with _clear_errors(where):
-            found = AutoTokenizer.from_pretrained(where, revision=_revision(recipe))
+            found = AutoTokenizer.from_pretrained(
+                where, revision=_revision(recipe), trust_remote_code=recipe.teacher.trust_remote_code
+            )
         if found.eos_token_id is None:
             raise RecipeError(
                 f"teacher: the tokenizer of {where} has no end-of-text token; expected one, to part documents"
@@ -110,36 +122,46 @@ def configuration(recipe: Recipe, tokenizer) -> GPTNeoXConfig:
     )
 
 
-@contextlib.contextmanager
-def captured(model: GPTNeoXForCausalLM):
-    """Within the context, each forward leaves what each attention layer took in and gave out, both
-    (batch, length, channel) per layer, in the yielded lists.
+@torch.no_grad()
+def attention(model: GPTNeoXForCausalLM, ids: Tensor, layers: Sequence[int]) -> tuple[dict, dict]:
+    """What the attention of each of `layers` takes in and gives out, both {layer: (batch, length, channel)}.
 
-    Hooks, because `output_hidden_states` gives blocks, not mixers, and its last entry is past the final norm.
+    The model is run up to the last of them and no further. Hooks, because `output_hidden_states` gives blocks, not
+    mixers, and its last entry is past the final norm.
     """
-    inputs: list[Tensor] = [None] * len(model.gpt_neox.layers)
-    outputs: list[Tensor] = [None] * len(model.gpt_neox.layers)
+    inputs, outputs = {}, {}
 
     def keep(index):
         def hook(module, args, kwargs, output):
             inputs[index] = args[0] if args else kwargs["hidden_states"]
             outputs[index] = output[0]
+            if len(outputs) == len(layers):
+                raise _Deep
 
         return hook
 
-    handles = [
-        layer.attention.register_forward_hook(keep(index), with_kwargs=True)
-        for index, layer in enumerate(model.gpt_neox.layers)
-    ]
-    try:
-        yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        for index in layers:
+            hooked = model.gpt_neox.layers[index].attention
+            stack.callback(hooked.register_forward_hook(keep(index), with_kwargs=True).remove)
+        with contextlib.suppress(_Deep):
+            model.gpt_neox(input_ids=ids, use_cache=False)
+    return inputs, outputs
 
 
-def _next_token_loss(model, ids):
-    return model(input_ids=ids, labels=ids, use_cache=False).loss, {}
+@torch.no_grad()
+def hidden_states(model: GPTNeoXForCausalLM, ids: Tensor, blocks: bool) -> tuple[Tensor, list[Tensor]]:
+    """What the head reads (batch, length, channel), and with `blocks` what each block gives out."""
+    outputs = []
+    with contextlib.ExitStack() as stack:
+        for layer in model.gpt_neox.layers if blocks else ():
+            stack.callback(layer.register_forward_hook(lambda module, args, output: outputs.append(output)).remove)
+        last = model.gpt_neox(input_ids=ids, use_cache=False).last_hidden_state
+    return last, outputs
+
+
+class _Deep(Exception):
+    """Raised where nothing that follows is wanted."""
 
 
 def _train_tokenizer(recipe, vocab_size):
