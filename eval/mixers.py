@@ -89,7 +89,7 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
     for row in rows:
         measured = []
         for folder, recipe in row:
-            frozen = teacher.load(recipe, folder).to(_device())
+            frozen = teacher.load(recipe, folder).to(device())
             text = _held_out_text(folder)
             if text not in teachers:
                 teachers[text] = {"seed": recipe.seed} | of_teacher(frozen, recipe, folder, distances)
@@ -112,7 +112,7 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
     config = frozen.config
     return {
         "command": shlex.join(
-            ["python", "eval/mixers.py", *(_shown(folder) for folder, _ in runs)]
+            ["python", "eval/mixers.py", *(shown(folder) for folder, _ in runs)]
             + _option("--tolerances", [aim["tolerance"] for aim in aims if "tolerance" in aim])
             + _option("--state-bytes", [aim["state_bytes"] for aim in aims if "state_bytes" in aim])
         ),
@@ -124,7 +124,7 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
         "students": students,
         "recall": {"distances": distances, "pairs": recall.pairs_shown(distances), "examples": recall.EXAMPLES},
         "tokens": recipe.data.evaluation_tokens,
-        "environments": _environments(folders),
+        "environments": environments(folders),
     }
 
 
@@ -176,9 +176,9 @@ def of_teacher(model, recipe: Recipe, folder: Path, distances: list[int]) -> dic
 def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
     """Perplexity, agreement, recall and state of a run's students; ratios to the teacher on the same text."""
     test, validation = (data.blocks(folder / "data", split) for split in ("test", "validation"))
-    figures = {"run": _shown(folder), "seed": recipe.seed}
+    figures = {"run": shown(folder), "seed": recipe.seed}
     for name, stage in (("distilled", "transfer"), ("recurrent", "recurrence")):
-        model = HyenaNeoXForCausalLM.from_pretrained(folder / stage, dtype=torch.float32).to(_device()).eval()
+        model = HyenaNeoXForCausalLM.from_pretrained(folder / stage, dtype=torch.float32).to(device()).eval()
         on_test = measure.held_out(model, test, frozen if name == "distilled" else None)
         figures[name] = {"test": on_test.perplexity, "validation": measure.held_out(model, validation).perplexity}
         figures[name] |= {f"{split}_ratio": figures[name][split] / its_teacher[split] for split in list(figures[name])}
@@ -197,13 +197,13 @@ def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distance
 
 def reduced_again(folder: Path, recipe: Recipe, aim: dict) -> dict:
     """State and quality of the run's student, its filters reduced with another aim; against the exact student."""
-    student = HyenaNeoXForCausalLM.from_pretrained(folder / "transfer", dtype=torch.float32).to(_device()).eval()
+    student = HyenaNeoXForCausalLM.from_pretrained(folder / "transfer", dtype=torch.float32).to(device()).eval()
     horizon = recipe.recurrence.horizon or recipe.data.context_length
     settings = replace(recipe.recurrence, **{"state_bytes": None} | aim)
     blocks = data.blocks(folder / "data", "validation")
     with tempfile.TemporaryDirectory() as scratch:
         reduced, _ = recurrence.reduced(student, settings, horizon, blocks, Path(scratch), PartialState())
-    model = recurrence.recurrent_student(student, reduced).to(_device())
+    model = recurrence.recurrent_student(student, reduced).to(device())
     exact, against = measure.held_out(student, blocks), measure.held_out(model, blocks, student)
     sizes = [one.state_size for layer in reduced for one in layer]
     return {
@@ -260,15 +260,14 @@ def mixer(folder: Path, recipe: Recipe) -> str:
 
 
 def tokens_seen(recipe: Recipe) -> int:
-    """Tokens that the student was shown in both stages of transfer."""
-    stages = (recipe.transfer.activations, recipe.transfer.logits)
-    return sum(stage.steps * stage.batch_size for stage in stages) * recipe.data.context_length
+    """Tokens that the student was to be shown in both steps of transfer."""
+    return sum(phase.steps * phase.batch_size for phase in recipe.transfer.phases) * recipe.data.context_length
 
 
 def page(found: dict) -> str:
     """The table as Markdown, with how it was made."""
-    shown, students = found["recall"], found["students"]
-    distances = ", ".join(map(str, shown["distances"]))
+    asked, students = found["recall"], found["students"]
+    distances = ", ".join(map(str, asked["distances"]))
     sections = [
         f"{number}. {row['mixer']}: {', '.join(run['run'] for run in row['runs'])}\n\n   ```yaml\n"
         + "".join(
@@ -291,9 +290,9 @@ def page(found: dict) -> str:
   measured on the same text, at most {found["tokens"]:,} tokens of each split.
 - agreement: positions of the test split where the distilled student's most likely token is the teacher's.
 - pairs, passages: recall of the recurrent student on the test split, as [recall.py](recall.py) measures it;
-  {shown["examples"]} sequences of pairs, and as many passages at each distance, the same for all students of a seed.
+  {asked["examples"]} sequences of pairs, and as many passages at each distance, the same for all students of a seed.
 - pairs: once a key has been read with its value and comes again, how often that value is the most likely of the
-  {shown["pairs"]} shown; by chance {100 / shown["pairs"]:.1f} % over all distances.
+  {asked["pairs"]} shown; by chance {100 / asked["pairs"]:.1f} % over all distances.
 - passages: how much less the loss is when a passage is read again after {distances} tokens,
   mean over these distances, nats per token; also positive for a memory of which tokens occurred, in no order.
 - state: what the recurrent student keeps for one sequence in float32, counted in its cache after a prompt of
@@ -416,12 +415,12 @@ def _option(name, values):
     return [name, *map(str, values)] if values else []
 
 
-def _shown(folder):
+def shown(folder):
     """The folder as others may see it: of an absolute path no more than its last component."""
     return folder.name if folder.is_absolute() else str(folder)
 
 
-def _device():
+def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -440,7 +439,7 @@ def _bytes_per_token(config):
     return 2 * config.num_hidden_layers * config.hidden_size * 4
 
 
-def _environments(folders):
+def environments(folders):
     """Python, torch and machine of the runs, each combination once."""
     found = []
     for folder in folders:

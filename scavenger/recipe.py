@@ -177,13 +177,6 @@ class Data:
                 f"a {key} goes with a name",
             )
         _require(not _is_folder(self.name), "name", self.name, "a name on the Hub; a local folder goes into path")
-        if self.path is not None:
-            _require(
-                Path(self.path).exists(),
-                "path",
-                self.path,
-                "an existing file or folder of .txt, .md, .py, .jsonl, .json or .parquet",
-            )
 
 
 @dataclass(frozen=True)
@@ -529,6 +522,13 @@ class Recipe:
                 self.baseline.warmup_steps,
                 f"0 to the steps of transfer ({steps})",
             )
+        _require(
+            # Once its tokens are in the run, the text is not read again.
+            self.data.path is None or Path(self.data.path).exists() or (Path(self.run_dir) / "data").is_dir(),
+            "data.path",
+            self.data.path,
+            "an existing file or folder of .txt, .md, .py, .jsonl, .json or .parquet",
+        )
         shape = teacher_shape(self)
         heads = self.student.num_filter_heads
         if self.transfer is not None and shape is not None:

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html
 import shutil
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from scavenger import certificate, checkpoint, data, measure, teacher, transfer
+from scavenger import certificate, checkpoint, data, energy, measure, teacher, transfer
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe
 
@@ -96,10 +97,43 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
             }.items()
             if path.is_file()
         },
+        "trainings": trainings(run_dir, recipe),
+        "energy": energy.rows(run_dir),
         "recurrence": read(recurrence) if recurrence.is_file() else None,
         "data": read(run_dir / "data" / "source.json"),
         "environment": read(run_dir / "environment.json"),
     }
+
+
+def trainings(run_dir: Path, recipe: Recipe) -> list[dict]:
+    """How each training of the student went: its tokens, time and where that went, and steps that were skipped."""
+    read, found = checkpoint.read_json, []
+    turns = read(run_dir / "transfer" / "turns.json")
+    first = len(read(run_dir / "transfer" / "activations" / "turns.json"))
+    folders = {run_dir / "transfer" / "activations": turns[:first], run_dir / "transfer": turns[first:]}
+    if (run_dir / "baseline").is_dir():
+        steps = sum(turn["steps"] for turn in turns)
+        folders[run_dir / "baseline"] = [{"name": "baseline", "steps": steps, "batch_size": turns[-1]["batch_size"]}]
+    for folder, own in folders.items():
+        history, before = read(folder / "history.json"), 0
+        for turn in own:
+            entries = [entry for entry in history if before < entry["step"] <= before + turn["steps"]]
+            before += turn["steps"]
+            found.append(
+                {
+                    "name": turn["name"],
+                    "steps": turn["steps"],
+                    "tokens": turn["steps"] * turn["batch_size"] * recipe.data.context_length,
+                    "seconds": entries[-1]["seconds"],
+                    "loss": entries[-1]["loss"],
+                    "skipped": entries[-1].get("skipped", 0),
+                }
+                | {
+                    f"time_in_{what}": statistics.mean(entry[f"time_in_{what}"] for entry in entries)
+                    for what in ("teacher", "student", "data")
+                }
+            )
+    return found
 
 
 def text_table(figures: dict) -> str:
@@ -132,9 +166,12 @@ def draw(run_dir: Path, figures: dict, folder: Path) -> dict[str, str]:
     save("loss.png", "Training loss: the student's cross-entropy from scratch, and its divergence from the teacher.")
     _draw_activations(figures)
     save("activations.png", "Activation error of each layer, relative to the energy of the teacher's attention output.")
-    _draw_floors(figures)
-    watched = figures["student"]["filter"]["hankel_states"]
-    save("floors.png", f"While training: the least error that {watched} real states allow a filter.")
+    if any(
+        key.startswith("floor_") for key in figures["history"]["logits"][-1]
+    ):  # not where processes share parameters
+        _draw_floors(figures)
+        watched = figures["student"]["filter"]["hankel_states"]
+        save("floors.png", f"While training: the least error that {watched} real states allow a filter.")
     if figures["recurrence"]:
         _draw_errors(figures)
         save("errors.png", "The error of each filter above its proven floor, below which no method comes; its modes.")
@@ -197,6 +234,7 @@ pre {{ background: #f6f6f4; padding: .8rem; white-space: pre-wrap; font-size: .8
 <p>{html.escape(verdict(figures))}</p>
 <div class="wide">{table}</div>
 {images}
+{_trainings_section(figures)}
 {_recurrence_section(figures)}
 <h2>What each model writes</h2>
 <p>The grey text is held-out; each model goes on from it, sampled with the same seed.</p>
@@ -278,6 +316,44 @@ def _html_table(header, rows):
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>\n{body}</table>"
+
+
+def _trainings_section(figures):
+    table = _html_table(
+        [
+            "",
+            "steps",
+            "tokens",
+            "seconds",
+            "tokens/s",
+            "in the teacher",
+            "in the student",
+            "in data",
+            "skipped",
+            "loss",
+        ],
+        [
+            [
+                row["name"],
+                f"{row['steps']:,}",
+                f"{row['tokens']:,}",
+                f"{row['seconds']:,.0f}",
+                f"{row['tokens'] / row['seconds']:,.0f}",
+                *(f"{100 * row[f'time_in_{what}']:.0f} %" for what in ("teacher", "student", "data")),
+                f"{row['skipped']:,}",
+                f"{row['loss']:.4f}",
+            ]
+            for row in figures["trainings"]
+        ],
+    )
+    section = f'<h2>Trainings</h2><div class="wide">{table}</div>'
+    if figures["energy"]:
+        header, *rows = figures["energy"]
+        section += (
+            f"<p>Energy and CO2 by stage, of the first process's machine.</p>"
+            f'<div class="wide">{_html_table(header, rows)}</div>'
+        )
+    return section
 
 
 def _recurrence_section(figures):

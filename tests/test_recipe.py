@@ -34,7 +34,7 @@ def test_every_shipped_recipe_loads(path, monkeypatch):
     assert path.stat().st_mode & 0o100, "a recipe is a program"
     for stage in (
         recipe.teacher.train,
-        *((recipe.transfer.activations, recipe.transfer.logits) if recipe.transfer else ()),
+        *(recipe.transfer.phases if recipe.transfer else ()),
     ):
         assert stage is None or isinstance(stage.learning_rate, float)
 
@@ -44,8 +44,8 @@ def test_numbers_overrides_and_defaults(tmp_path):
         write(tmp_path, MINIMAL),
         ["transfer.logits.steps=100", "student.filter.sine_frequency=1e1", "report.context_lengths=[3, 5]"],
     )
-    assert recipe.transfer.activations.learning_rate == 1e-3
-    assert recipe.transfer.logits.steps == 100
+    assert recipe.transfer.activations[0].learning_rate == 1e-3
+    assert recipe.transfer.logits[0].steps == 100
     assert recipe.student.filter.sine_frequency == 10.0
     assert recipe.report.context_lengths == (3, 5)
     assert recipe.baseline is None
@@ -60,9 +60,59 @@ def test_resolved_recipe_is_the_same_recipe(tmp_path):
     assert differences(resolved(recipe), changed) == ["transfer.logits.steps (the run has 7, the recipe says 8)"]
 
 
+def test_a_section_may_be_a_list_of_phases(tmp_path):
+    phases = "[{schedule: parallel, steps: 5, batch_size: 1, learning_rate: 1e-3}, "
+    phases += "{schedule: joint, steps: 3, batch_size: 2, learning_rate: 1e-4, flat: 0.05, look_every: 10}]"
+    recipe = load_recipe(
+        write(tmp_path, MINIMAL), [f"transfer.activations={phases}", "transfer.activations.1.learning_rate=2e-4"]
+    )
+    assert [phase.schedule for phase in recipe.transfer.activations] == ["parallel", "joint"]
+    assert recipe.transfer.activations[1].learning_rate == 2e-4
+    assert recipe.transfer.phases == recipe.transfer.activations + recipe.transfer.logits
+    again = load_recipe(write(tmp_path, resolved(recipe)))
+    assert again == recipe and differences(resolved(recipe), again) == []
+    changed = load_recipe(write(tmp_path, resolved(recipe)), ["transfer.activations.1.steps=4"])
+    assert differences(resolved(recipe), changed) == ["transfer.activations.1.steps (the run has 3, the recipe says 4)"]
+    for overrides, part in (
+        (["transfer.activations.steps=4"], "transfer.activations.0.steps"),
+        (["transfer.activations.2.steps=4"], "a number from 0 to 1"),
+        (["transfer.activations.1.steps=0"], "transfer.activations.1.steps: found 0"),
+    ):
+        with pytest.raises(RecipeError, match=part):
+            load_recipe(write(tmp_path, resolved(recipe)), overrides)
+
+
+def test_text_may_vanish_once_it_is_tokenised(tmp_path):
+    (tmp_path / "run/data").mkdir(parents=True)
+    recipe = load_recipe(write(tmp_path, MINIMAL), ["data.path=/no/such/text", f"run_dir={tmp_path}/run"])
+    assert recipe.data.path == "/no/such/text"
+
+
+CACHE = "cache={logits: 8}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
+        (["transfer.activations.flat=2"], ["transfer.activations.flat", "2", "between 0 and 1"]),
+        (
+            ["transfer.activations.flat=0.1", "transfer.activations.look_every=15"],
+            ["transfer.activations.look_every", "15", "multiple of training.log_every"],
+        ),
+        (["transfer.activations=[]"], ["transfer.activations", "[]", "a section, or a list"]),
+        (["transfer.logits.objective=kl"], ["transfer.logits.objective", "forward_kl, reverse_kl, jensen_shannon"]),
+        (["transfer.logits.temperature=0"], ["transfer.logits.temperature", "0", "positive"]),
+        (["transfer.logits.hidden_states=-1"], ["transfer.logits.hidden_states", "-1", "positive weight"]),
+        (
+            ["transfer.logits.trained=mixers", "transfer.logits.rest_learning_rate=1e-4"],
+            ["transfer.logits.rest_learning_rate", "only mixers"],
+        ),
+        (["cache={}"], ["cache.logits", "null", "activations: true"]),
+        ([CACHE, "transfer.logits.temperature=2"], ["cache.logits", "8", "temperature"]),
+        ([CACHE, "transfer.logits.hidden_states=1"], ["cache.logits", "8", "hidden_states"]),
+        (["training.accumulate=0"], ["training.accumulate", "0", "positive"]),
+        (["teacher.dtype=fp16"], ["teacher.dtype", "float16"]),
+        (["data.packing=document"], ["data.packing", "did you mean documents"]),
         (["transfer.logits.stesp=3"], ["transfer.logits.stesp", "unknown key", "`steps`"]),
         (["trnasfer={}"], ["trnasfer", "unknown key", "`transfer`"]),
         (["transfer.logits.steps=-5"], ["transfer.logits.steps", "-5", "positive"]),

@@ -1,0 +1,222 @@
+"""Transfers side by side, from finished runs of one teacher on one data set: what each schedule reaches, per token.
+
+    python eval/transfer.py runs/parallel-0 runs/parallel-1 runs/joint-0 runs/joint-1 --output eval/transfer.md
+
+Runs that differ in nothing but their seed are one row, mean ± standard deviation; a run that has a pre-trained student
+gives a row for it too. Perplexities are on the whole of both held-out splits of each run, as multiples of the
+teacher's on the same text. The tables are printed and written as Markdown with what they were made from; the last line
+is JSON.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import mixers
+import torch
+import yaml
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from scavenger import certificate, checkpoint, data, measure, teacher, transfer
+from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.recipe import Recipe, RecipeError, load_recipe, resolved
+
+
+HEADER = [
+    "student",
+    "transfer",
+    "seeds",
+    "tokens seen",
+    "activation error",
+    "test × teacher",
+    "validation × teacher",
+    "agreement",
+    "KL, nats",
+    "seconds",
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that have their transfer")
+    parser.add_argument("--output", type=Path, default=Path("eval/transfer.md"), help="default: eval/transfer.md")
+    args = parser.parse_args()
+    try:
+        if not args.output.parent.is_dir():
+            raise RecipeError(f"--output: {args.output.parent} is no folder; expected one to write into")
+        found = run(args.runs)
+        checkpoint.write_text(args.output, page(found))
+    except (OSError, ValueError, RecipeError) as error:
+        print(f"transfer: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(certificate.aligned(HEADER, cells(found)))
+    print(json.dumps(found))
+    return 0
+
+
+def run(folders: list[Path]) -> dict:
+    """Every figure of the comparison; RecipeError, one line, for runs that cannot be compared."""
+    runs = [(folder, transferred(folder)) for folder in folders]
+    transformers_logging.disable_progress_bar()
+    rows = []
+    for group in mixers.grouped(runs):
+        distilled, pretrained = [], []
+        for folder, recipe in tqdm(group, desc="transfer", unit="run", leave=False):
+            frozen = teacher.load(recipe, folder).to(mixers.device())
+            distilled.append(of_student("transfer", frozen, recipe, folder))
+            if (folder / "baseline").is_dir():
+                pretrained.append(of_student("baseline", frozen, recipe, folder))
+        sections = yaml.safe_load(resolved(group[0][1]))
+        kept = {name: sections[name] for name in ("student", "transfer", "baseline")}
+        rows.append({"student": "distilled", "schedule": schedule(group[0][1]), "sections": kept, "runs": distilled})
+        if pretrained:
+            rows.append({"student": "pre-trained", "schedule": "", "sections": kept, "runs": pretrained})
+    last_folder, last = runs[-1]
+    return {
+        "command": shlex.join(["python", "eval/transfer.py", *(mixers.shown(folder) for folder in folders)]),
+        "parameters": {"teacher": sum(p.numel() for p in frozen.parameters())},
+        "data": checkpoint.read_json(last_folder / "data" / "source.json"),
+        "rows": rows,
+        "environments": mixers.environments(folders),
+    }
+
+
+def transferred(folder: Path) -> Recipe:
+    """The recipe of a run whose transfer is done."""
+    for name in ("recipe.yaml", "environment.json", "data", "transfer"):
+        if not (folder / name).exists():
+            raise RecipeError(f"{folder}: found no {name}; expected the folder of a run that has its transfer")
+    return load_recipe(str(folder / "recipe.yaml"))
+
+
+def of_student(kind: str, frozen, recipe: Recipe, folder: Path) -> dict:
+    """Held-out figures of the run's distilled (`transfer`) or pre-trained (`baseline`) student."""
+    model = HyenaNeoXForCausalLM.from_pretrained(folder / kind, dtype=torch.float32).to(mixers.device()).eval()
+    found = {"run": mixers.shown(folder), "seed": recipe.seed}
+    for split in ("test", "validation"):
+        blocks = data.blocks(folder / "data", split)
+        own = measure.held_out(frozen, blocks).perplexity
+        held_out = measure.held_out(model, blocks, frozen)
+        found |= {f"{split}_teacher": own, split: held_out.perplexity, f"{split}_ratio": held_out.perplexity / own}
+    history = checkpoint.read_json(folder / kind / "history.json")
+    errors, before = None, 0.0
+    if kind == "transfer":
+        activations = checkpoint.read_json(folder / kind / "activations" / "history.json")
+        before = _seconds(activations)
+        errors = list(_last_errors(activations).values())
+    return found | {
+        "agreement": held_out.agreement,
+        "divergence": held_out.divergence,
+        "tokens": transfer.sequences(folder / "transfer") * recipe.data.context_length,
+        "activation_error": errors and statistics.mean(errors),
+        "seconds": before + _seconds(history),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def schedule(recipe: Recipe) -> str:
+    """The phases of a transfer in words."""
+    words = [
+        f"{phase.schedule}, {phase.steps:,} × {phase.batch_size} at {phase.learning_rate:g}"
+        for phase in recipe.transfer.activations
+    ]
+    for phase in recipe.transfer.logits:
+        kind = "" if phase.objective == "forward_kl" else f" {phase.objective}"
+        trained = "" if phase.trained == "everything" else ", mixers only"
+        words.append(f"logits{kind}, {phase.steps:,} × {phase.batch_size} at {phase.learning_rate:g}{trained}")
+    return "; ".join(words)
+
+
+def cells(found: dict) -> list[list[str]]:
+    """A row of text for each row; the teacher first."""
+    everything = [one for row in found["rows"] for one in row["runs"]]
+    table = [
+        ["teacher", "", "", "", ""]
+        + [_spread([one[f"{split}_teacher"] for one in everything]) for split in ("test", "validation")]
+    ]
+    table[0] += ["", "", ""]
+    for row in found["rows"]:
+        runs = row["runs"]
+        errors = [one["activation_error"] for one in runs if one["activation_error"] is not None]
+        table.append(
+            [
+                row["student"],
+                row["schedule"],
+                ", ".join(str(one["seed"]) for one in runs),
+                " / ".join(f"{count:,}" for count in sorted({one["tokens"] for one in runs})),
+                _spread(errors) if errors else "",
+                _spread([one["test_ratio"] for one in runs]),
+                _spread([one["validation_ratio"] for one in runs]),
+                _spread([100 * one["agreement"] for one in runs], 1) + " %",
+                _spread([one["divergence"] for one in runs]),
+                _spread([one["seconds"] for one in runs], 0),
+            ]
+        )
+    return table
+
+
+def page(found: dict) -> str:
+    """The table as Markdown, with how it was made."""
+    rows = [HEADER, ["---"] * len(HEADER), *cells(found)]
+    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    settings = "\n".join(
+        f"- {row['student']}, {row['schedule'] or 'the same text'}: {', '.join(one['run'] for one in row['runs'])}; "
+        + yaml.safe_dump(row["sections"], default_flow_style=True, sort_keys=False, width=10_000).strip()
+        for row in found["rows"]
+        if row["student"] == "distilled"
+    )
+    environments = "\n".join(
+        "- " + ", ".join(f"{key} {value}" for key, value in one.items()) for one in found["environments"]
+    )
+    source = {
+        key: value for key, value in found["data"].items() if key in ("source", "path", "name", "tokens", "overlap")
+    }
+    return f"""# Transfers, measured
+
+```bash
+{found["command"]}
+```
+
+{lines}
+
+- The teacher's row has its perplexities. It has {found["parameters"]["teacher"]:,} parameters, a student
+  {found["rows"][0]["runs"][0]["parameters"]:,}.
+- ±: standard deviation over seeds, which decide the text that is read, its order and what is new in the student.
+- activation error: mean over layers of ‖student − teacher‖² / ‖teacher‖² on training text, at the end of step one.
+- agreement, KL: on the validation split, against the teacher.
+- seconds: of the trainings alone, on a machine that did other work at times.
+
+Text: {json.dumps(source)}
+
+{settings}
+
+{environments}
+"""
+
+
+def _last_errors(history):
+    """The newest error of each layer."""
+    return {key: entry[key] for entry in history for key in entry if key.startswith("layer_")}
+
+
+def _seconds(history):
+    """Of all turns: each counts from its own beginning."""
+    total, before = 0.0, 0.0
+    for entry in history:
+        if entry["seconds"] < before:
+            total += before
+        before = entry["seconds"]
+    return total + before
+
+
+def _spread(values, digits=3):
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
