@@ -133,12 +133,9 @@ def schedule(recipe: Recipe) -> str:
 
 def cells(found: dict) -> list[list[str]]:
     """A row of text for each row; the teacher first."""
-    everything = [one for row in found["rows"] for one in row["runs"]]
-    table = [
-        ["teacher", "", "", "", ""]
-        + [_spread([one[f"{split}_teacher"] for one in everything]) for split in ("test", "validation")]
-    ]
-    table[0] += ["", "", ""]
+    texts = {one["seed"]: one for row in found["rows"] for one in row["runs"]}.values()  # the seed decides the text
+    own = [_spread([one[f"{split}_teacher"] for one in texts]) for split in ("test", "validation")]
+    table = [["teacher", "", "", "", "", *own, "", "", ""]]
     for row in found["rows"]:
         runs = row["runs"]
         errors = [one["activation_error"] for one in runs if one["activation_error"] is not None]

@@ -1,20 +1,29 @@
 """Text into blocks of tokens, the same on every machine.
 
-Documents are split by a hash of what names them (train 90 %, validation 5 %, test 5 %), so a document is in the same
-split whatever the order, the machine or the amount read. A plain text file has no documents and is cut into pieces.
-Tokens are packed end to end, documents separated by the tokenizer's end-of-text token, and cut into blocks of
-`context_length`.
+Text that has no splits of its own is split by a hash of what names each document (train 90 %, validation 5 %, test
+5 %), so a document is in the same split whatever the order, the machine or the amount read. A plain text file has no
+documents and is cut into pieces. Tokens are packed end to end, documents separated by the tokenizer's end-of-text
+token, and cut into blocks of `context_length`. They go to disk as they are made; a run that was killed goes on with
+the next document.
 """
 
+import contextlib
+import glob
 import hashlib
+import io
+import json
+import os
 import platform
+import re
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from scavenger import checkpoint
@@ -26,8 +35,46 @@ SPLITS = ("train", "validation", "test")
 # generated tables of code points and of build settings.
 STDLIB_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
 PIECE = 16_384  # characters; a plain text file has no documents, so it is cut at line ends into pieces of about this
-SHUFFLE_BUFFER = 10_000  # documents held while streaming from the Hub
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text"}
+# What a file is called that holds a whole split, alone or with a number behind (train-00000-of-00005).
+SPLIT_FILE = re.compile(r"(?:(train)|(validation|valid|val|dev)|(test))(?:[-_.]\d.*)?")
+SHUFFLED_BYTES = 2**30  # local files up to this are held in memory and their documents shuffled; beyond it, the files
+CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 2**22  # tokenised at once: work for many cores, some 100 MB of memory
+WINDOW = 13  # tokens: the 13-grams by which the GPT-3 paper looks for test text (arXiv:2005.14165, appendix C)
+OVERLAP_CHUNK = 2**16  # windows of the train split at once: half a MB of hashes stays in a core's cache
+FACTOR = 0x9E3779B97F4A7C15  # odd, its bits irregular (2**64 over the golden ratio): base of the windows' hash
+
+
+class Batch(NamedTuple):
+    """Some sequences of the train split; `mask` is False where `ids` is padding, not text."""
+
+    rows: np.ndarray  # (batch,) places in the train array
+    ids: Tensor  # (batch, length) int64
+    mask: Tensor  # (batch, length) bool
+
+
+class Document(NamedTuple):
+    """A text, what names it, and the place behind it, from which its part can be read on; places go through JSON."""
+
+    name: str
+    text: str
+    place: int | list
+
+
+class Part(NamedTuple):
+    """Text of one split, or (split None) of all three, by the hash of each document's name."""
+
+    split: str | None
+    read: Callable[[int | list | None], Iterator[Document]]  # from a document's place, or from the beginning
+    shards: list[str]  # what is read, in this order; a run that goes on must find the same
+
+
+class Shard(NamedTuple):
+    """A file, or whatever the Hub has as one."""
+
+    name: str
+    open: Callable  # its rows: a streaming data set
+    complaint: Callable[[Exception], str]  # the line for a person about an error while it is read
 
 
 def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
@@ -35,100 +82,173 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
     folder = run_dir / "data"
     if checkpoint.complete(folder):
         return folder
-    wanted = {
-        "train": tokens_needed(recipe),
-        "validation": recipe.data.evaluation_tokens,
-        "test": recipe.data.evaluation_tokens,
-    }
-    tokens = tokenise(documents(recipe.data, recipe.seed), tokenizer, wanted)
-    length = recipe.data.context_length
-    for split in SPLITS:
-        if len(tokens[split]) < length:
-            raise RecipeError(
-                f"data: the {split} split has {len(tokens[split])} tokens, less than one context of "
-                f"{length}; documents go 90/5/5 by hash, so expected a hundred documents or more"
-            )
     beside = checkpoint.partial(folder)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for split, ids in tokens.items():
-        np.save(beside / f"{split}.npy", ids[: len(ids) // length * length].reshape(-1, length))
+    made = tokenise(recipe, tokenizer, beside)
+    tokens = {split: blocks(beside, split).size for split in SPLITS}
+    overlap = overlaps(beside)
     checkpoint.write_json(
         beside / "source.json",
         source(recipe.data)
         | {
-            "tokens": {split: len(ids) // length * length for split, ids in tokens.items()},
-            "sha256": {split: hashlib.sha256(ids.tobytes()).hexdigest() for split, ids in tokens.items()},
+            "splits": "its own" if made["named"] else "90/5/5 by a hash of each document",
+            "tokens": tokens,
+            # left_out: of the train split, for they are held out as well.
+            "documents": made["documents"] | {"left_out": made["left_out"]},
+            "packing": {"kind": recipe.data.packing, "padding": _padding_share(blocks(beside, "train"))},
+            "overlap": {"window": WINDOW} | overlap,
+            "sha256": {split: hashlib.sha256(blocks(beside, split)).hexdigest() for split in SPLITS},
         },
     )
-    return checkpoint.finish(folder)
+    print(
+        f"data: tokens {', '.join(f'{split} {tokens[split]:,}' for split in SPLITS)}; {WINDOW}-token windows that are "
+        f"in train too: {', '.join(f'{split} {share:.2%}' for split, share in overlap.items())}",
+        flush=True,
+    )
+    checkpoint.finish(folder)
+    for name in ("state.json", "held_out.bin"):
+        (folder / name).unlink()
+    return folder
 
 
 def blocks(folder: Path, split: str) -> np.ndarray:
     """The blocks of a split, memory-mapped: (block, length)."""
-    return np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+    path = folder / f"{split}.npy"
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        wrong = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({_first_line(error)})"
+        raise RecipeError(
+            f"data: {path} {wrong}; expected this run's tokens: delete {folder}, and the same command makes them again"
+        ) from None
 
 
-def batch(array: np.ndarray, first: int, size: int, seed: int) -> torch.Tensor:
-    """Blocks `first … first + size - 1` of an endless shuffled stream, each pass in an order of its own.
+def batch(array: np.ndarray, first: int, size: int, seed: int) -> Batch:
+    """Sequences `first … first + size - 1` of an endless shuffled stream, each pass in an order of its own.
 
     The position alone decides, so a run that resumes, or is spread over processes, sees the same text.
     """
-    rows = []
-    for index in range(first, first + size):
-        epoch, place = divmod(index, len(array))
-        rows.append(_order(len(array), seed, epoch)[place])
-    return torch.from_numpy(array[rows].astype(np.int64))
+    places = rows(len(array), first, size, seed)
+    ids = torch.from_numpy(array[places].astype(np.int64))
+    mask = ids != padding(array.dtype)
+    return Batch(places, ids * mask, mask)
+
+
+def rows(count: int, first: int, size: int, seed: int) -> np.ndarray:
+    """The places in an array of `count` blocks that positions `first … first + size - 1` of the stream read."""
+    return np.array([_order(count, seed, index // count)[index % count] for index in range(first, first + size)])
+
+
+def padding(kind: np.dtype) -> int:
+    """What fills a document's last block in the file: the largest value of its type, which is never a token."""
+    return int(np.iinfo(kind).max)
 
 
 def tokens_needed(recipe: Recipe) -> int:
     """Tokens of training text that the longest training of the recipe sees."""
-    sequences = [stage.steps * stage.batch_size for stage in [recipe.teacher.train] if stage]
-    if recipe.transfer:
-        sequences.append(
-            sum(stage.steps * stage.batch_size for stage in (recipe.transfer.activations, recipe.transfer.logits))
+    trainings = [(recipe.teacher.train,)] if recipe.teacher.train else []
+    trainings += [recipe.transfer.phases] if recipe.transfer else []
+    return recipe.data.context_length * max(
+        sum(phase.steps * phase.batch_size for phase in phases) for phases in trainings
+    )
+
+
+def check_vocabulary(tokenizer, config):
+    """Raise RecipeError where the tokenizer has no end of text, or ids that the teacher has no rows for.
+
+    More rows than ids is right: Pythia has 50,277 tokens and 50,304 rows, in the larger models more.
+    """
+    if tokenizer.eos_token_id is None:
+        raise RecipeError("teacher: the tokenizer has no end-of-text token; expected one, to part documents")
+    largest = _largest_id(tokenizer)
+    if largest >= config.vocab_size:
+        raise RecipeError(
+            f"teacher: the tokenizer has ids up to {largest:,}, the model {config.vocab_size:,} rows; expected ids "
+            f"below {config.vocab_size:,}: the tokenizer is another model's, or has tokens that were added to it"
         )
-    return max(sequences) * recipe.data.context_length
 
 
 def split_of(name: str) -> str:
     """train, validation or test, by a hash of the document's name."""
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
+    place = int.from_bytes(_digest(name)[:4], "big") % 100
     return "test" if place < 5 else "validation" if place < 10 else "train"
 
 
-def tokenise(stream: Iterator[tuple[str, str]], tokenizer, wanted: dict[str, int]) -> dict[str, np.ndarray]:
-    """Token ids of each split, documents in stream order, until each has what is wanted or the text ends."""
-    kept = {split: [] for split in SPLITS}
-    counts = dict.fromkeys(SPLITS, 0)
-    kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    end = tokenizer.eos_token_id
-    with tqdm(total=sum(wanted.values()), unit="tok", unit_scale=True, desc="data", leave=False) as bar:
-        for name, text in stream:
-            split = split_of(name)
-            if counts[split] >= wanted[split]:
-                continue
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [end]
-            kept[split].append(np.asarray(ids, dtype=kind))
-            counts[split] += len(ids)
-            bar.update(len(ids))
-            if all(counts[s] >= wanted[s] for s in SPLITS):
-                break
+def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
+    """Write `{split}.npy` to the folder, documents in stream order, until each has what is wanted or the text ends.
+
+    Each chunk of documents is appended, then `state.json` says so: a run that ends at any moment goes on with the
+    first document that is not in it. Returns the state.
+    """
+    length, end = recipe.data.context_length, tokenizer.eos_token_id
+    wanted = dict.fromkeys(SPLITS, recipe.data.evaluation_tokens) | {"train": tokens_needed(recipe)}
+    kind = np.dtype(np.uint16 if _largest_id(tokenizer) < padding(np.uint16) else np.uint32)
+    whole_blocks = recipe.data.packing == "documents"
+    parts = text_parts(recipe.data, recipe.seed)
+    with _Files(folder, kind, length, wanted, parts) as files:
+        for number in range(files.state["part"], len(parts)):
+            split, read, _ = parts[number]
+            awaited = SPLITS if split is None else (split,)
+            for chunk in _chunks(read(files.state["place"])) if not files.full(*awaited) else ():
+                named = [(split or split_of(document.name), document.text) for document in chunk]
+                named = [(split, text) for split, text in named if not files.full(split)]
+                for (into, text), ids in zip(named, _ids(tokenizer, [text for _, text in named]), strict=True):
+                    if not files.full(into) and not files.held_out(into, text):
+                        ids = np.array(ids + [end], kind)
+                        files.append(into, _padded(ids, length) if whole_blocks and into == "train" else ids)
+                files.save(place=chunk[-1].place)
+                if files.full(*awaited):
+                    break
+            files.save(part=number + 1, place=None)
+        files.finish()
+    return files.state
+
+
+def overlaps(folder: Path) -> dict[str, float]:
+    """For validation and test, the share of their windows of 13 tokens that also occur in the train split.
+
+    Windows are compared by a 64-bit hash (`_window_hashes`): of the held-out splits all are kept, sorted; the train
+    split passes by in chunks, most of it stopped by a table of the hashes' first 24 bits.
+    """
+    held_out = {split: _window_hashes(blocks(folder, split).reshape(-1)) for split in SPLITS[1:]}
+    sought = np.unique(np.concatenate(list(held_out.values())))
+    found = np.zeros(len(sought), bool)
+    first_bits = np.zeros(2**24, bool)
+    first_bits[sought >> np.uint64(40)] = True
+    train = blocks(folder, "train").reshape(-1)
+    for first in range(0, len(train), OVERLAP_CHUNK):
+        hashes = _window_hashes(train[first : first + OVERLAP_CHUNK + WINDOW - 1])
+        hashes = np.sort(hashes[first_bits[hashes >> np.uint64(40)]])
+        places = np.minimum(np.searchsorted(sought, hashes), len(sought) - 1)
+        found[places[sought[places] == hashes]] = True
     return {
-        split: np.concatenate(parts)[: wanted[split]] if parts else np.zeros(0, kind) for split, parts in kept.items()
+        split: float(found[np.searchsorted(sought, hashes)].mean()) if len(hashes) else 0.0
+        for split, hashes in held_out.items()
     }
 
 
 def documents(data: Data, seed: int) -> Iterator[tuple[str, str]]:
-    """(name, text) of every document, in an order that the seed decides."""
+    """(name, text) of every document (of the train split, where the text has its own), in the seed's order."""
+    for part in text_parts(data, seed):
+        if part.split in (None, "train"):
+            for name, text, _ in part.read(None):
+                yield name, text
+
+
+def text_parts(data: Data, seed: int) -> list[Part]:
+    """The text of a recipe; held-out splits first where it has its own, for what is in them is not trained on."""
     if data.path is not None:
-        yield from _local_documents(data, seed)
-    elif data.name is not None:
-        yield from _hub_documents(data, seed)
-    else:
-        files = stdlib_files()
-        for name in sorted(files, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest()):
-            yield name, files[name].read_text(encoding="utf-8", errors="replace")
+        return _local_parts(data, seed)
+    if data.name is not None:
+        return _hub_parts(data, seed)
+    files = stdlib_files()
+    names = sorted(files, key=lambda name: _digest(f"{seed} {name}"))
+
+    def read(place):
+        for number in range(place or 0, len(names)):
+            text = files[names[number]].read_text(encoding="utf-8", errors="replace")
+            yield Document(names[number], text, number + 1)
+
+    return [Part(None, read, [f"the {len(files)} modules of Python {platform.python_version()}"])]
 
 
 def stdlib_files() -> dict[str, Path]:
@@ -160,11 +280,193 @@ def source(data: Data) -> dict:
     }
 
 
-def _local_documents(data, seed):
-    from datasets import load_dataset
+class _Files:
+    """The files of tokens while they are made, and the state that says how much of them counts.
 
+    The header of a `.npy` file has room for any number of blocks: it is written over at the end, and nothing moves.
+    """
+
+    def __init__(self, folder, kind, length, wanted, parts):
+        self.folder, self.kind, self.length, self.wanted = folder, kind, length, wanted
+        self.state = _state(folder, kind, length, parts)
+        sizes = _sizes(self.state, kind, length)
+        self.files = {name: _open(folder / name, size) for name, size in sizes.items()}
+        digests = (folder / "held_out.bin").read_bytes()
+        self.digests = {digests[place : place + 8] for place in range(0, len(digests), 8)}
+        self.bar = tqdm(total=sum(wanted.values()), unit="tok", unit_scale=True, desc="data", leave=False)
+        self.bar.update(sum(self.state["tokens"].values()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        for file in self.files.values():
+            file.close()
+
+    def full(self, *splits):
+        return all(self.state["tokens"][split] >= self.wanted[split] for split in splits)
+
+    def held_out(self, split, text):
+        """Whether a text of the train split is held out as well; held-out texts are kept in mind for that."""
+        if not self.state["named"]:  # the hash has put equal texts into one split
+            return False
+        digest = _digest(text)[:8]
+        if split == "train":
+            self.state["left_out"] += digest in self.digests
+            return digest in self.digests
+        self.digests.add(digest)
+        self.state["held_out"] += self.files["held_out.bin"].write(digest) // 8
+        return False
+
+    def append(self, split, ids):
+        self.files[f"{split}.npy"].write(ids.data)
+        self.state["documents"][split] += 1
+        self.state["tokens"][split] += len(ids)
+        self.bar.update(len(ids))
+
+    def save(self, **changes):
+        for file in self.files.values():
+            file.flush()
+        self.state |= changes
+        checkpoint.write_json(self.folder / "state.json", self.state)
+
+    def finish(self):
+        """Cut what is no whole block, or not wanted, and write the headers."""
+        tokens = self.state["tokens"]
+        whole = {split: min(tokens[split], self.wanted[split]) // self.length for split in SPLITS}
+        for split in SPLITS:
+            if whole[split] == 0:
+                shutil.rmtree(self.folder)  # other text begins anew
+                by_hash = "documents go 90/5/5 by hash, so expected a hundred documents or more"
+                raise RecipeError(
+                    f"data: the {split} split has {tokens[split]} tokens, less than one context of {self.length}; "
+                    + ("expected more text in it" if self.state["named"] else by_hash)
+                )
+        self.save(tokens={split: count * self.length for split, count in whole.items()})
+        for name, size in _sizes(self.state, self.kind, self.length).items():
+            self.files[name].truncate(size)
+        for split, count in whole.items():
+            self.files[f"{split}.npy"].seek(0)
+            self.files[f"{split}.npy"].write(_header(self.kind, count, self.length))
+
+
+def _state(folder, kind, length, parts):
+    """The state to go on from: the last one, or none of anything where there is none that holds."""
+    shards = [name for part in parts for name in part.shards]
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        state = checkpoint.read_json(folder / "state.json")
+        differing = {name: "is gone" for name in state["shards"] if name not in shards}
+        differing |= {name: "is new" for name in shards if name not in state["shards"]}
+        for name, how in differing.items():
+            raise RecipeError(
+                f"data: {name} {how}, but {folder} holds tokens of the text as it was; expected the same text "
+                "(or delete that folder to begin anew)"
+            )
+        sizes = _sizes(state, kind, length)
+        if all((folder / name).stat().st_size >= size for name, size in sizes.items()):  # else the machine went down
+            return state
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    none = dict.fromkeys(SPLITS, 0)
+    return {
+        "part": 0,
+        "place": None,
+        "named": parts[0].split is not None,
+        "tokens": none,
+        "documents": dict(none),
+        "held_out": 0,
+        "left_out": 0,
+        "shards": shards,
+    }
+
+
+def _sizes(state, kind, length):
+    """How many bytes of each file count."""
+    header = len(_header(kind, 0, length))
+    return {f"{split}.npy": header + kind.itemsize * state["tokens"][split] for split in SPLITS} | {
+        "held_out.bin": 8 * state["held_out"]
+    }
+
+
+def _header(kind, count, length):
+    """The header of a `.npy` file of blocks; its length does not depend on how many there are."""
+    written = io.BytesIO()
+    shape = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (count, length)}
+    np.lib.format.write_array_header_1_0(written, shape)
+    return written.getvalue()
+
+
+def _open(path, size):
+    """A file that is cut to a size (or made, the room for a header empty), open for more."""
+    path.touch()
+    os.truncate(path, size)
+    file = open(path, "r+b")
+    file.seek(size)
+    return file
+
+
+def _ids(tokenizer, texts):
+    """Token ids of each text; a fast tokenizer takes a list on all cores."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _largest_id(tokenizer):
+    return max(tokenizer.get_vocab().values())
+
+
+def _padded(ids, length):
+    """A document as whole blocks; a last token on its own, which predicts nothing, is left out."""
+    if len(ids) % length == 1:
+        ids = ids[:-1]
+    return np.pad(ids, (0, -len(ids) % length), constant_values=padding(ids.dtype))
+
+
+def _chunks(stream):
+    """Lists of documents, each twice as long as the last; those that were read before an error come before it."""
+    chunk, characters, most, fault = [], 0, 2**16, None
+    while fault is None:
+        try:
+            chunk.append(next(stream))
+            characters += len(chunk[-1].text)
+        except (RecipeError, StopIteration) as error:
+            fault = error
+        if chunk and (fault or len(chunk) == CHUNK_DOCUMENTS or characters >= most):
+            yield chunk
+            chunk, characters, most = [], 0, min(2 * most, CHUNK_CHARACTERS)
+    if isinstance(fault, RecipeError):
+        raise fault
+
+
+def _padding_share(array):
+    parts = (array[first : first + 4096] for first in range(0, len(array), 4096))
+    return sum(int((part == padding(array.dtype)).sum()) for part in parts) / array.size
+
+
+def _window_hashes(tokens):
+    """A hash of each window of 13 tokens, sum_j t_{n+j} FACTOR^(13-j) modulo 2^64, from windows of 1, 2, 4 and 8."""
+    if len(tokens) < WINDOW:
+        return np.zeros(0, np.uint64)
+
+    def joined(left, right, width_left, width_right):
+        """The hashes of windows that are one of `left` and one of `right` behind it."""
+        right = right[width_left:]
+        return left[: len(right)] * np.uint64(pow(FACTOR, width_right, 2**64)) + right
+
+    one = tokens.astype(np.uint64)
+    two = joined(one, one, 1, 1)
+    four = joined(two, two, 2, 2)
+    eight = joined(four, four, 4, 4)
+    twelve = joined(eight, four, 8, 4)
+    return joined(twelve, one, 12, 1) * np.uint64(FACTOR)  # the last factor: that the last token reaches the first bits
+
+
+def _local_parts(data, seed):
     path = Path(data.path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in LOADERS) if path.is_dir() else [path]
+    groups = _local_files(path)
+    files = [file for group in groups.values() for file in group]
     kinds = {LOADERS.get(file.suffix) for file in files}
     if len(kinds) != 1 or None in kinds:
         raise RecipeError(
@@ -172,81 +474,195 @@ def _local_documents(data, seed):
             f"files of one kind: {', '.join(LOADERS)}"
         )
     kind = kinds.pop()
-    options = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        rows = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-    except Exception as error:  # datasets wraps every parser's own errors
-        raise RecipeError(f"data.path: {path}: cannot be read as {kind} ({_first_line(error)})") from error
+    sizes = {file: file.stat().st_size for file in files}
+    for file in files:
+        if sizes[file] == 0 and (kind != "text" or len(files) == 1):  # a folder of source has empty modules
+            raise RecipeError(f"data.path: {file} is empty; expected text, or no such file")
     column = "text" if kind == "text" else data.text_column
-    _require_column(rows.column_names, column, f"data.path: {path}")
-    if kind != "text":
-        rows = rows.shuffle(seed=seed)
-        texts = (row[column] for row in rows)
-    else:
-        pieces = [piece for row in rows for piece in _pieces(row[column])]
-        texts = (pieces[index] for index in _order(len(pieces), seed, 0))
-    for value in texts:
-        text = _text(value, f"data.path: {path}")
-        if text is not None:
-            yield text, text
+    read = _shuffled if sum(sizes.values()) <= SHUFFLED_BYTES else _streamed
+    return [
+        _part(split, [_file_shard(file, kind) for file in group], column, kind == "text", seed, read)
+        for split, group in groups.items()
+    ]
 
 
-def _hub_documents(data, seed):
+def _local_files(path):
+    """The files of each split, held-out ones first, where all three have files of their name; else all, for None."""
+    if not path.is_dir():
+        return {None: [path]}
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in LOADERS)
+    groups = {"validation": [], "test": [], "train": []}
+    for file in files:
+        if found := SPLIT_FILE.fullmatch(file.stem):
+            groups[("train", "validation", "test")[found.lastindex - 1]].append(file)
+    if all(groups.values()):
+        return groups
+    missing = [split for split, group in groups.items() if not group]
+    if groups["train"] and len(missing) == 1 and sum(map(len, groups.values())) == len(files):
+        raise RecipeError(
+            f"data.path: {path}: found files of two splits; expected {missing[0]}.{files[0].suffix[1:]} as well, or "
+            "files of other names, whose documents are split 90/5/5"
+        )
+    return {None: files}
+
+
+def _file_shard(file, kind):
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.utils.logging import CRITICAL, set_verbosity
+
+    disable_progress_bars()
+    set_verbosity(CRITICAL)  # what it says about an error is said again, in one line, by `complaint`
+
+    def opened():
+        options = {"keep_linebreaks": True} if kind == "text" else {}
+        return load_dataset(kind, data_files=[glob.escape(str(file))], split="train", streaming=True, **options)
+
+    def complaint(error):
+        line, reason = (_broken_line(file) if kind == "json" else None) or (None, _first_line(error))
+        return (
+            f"data.path: {file}{f', line {line}' if line else ''}: cannot be read as {kind} ({reason}); "
+            "what is tokenised is kept: mend the file, and the same command goes on"
+        )
+
+    return Shard(str(file), opened, complaint)
+
+
+def _hub_parts(data, seed):
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(data.name, data.subset, revision=data.revision, split="train", streaming=True)
-        first = next(iter(rows))
+        found = load_dataset(data.name, data.subset, revision=data.revision, streaming=True)
     except Exception as error:  # network, permission and format errors have no common class
         raise RecipeError(
             f"data.name: {data.name} cannot be read from the Hub ({_first_line(error)}); "
             "expected a reachable data set, or data.path=<local folder>"
         ) from error
-    _require_column(list(first), data.text_column, f"data.name: {data.name}")
-    stream = iter(rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
-    while True:
+    if "train" not in found:
+        raise RecipeError(f"data.name: {data.name}: found splits {', '.join(found)}; expected one called train")
+    splits = {"validation": "validation", "test": "test", "train": "train"}
+    if not splits.keys() <= found.keys():
+        splits = {None: "train"}
+    return [
+        _part(split, _hub_shards(data.name, name, found[name]), data.text_column, False, seed, _streamed)
+        for split, name in splits.items()
+    ]
+
+
+def _hub_shards(name, split, rows):
+    def complaint(error):
+        return (
+            f"data.name: {name} could not be read to the end ({_first_line(error)}); what is tokenised is kept: the "
+            "same command goes on from there"
+        )
+
+    count = rows.num_shards
+    return [
+        Shard(f"{name}, {split} {number + 1} of {count}", lambda n=number: rows.shard(count, n), complaint)
+        for number in range(count)
+    ]
+
+
+def _part(split, shards, column, pieces, seed, read):
+    return Part(split, lambda place: read(shards, column, pieces, seed, place), [shard.name for shard in shards])
+
+
+def _shuffled(shards, column, pieces, seed, place):
+    """All documents of small files, shuffled; a place is the number of those that were read, and of all."""
+    texts = [document.text for document in _in_order(shards, column, pieces, None)]
+    begin, count = place or (0, len(texts))
+    if count != len(texts):
+        raise RecipeError(
+            f"data: {shards[0].name} and what is with it had {count} documents when tokenising began, now "
+            f"{len(texts)}; expected the same text (or delete the run's data.partial to begin anew)"
+        )
+    order = np.random.default_rng(seed).permutation(count)
+    for number in range(begin, count):
+        yield Document(texts[order[number]], texts[order[number]], [number + 1, count])
+
+
+def _streamed(shards, column, pieces, seed, place):
+    """The documents of shuffled shards; no buffer of documents is shuffled, for one would be lost with the process."""
+    order = np.random.default_rng(seed).permutation(len(shards))
+    return _in_order([shards[number] for number in order], column, pieces, place)
+
+
+def _in_order(shards, column, pieces, place):
+    """The documents of shards; a place is a shard's number and the state of its rows."""
+    begin, state = place or (0, None)
+    for number in range(begin, len(shards)):
+        shard = shards[number]
         try:
-            row = next(stream)
-        except StopIteration:
-            return
-        except Exception as error:  # as above, hours later
-            raise RecipeError(
-                f"data.name: {data.name} could not be read to the end ({_first_line(error)}); "
-                "the same command reads again"
-            ) from error
-        text = _text(row[data.text_column], f"data.name: {data.name}")
-        if text is not None:
-            yield text, text
+            rows = shard.open()
+            if rows.column_names:
+                _require_column(rows.column_names, column, shard.name)
+                rows = rows.select_columns([column])
+            if state is not None:
+                rows.load_state_dict(state)
+                state = None
+            texts = (_text(row, column, shard.name) for row in rows)
+            for text in _pieces(texts) if pieces else texts:
+                if text:
+                    yield Document(text, text, [number, rows.state_dict()])
+        except RecipeError:
+            raise
+        except Exception as error:  # parsers, file systems and the network have no common class
+            raise RecipeError(shard.complaint(error)) from error
 
 
-def _text(value, where):
-    """The text of a row; None for an empty one."""
+def _text(row, column, where):
+    """The text of a row; nothing for an empty one."""
+    _require_column(row, column, where)
+    value = row[column]
     if value is not None and not isinstance(value, str):
         raise RecipeError(
-            f"{where}: found a {type(value).__name__} in the column; expected data.text_column to name text"
+            f"data: {where}: found a {type(value).__name__} in the column; expected data.text_column to name text"
         )
-    return value or None
+    return value or ""
 
 
 def _require_column(columns, column, where):
     if column not in columns:
         raise RecipeError(
-            f"{where}: found columns {', '.join(columns)}; expected data.text_column to name one of them "
+            f"data: {where}: found columns {', '.join(columns)}; expected data.text_column to name one of them "
             f"(it says {column})"
         )
 
 
-def _pieces(text):
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + PIECE)
-        end = len(text) if end < 0 else end + 1
-        yield text[start:end]
-        start = end
+def _pieces(lines):
+    piece, size = [], 0
+    for line in lines:
+        piece.append(line)
+        size += len(line)
+        if size > PIECE:
+            yield "".join(piece)
+            piece, size = [], 0
+    yield "".join(piece)
+
+
+def _broken_line(file):
+    """Line and reason of the first mistake in a file of JSON lines, or of one JSON list; None where there is none."""
+    try:
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if number == 1 and line.lstrip().startswith(b"["):
+                    line = line + lines.read()
+                if line.strip() and not isinstance(json.loads(line), (dict, list)):
+                    return number, "found no object"
+    except json.JSONDecodeError as error:
+        return number + error.lineno - 1, error.msg
+    except UnicodeDecodeError as error:
+        return number, str(error)
+    except OSError:
+        return None
+    return None
 
 
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode()).digest()
 
 
 _orders = {}
