@@ -13,22 +13,17 @@ import contextlib
 import sys
 from pathlib import Path
 
+from scavenger import interruption
 from scavenger.recipe import Hub, RecipeError, Recurrence, load_recipe
 
 
 def main() -> int:
-    """Run what the command line says; returns the exit code, 2 for a mistake in what was given."""
+    """Run what the command line says; returns the exit code, 2 for a mistake in what was given, 75 after a SIGTERM."""
     # Python has put the recipe in argv[0] where it was asked to run the recipe itself.
     arguments = sys.argv if sys.argv[0].endswith((".yaml", ".yml")) else sys.argv[1:]
     try:
-        if arguments[:1] == ["push"]:
-            return push(arguments[1:])
-        if arguments[:1] == ["rank"]:
-            return rank(arguments[1:])
-        if arguments[:1] == ["recur"]:
-            return recur(arguments[1:])
-        args = parsed(arguments)
-        return run(load_recipe(args.recipe, args.overrides), args.plan)
+        with interruption.handled():
+            return command(arguments)
     except RecipeError as error:
         print(f"scavenger: error: {error}", file=sys.stderr)
         return 2
@@ -38,6 +33,22 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nscavenger: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except interruption.Stopped as stopped:
+        how = f" ({stopped})" if str(stopped) else ""
+        print(f"\nscavenger: ended by SIGTERM{how}; the same command goes on", file=sys.stderr)
+        return interruption.EXIT_CODE
+
+
+def command(arguments) -> int:
+    """The command that the first word names, else a recipe."""
+    if arguments[:1] == ["push"]:
+        return push(arguments[1:])
+    if arguments[:1] == ["rank"]:
+        return rank(arguments[1:])
+    if arguments[:1] == ["recur"]:
+        return recur(arguments[1:])
+    args = parsed(arguments)
+    return run(load_recipe(args.recipe, args.overrides), args.plan)
 
 
 def parsed(arguments) -> argparse.Namespace:
@@ -53,7 +64,7 @@ def parsed(arguments) -> argparse.Namespace:
 
 def run(recipe, plan_only=False) -> int:
     """The whole pipeline, or its plan; a stage whose folder is complete returns at once."""
-    from scavenger import baseline, hub, plan, processes, recurrence, report, transfer
+    from scavenger import baseline, energy, hub, plan, processes, recurrence, report, transfer
 
     if plan_only:
         print(plan.show(recipe))
@@ -65,14 +76,11 @@ def run(recipe, plan_only=False) -> int:
     accelerator = processes.start(recipe)
     accelerator.print(plan.show(recipe, accelerator.num_processes) + "\n")
     with opened(recipe, accelerator) as (run_dir, tokenizer):
-        if recipe.transfer:
-            transfer.run(recipe, run_dir, accelerator, tokenizer)
-        if recipe.baseline:
-            baseline.run(recipe, run_dir, accelerator, tokenizer)
-        if recipe.recurrence:
-            recurrence.run(recipe, run_dir, accelerator, tokenizer)
-        if recipe.report:
-            report.run(recipe, run_dir, accelerator, tokenizer)
+        for stage in (transfer, baseline, recurrence, report):
+            name = stage.__name__.rpartition(".")[2]
+            if getattr(recipe, name):  # a section has the name of the file that reads it
+                with energy.measured(recipe, run_dir, name, accelerator):
+                    stage.run(recipe, run_dir, accelerator, tokenizer)
         accelerator.end_training()
         hub.run(recipe, run_dir, accelerator)
     return 0
@@ -81,14 +89,17 @@ def run(recipe, plan_only=False) -> int:
 @contextlib.contextmanager
 def opened(recipe, accelerator):
     """The run's folder and tokenizer, with text and teacher ready; the folder is held until the context ends."""
-    from scavenger import checkpoint, data, teacher
+    from scavenger import checkpoint, data, energy, teacher
 
     with checkpoint.open_run(recipe, accelerator) as run_dir:
         with accelerator.main_process_first():
             tokenizer = teacher.tokenizer(recipe, run_dir)
+            if recipe.teacher.train is None:
+                data.check_vocabulary(tokenizer, teacher.load_configuration(recipe, run_dir))
             data.run(recipe, run_dir, tokenizer)
         accelerator.init_trackers("scavenger", init_kwargs={"wandb": {"name": run_dir.name, "dir": str(run_dir)}})
-        teacher.run(recipe, run_dir, accelerator, tokenizer)
+        with energy.measured(recipe, run_dir, "teacher", accelerator):
+            teacher.run(recipe, run_dir, accelerator, tokenizer)
         yield run_dir, tokenizer
 
 

@@ -1,22 +1,30 @@
 """Folders that are either complete or visibly not.
 
 Work in progress lives in `<folder>.partial` and is renamed when it is whole, so a folder that exists is complete, and
-a kill at any moment leaves either the folder or something to go on from.
+a kill at any moment leaves either the folder or something to go on from. Training goes on from step checkpoints, each
+with a manifest of what its files were when they were written.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
+
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 
 from scavenger.recipe import Recipe, RecipeError, differences, resolved
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scipy", "safetensors")
+KEPT = 2  # step checkpoints: the newest, and the one before it should that turn out to be damaged
+MANIFEST = "manifest.json"
 
 
 def start_run(recipe: Recipe) -> Path:
@@ -78,10 +86,23 @@ def partial(folder: Path) -> Path:
 
 
 def finish(folder: Path) -> Path:
-    """Declare a folder whole: `<folder>.partial` becomes `<folder>`, and its step checkpoints go."""
-    os.replace(partial(folder), folder)
+    """Declare a folder whole: `<folder>.partial`, on the disk, becomes `<folder>`, and its step checkpoints go."""
+    beside = partial(folder)
+    for path in [*beside.rglob("*"), beside]:
+        _synchronise(path)
+    os.replace(beside, folder)
+    _synchronise(folder.parent)
     _sweep(folder)
     return folder
+
+
+def _synchronise(path):
+    """Wait until the file or folder is on the disk: a rename may reach it before what is renamed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sweep(folder):
@@ -90,37 +111,159 @@ def _sweep(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def step_folder(steps: Path, step: int) -> Path:
-    return steps / f"{step:09d}"
-
-
-def latest_step(steps: Path) -> int | None:
-    """The newest whole step checkpoint below `steps`, or None."""
-    found = [int(path.name) for path in steps.glob("[0-9]*") if path.name.isdigit()] if steps.is_dir() else []
-    return max(found, default=None)
-
-
-def keep_only(steps: Path, step: int):
-    """Remove every other step checkpoint and half-written one."""
-    for path in steps.iterdir():
-        if path != step_folder(steps, step):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def finish_model(model, tokenizer, history: list[dict], folder: Path, accelerator, more=lambda beside: None):
     """Write model, tokenizer and history so that `from_pretrained` opens the folder, and declare it whole.
 
     `more(folder)` may write further files before that.
     """
-    if accelerator.is_main_process:
-        beside = partial(folder)
-        beside.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        write_json(beside / "history.json", history)
-        more(beside)
-        finish(folder)
-    accelerator.wait_for_everyone()
+    beside = partial(folder)
+    there = list(beside.iterdir()) if beside.is_dir() else []
+    with written(beside, beside / "steps", accelerator, keep=there):
+        if accelerator.is_main_process:
+            beside.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            write_json(beside / "history.json", history)
+            more(beside)
+            finish(folder)
+
+
+def save_step(steps_dir: Path, step: int, history: list[dict], accelerator, recipe: Recipe):
+    """Write the state of a training after `step` steps; the one before it stays, all others go."""
+    folder = steps_dir / f"{step:09d}"
+    beside = partial(folder)
+    with written(beside, steps_dir, accelerator):
+        if accelerator.is_main_process:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+    with written(beside, steps_dir, accelerator):
+        accelerator.save_state(str(beside))
+    with written(beside, steps_dir, accelerator):
+        if accelerator.is_main_process:
+            write_json(beside / "history.json", history)
+            write_json(beside / MANIFEST, _sealed({"step": step, "recipe": resolved(recipe), "files": _files(beside)}))
+            finish(folder)
+            kept = _steps(steps_dir)[-KEPT:]
+            for path in set(steps_dir.iterdir()) - set(kept):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def resume_step(steps_dir: Path, accelerator, recipe: Recipe) -> tuple[int, list[dict]]:
+    """Load the newest whole step checkpoint of this recipe; returns its step and history, 0 and [] for none.
+
+    One process looks, all do as it finds. Nothing is unpickled before its checksum is found to be right.
+    """
+    found = [_newest_whole(steps_dir, recipe) if accelerator.is_main_process else None]
+    folder = broadcast_object_list(found)[0]
+    if folder is None:
+        return 0, []
+    accelerator.load_state(str(folder))
+    return int(folder.name), read_json(folder / "history.json")
+
+
+@contextlib.contextmanager
+def written(beside: Path, steps_dir: Path, accelerator, keep=()):
+    """What every process writes to `beside` within is written by all, or all end with one line and only `keep` is left
+    of it; the line says what the same command goes on from.
+    """
+    why = None
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's own writer has no class of error, but names its source file.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        why = _reason(error, beside)
+    why = next((found for found in gather_object([why]) if found is not None), None)
+    if why is None:
+        return
+    if accelerator.is_main_process and beside.is_dir():
+        for path in set(beside.iterdir()) - set(keep):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not keep:
+            beside.rmdir()
+    steps = _steps(steps_dir)
+    intact = f"the checkpoint of step {int(steps[-1].name)} is intact" if steps else "there is no checkpoint before it"
+    raise RecipeError(f"{beside}: cannot be written ({why}); {intact}, the same command goes on")
+
+
+def _reason(error, folder):
+    """In the words of the operating system where the error has them."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
+    exists = next(path for path in [folder, *folder.parents] if path.exists())
+    return f"a write failed; {shutil.disk_usage(exists).free / 2**20:,.1f} MiB are free there"
+
+
+def _steps(steps_dir):
+    """The folders of the step checkpoints, oldest first."""
+    return sorted(path for path in steps_dir.glob("[0-9]*") if path.name.isdigit())
+
+
+def _newest_whole(steps_dir, recipe):
+    """The newest step checkpoint to go on from, or None; those that are refused on the way are named and put aside."""
+    refused, found = {}, None
+    for folder in reversed(_steps(steps_dir)):
+        why = _fault(folder, recipe)
+        if why is None:
+            found = folder
+            break
+        refused[folder] = why
+    instead = f"going on from step {int(found.name)}" if found else "the stage begins anew"
+    for folder, why in refused.items():
+        print(f"scavenger: {folder}: {why}; {instead}", file=sys.stderr)
+        aside = folder.with_name(folder.name + ".refused")  # until the next checkpoint is written
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    return found
+
+
+def _fault(folder, recipe):
+    """Why training cannot go on from a step checkpoint; None where it is whole and of this recipe."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if manifest != _sealed(manifest):
+            return f"{MANIFEST} is altered"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    # Where the run lies, and where the student goes, is not what it is.
+    differing = [text for text in differences(manifest["recipe"], recipe) if not text.startswith("run_dir ")]
+    if differing:
+        return f"it is of another recipe: {differing[0].replace('the run has', 'it has')}"
+    try:
+        found = _files(folder)
+    except OSError as error:
+        return f"its files cannot be read ({error.strerror})"
+    for name, facts in manifest["files"].items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name]["bytes"] < facts["bytes"]:
+            return f"{name} is truncated ({found[name]['bytes']:,} bytes of {facts['bytes']:,})"
+        if found[name] != facts:
+            return f"{name} is altered (its checksum is another)"
+    if found.keys() != manifest["files"].keys():
+        return f"{min(found.keys() - manifest['files'].keys())} is not in its manifest"
+    return None
+
+
+def _files(folder):
+    """Size and checksum of every file below a step checkpoint, but the manifest itself."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
+
+
+def _sealed(manifest):
+    """A manifest with the checksum of itself."""
+    facts = {key: value for key, value in manifest.items() if key != "sha256"}
+    return facts | {"sha256": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
 
 
 def write_text(path: Path, text: str):

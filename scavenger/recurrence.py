@@ -152,15 +152,16 @@ def distil(
     beside = checkpoint.partial(folder)
     made, predicted = reduced(student, settings, horizon, blocks, beside / "layers", accelerator)
     recurrent = recurrent_student(student, made, settings.prefill_outputs)
-    if accelerator.is_main_process:
-        facts = certificate.measure_all(student, recurrent, made, settings, blocks, predicted)
-        recurrent.save_pretrained(beside)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
-        checkpoint.write_json(beside / "certificate.json", facts | (more or {}))
-        shutil.rmtree(beside / "layers")
-        checkpoint.finish(folder)
-    accelerator.wait_for_everyone()
+    there = list(beside.iterdir())
+    with checkpoint.written(beside, beside / "steps", accelerator, keep=there):
+        if accelerator.is_main_process:
+            facts = certificate.measure_all(student, recurrent, made, settings, blocks, predicted)
+            recurrent.save_pretrained(beside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+            checkpoint.write_json(beside / "certificate.json", facts | (more or {}))
+            shutil.rmtree(beside / "layers")
+            checkpoint.finish(folder)
     return folder
 
 

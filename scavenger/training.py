@@ -23,6 +23,7 @@ BETAS = (0.9, 0.95)  # as GPT-NeoX and Pythia
 WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
 FINAL_RATE = 0.1  # the cosine ends at this share of the learning rate, as Pythia's
+UNITS = ("Attention", "Filter", "Mixer", "MLP")  # what FSDP gathers at once: losses call these without their layer
 MOST_SKIPPED = 5  # steps in a row without a finite loss and gradient; one bad batch passes, a lost training does not
 
 
@@ -55,6 +56,9 @@ def train(
     """
     optimizer = torch.optim.AdamW(_groups(model, rest_rate), lr=stage.learning_rate, betas=BETAS, fused=True)
     inner = model.model
+    if accelerator.is_fsdp2:
+        names = {type(module).__name__ for module in model.modules()}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [name for name in names if name.endswith(UNITS)]
     model, optimizer = accelerator.prepare(model, optimizer)
     start, history = checkpoint.resume_step(steps_dir, accelerator, recipe)
     # A checkpoint that a signal asked for lies between two entries of the log.
@@ -72,7 +76,7 @@ def train(
         dynamic_ncols=True,
         disable=not accelerator.is_main_process,
     )
-    with interruption.postponed() as signal:
+    with bar, interruption.postponed() as signal:
         for step in range(start, 0 if ended else stage.steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["share"] * learning_rate(stage, step)
@@ -119,14 +123,14 @@ def train(
                 ended = _is_flat(stage, history)
                 _log(name, entry, learning_rate(stage, step), rest_rate, begins, accelerator)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
-            if ended or step + 1 == stage.steps:
-                break
-            if stop or (step + 1) % settings.checkpoint_every == 0:
+            done = ended or step + 1 == stage.steps
+            if stop or not done and (step + 1) % settings.checkpoint_every == 0:
                 unlogged = since.saved(clock.seconds, accelerator)
                 checkpoint.save_step(steps_dir, step + 1, history + unlogged, accelerator, recipe)
             if stop:
                 raise interruption.Stopped(f"{name}: stopped after step {step + 1} of {stage.steps}")
-    bar.close()
+            if done:
+                break
     accelerator.wait_for_everyone()
     inner = _whole(model, inner, accelerator)
     accelerator.free_memory()

@@ -1,0 +1,602 @@
+"""What a cluster does to a run, really done to it: kills, warnings, full disks, damaged files, losses that are NaN."""
+
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
+from scavenger import checkpoint, interruption, training
+from scavenger.__main__ import main
+from scavenger.checkpoint import read_json
+from scavenger.data import Batch
+from scavenger.recipe import RecipeError, Stage, load_recipe
+
+
+# Everything that a run imports, so that a process forked from the one that has it starts in milliseconds.
+PRELOADED = [
+    *("pytest", "datasets", "deepspeed", "torch.utils.tensorboard", "transformers.models.auto.modeling_auto"),
+    *(f"scavenger.{name}" for name in ("baseline", "hub", "plan", "processes", "recurrence", "report", "transfer")),
+]
+# A checkpoint every 4 steps; the last one is not the end.
+TRAINING = ("transfer.activations.steps=22", "transfer.logits.steps=22", "recurrence=null", "report=null")
+TRANSFER = (*TRAINING, "baseline=null")
+STEPS = {"activations": 22, "logits": 22, "baseline": 44}
+EVERY = 4
+KILLS = 10
+HANGS = 600  # seconds without end, on a machine however busy
+
+
+FOLDERS = {"activations": "transfer/activations", "logits": "transfer", "baseline": "baseline"}
+
+
+class Program:
+    """The command line in a process of its own; its output, and what its training reads, in files below `folder`."""
+
+    def __init__(self, folder: Path, recipe: Path, *overrides, run=None, disk=None, hold=None, environment=None):
+        """`hold` is a step of a stage, as "logits 9", or the end of a folder's name: it stops where that begins."""
+        folder.mkdir(exist_ok=True)
+        self.run, self.seen, self._err = run or folder / "run", folder / "seen", folder / "err"
+        self._err.unlink(missing_ok=True)
+        self.began = time.time_ns()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        words = [str(recipe), f"run_dir={self.run}", *overrides]
+        self.process = context.Process(target=_program, args=(words, folder, disk, hold, environment or {}))
+        self.process.start()
+        if hold is not None:
+            self.until(lambda: self._state == "T")
+
+    def until(self, condition):
+        """Wait for something that the program does; returns what the condition found."""
+        deadline = time.monotonic() + HANGS
+        while not (found := condition()):
+            assert self.process.exitcode is None, f"ended before, with {self.process.exitcode}: {self.err}"
+            assert time.monotonic() < deadline
+            time.sleep(2e-4)
+        return found
+
+    def until_step(self, stage, step):
+        """Wait until a step has its text, hence begins, or has begun in a process before this one."""
+        self.until(lambda: (stage, step) in [(name, n) for name, n, _ in self.batches])
+
+    def end(self, number=None):
+        """Let it go on, with a signal if there is one; returns the exit code."""
+        for each in (number, signal.SIGCONT):
+            if each is not None and self.process.exitcode is None:
+                os.kill(self.process.pid, each)
+        self.process.join(HANGS)
+        return self.process.exitcode
+
+    @property
+    def _state(self):
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+    @property
+    def err(self):
+        return self._err.read_text()
+
+    @property
+    def lines(self):
+        """What it says itself, without the bars of progress."""
+        return re.findall(r"scavenger: .*", self.err)
+
+    @property
+    def batches(self):
+        """(stage, step, rows) of every step that was begun, by this process or those before it in the folder."""
+        lines = self.seen.read_text().split("\n")[:-1] if self.seen.exists() else []
+        return [tuple(json.loads(line)) for line in lines]
+
+
+def _program(words, folder, disk, hold, environment):
+    os.environ.update(environment)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    if disk is not None:
+        for space, kind in (("user", CLONE_NEWUSER), ("mnt", CLONE_NEWNS)):
+            _called("setns", os.open(f"/proc/{disk}/ns/{space}", os.O_RDONLY), kind)
+    gc.freeze()  # what it was forked with is not looked through again
+    os.sched_getaffinity = lambda process: {0}  # one thread, as tests share their cores
+    train = training.train
+
+    def stop_at(place):
+        if hold is not None and place.endswith(hold):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def recorded(name, model, loss, batch, *rest, **more):
+        seen = os.open(folder / "seen", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+        def noted(step):
+            found = batch(step)
+            os.write(seen, (json.dumps([name, step, found.rows.tolist()]) + "\n").encode())
+            stop_at(f" {name} {step}")
+            return found
+
+        return train(name, model, loss, noted, *rest, **more)
+
+    training.train = recorded
+    sys.addaudithook(lambda event, given: event == "os.mkdir" and stop_at(str(given[0])))
+    sys.argv = ["scavenger", *words]
+    sys.exit(main())
+
+
+@pytest.fixture(scope="module")
+def whole(workshop, tmp_path_factory):
+    """A run that nothing disturbed."""
+    program = Program(tmp_path_factory.mktemp("whole"), workshop / "recipe.yaml", *TRAINING)
+    assert program.end() == 0, program.err
+    return program
+
+
+def same(run, whole, *stages):
+    """To the last bit: weights, and histories but for what is measured with a clock."""
+    for stage in stages:
+        mine, right = (AutoModelForCausalLM.from_pretrained(r / stage).state_dict() for r in (run, whole.run))
+        assert mine.keys() == right.keys() and all(torch.equal(mine[key], right[key]) for key in right)
+        assert history(run, stage) == history(whole.run, stage)
+
+
+def history(run, stage):
+    entries = read_json(run / stage / "history.json")
+    return [{key: value for key, value in entry.items() if not re.search("second|time_in", key)} for entry in entries]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_killed_ten_times(workshop, whole, tmp_path):
+    """SIGKILL at ten random moments of one run, half of them aimed into the writing of a checkpoint."""
+    order = [(stage, step) for stage, steps in STEPS.items() for step in range(steps)]
+    draw = random.Random(11)
+    aimed, within = set(draw.sample(range(KILLS), KILLS // 2)), 0
+    for kill, moment in enumerate(sorted(draw.sample(range(76), KILLS))):  # of 88: later ones find no more checkpoint
+        program = Program(tmp_path, workshop / "recipe.yaml", *TRAINING)
+        program.until_step(*order[moment])
+        if kill in aimed:
+            beside, files = program.until(lambda program=program: being_written(program)), draw.randrange(4)
+            while beside.is_dir() and len(list(beside.glob("*"))) < files:
+                pass
+        else:
+            time.sleep(draw.uniform(0, 0.05))
+        assert program.end(signal.SIGKILL) == -signal.SIGKILL
+        within += kill in aimed and beside.is_dir()
+    assert within >= 3, "kills before the rename"
+    program = Program(tmp_path, workshop / "recipe.yaml", *TRAINING)
+    assert program.end() == 0, program.err
+    same(program.run, whole, *FOLDERS.values())
+    each_sequence_once(program, whole)
+
+
+def being_written(program):
+    """The step checkpoint that this process is writing."""
+    with contextlib.suppress(FileNotFoundError):  # folders come and go
+        for path in program.run.rglob("[0-9]*.partial"):
+            if path.stat().st_ctime_ns > program.began:
+                return path
+
+
+def each_sequence_once(program, whole):
+    """A process that was killed may have begun steps that the next one, from the last checkpoint, begins again: what
+    counts is the last beginning of each. So counted every step is there once, and every sequence is read once.
+    """
+    for stage, steps in STEPS.items():
+        begun = [(step, rows) for name, step, rows in program.batches if name == stage]
+        before, newest = -1, 0
+        for step, _ in begun:
+            if step != before + 1:
+                assert newest <= step <= before and step % EVERY == 0, "another process: from a checkpoint on"
+                newest = step
+            before = step
+        counted = dict(begun)
+        assert sorted(counted) == list(range(steps)) == [step for name, step, _ in whole.batches if name == stage]
+        assert counted == {step: rows for name, step, rows in whole.batches if name == stage}
+        assert [entry["step"] for entry in history(program.run, FOLDERS[stage])] == list(range(2, steps + 1, 2))
+    for stages in (("activations", "logits"), ("baseline",)):
+        read = [row for name, _, rows in whole.batches if name in stages for row in rows]
+        assert sorted(read) == list(range(44 * 4)), "one pass, each sequence of it once"
+
+
+def test_warned_in_training(workshop, whole, tmp_path):
+    """SIGTERM: a checkpoint after the running step, though none was due, an exit code of its own, and on."""
+    words = (workshop / "recipe.yaml", *TRANSFER, "training.checkpoint_every=1000")
+    program = Program(tmp_path, *words, hold=" logits 6")
+    assert program.end(signal.SIGTERM) == interruption.EXIT_CODE == 75
+    assert names(program.run / "transfer.partial/steps") == ["000000007"]
+    assert program.lines == [
+        "scavenger: ended by SIGTERM (logits: stopped after step 7 of 22); the same command goes on"
+    ]
+    again = Program(tmp_path, *words)
+    assert again.end() == 0 and again.lines == [], again.err
+    assert [step for name, step, _ in again.batches if name == "logits"] == list(range(22)), "no step twice"
+    same(again.run, whole, "transfer")
+
+
+def test_warned_elsewhere(workshop, tmp_path):
+    """SIGTERM where nothing trains: at once, and the same command goes on to the end."""
+    words = [
+        *("transfer.activations.steps=2", "transfer.logits.steps=2", "baseline=null"),
+        *("report.context_lengths=[20]", "report.sample_tokens=3"),
+    ]
+    for stage in ("data", "recurrence", "report"):
+        program = Program(tmp_path, workshop / "recipe.yaml", *words, hold=f"/{stage}.partial")
+        assert program.end(signal.SIGTERM) == 75, program.err
+        assert program.lines == ["scavenger: ended by SIGTERM; the same command goes on"]
+        assert not (program.run / stage).exists()
+    program = Program(tmp_path, workshop / "recipe.yaml", *words)
+    assert program.end() == 0, program.err
+    assert (program.run / "report/report.html").is_file() and not list(program.run.rglob("*.partial"))
+
+
+def test_two_processes_are_warned(workshop, tmp_path):
+    """One of two gets the SIGTERM: both stop after the same step, and both go on from it."""
+    lengths = ("transfer.activations.steps=2", "transfer.logits.steps=14")
+
+    def pair(name, hold=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [
+            Program(
+                tmp_path / f"{name}-{rank}",
+                workshop / "recipe.yaml",
+                *TRANSFER,
+                *lengths,
+                run=tmp_path / name,
+                hold=hold if rank else None,
+                environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]
+
+    undisturbed = pair("undisturbed")
+    assert [program.end() for program in undisturbed] == [0, 0], undisturbed[0].err
+    first, second = pair("warned", hold=" logits 5")
+    assert second.end(signal.SIGTERM) == first.end() == 75, first.err + second.err
+    assert first.batches == second.batches and first.batches[-1][:2] == ("logits", 5)
+    assert names(first.run / "transfer.partial/steps") == ["000000004", "000000006"]
+    again = pair("warned")
+    assert [program.end() for program in again] == [0, 0], again[0].err
+    assert [step for name, step, _ in again[1].batches if name == "logits"] == list(range(14))
+    same(first.run, undisturbed[0], "transfer")
+
+
+def test_only_a_program_is_warned():
+    """Importing and training in somebody's own program, or in a thread of it, leave their signals alone."""
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption.handled():
+        assert signal.getsignal(signal.SIGTERM) is not before
+        with pytest.raises(interruption.Stopped), interruption.postponed() as warning:
+            signal.raise_signal(signal.SIGTERM)
+            assert warning.asked
+        with pytest.raises(interruption.Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a second one, while the first is obeyed
+    assert signal.getsignal(signal.SIGTERM) is before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(_signal_within).result() is before
+    with interruption.postponed() as warning:
+        assert not warning.asked
+
+
+def _signal_within():
+    with interruption.handled():
+        return signal.getsignal(signal.SIGTERM)
+
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # linux/sched.h
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """A disk of 4 MiB at `folder`, seen only by a process that holds it, whose number is given."""
+    folder.mkdir()
+    reading, writing = multiprocessing.Pipe(duplex=False)
+    holder = multiprocessing.get_context("forkserver").Process(target=_hold, args=(folder, writing))
+    holder.start()
+    writing.close()
+    try:
+        if refused := reading.recv():
+            pytest.skip(f"no disk of one's own on this machine ({refused})")
+        yield holder.pid
+    finally:
+        holder.kill()
+        holder.join()
+
+
+def _hold(folder, writing):
+    user, group = os.getuid(), os.getgid()
+    try:
+        _called("unshare", CLONE_NEWUSER | CLONE_NEWNS)
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path(f"/proc/self/{name}").write_text(text)
+        _called("mount", b"none", os.fsencode(folder), b"tmpfs", 0, b"size=4m")
+    except OSError as error:
+        writing.send(str(error))
+        return
+    writing.send(None)
+    signal.pause()
+
+
+def _called(name, *arguments):
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def test_full_disk(workshop, whole, tmp_path):
+    """The disk fills up in the middle of a run; with room again, the same command goes on."""
+    words = (workshop / "recipe.yaml", *TRANSFER, "training.tracker=none")
+    with small_disk(tmp_path / "disk") as disk:
+        seen = Path(f"/proc/{disk}/root/{tmp_path}/disk")
+        program = Program(tmp_path, *words, run=tmp_path / "disk/run", disk=disk, hold=" logits 9")
+        with pytest.raises(OSError, match="No space"), open(seen / "ballast", "wb", buffering=0) as ballast:
+            while ballast.write(bytes(2**12)):
+                pass
+        assert program.end() == 2
+        [line] = program.lines
+        assert re.fullmatch(
+            r"scavenger: error: .*/transfer.partial/steps/000000012.partial: cannot be written "
+            r"\(No space left on device.*\); the checkpoint of step 8 is intact, the same command goes on",
+            line,
+        )
+        assert "Traceback" not in program.err
+        assert names(seen / "run/transfer.partial/steps") == ["000000004", "000000008"]
+        (seen / "ballast").unlink()
+        again = Program(tmp_path, *words, run=tmp_path / "disk/run", disk=disk)
+        assert again.end() == 0, again.err
+        same(seen / "run", whole, "transfer")
+
+
+@pytest.mark.parametrize(
+    ("step", "size", "what", "why", "left"),
+    [
+        (9, 200_000, "transfer.partial/steps/000000012.partial", r"a write failed; [\d,.]+ MiB are free there", [4, 8]),
+        (20, 100_000, "transfer.partial", r"File too large \(os error 27\)", [16, 20]),
+    ],
+    ids=["optimizer", "model"],
+)
+def test_no_room_for_a_file(workshop, whole, tmp_path, step, size, what, why, left):
+    """Files may grow no more, so that a write fails half way: of a checkpoint, or of the model at the end."""
+    program = Program(tmp_path, workshop / "recipe.yaml", *TRANSFER, hold=f" logits {step}")
+    resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (size, size))
+    assert program.end() == 2
+    [line] = program.lines
+    intact = f"the checkpoint of step {left[-1]} is intact, the same command goes on"
+    assert re.fullmatch(rf"scavenger: error: .*/{what}: cannot be written \({why}\); {intact}", line), line
+    assert "Traceback" not in program.err
+    beside = program.run / "transfer.partial"
+    assert names(beside / "steps") == [f"{step:09d}" for step in left]
+    assert names(beside) == ["activations", "steps"]
+    again = Program(tmp_path, workshop / "recipe.yaml", *TRANSFER)
+    assert again.end() == 0, again.err
+    same(again.run, whole, "transfer")
+
+
+def truncated(steps):
+    os.truncate(steps / "000000012/model.safetensors", 1000)
+
+
+def altered(steps):
+    file = steps / "000000012/optimizer.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def incomplete(steps):
+    (steps / "000000012/random_states_0.pkl").unlink()
+
+
+def unlisted(steps):
+    (steps / "000000012/custom_checkpoint_0.pkl").write_bytes(b"whatever")
+
+
+def unsealed(steps):
+    file = steps / "000000012/manifest.json"
+    file.write_text(file.read_text().replace('"step": 12', '"step": 16'))
+
+
+def unnamed(steps):
+    (steps / "000000012/manifest.json").unlink()
+
+
+def empty(steps):
+    truncated(steps)
+    os.truncate(steps / "000000008/manifest.json", 0)
+
+
+REFUSED = [
+    (truncated, [r"/steps/000000012: model.safetensors is truncated \(1,000 bytes of [\d,]+\); going on from step 8"]),
+    (altered, [r"/steps/000000012: optimizer.bin is altered \(its checksum is another\); going on from step 8"]),
+    (incomplete, [r"/steps/000000012: random_states_0.pkl is missing; going on from step 8"]),
+    (unlisted, [r"/steps/000000012: custom_checkpoint_0.pkl is not in its manifest; going on from step 8"]),
+    (unsealed, [r"/steps/000000012: manifest.json is altered; going on from step 8"]),
+    (unnamed, [r"/steps/000000012: manifest.json is missing; going on from step 8"]),
+    (
+        empty,
+        [
+            r"/steps/000000012: model.safetensors is truncated \(.*\); the stage begins anew",
+            r"/steps/000000008: manifest.json cannot be read; the stage begins anew",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), REFUSED, ids=[damage.__name__ for damage, _ in REFUSED])
+def test_damaged_checkpoint(workshop, tmp_path, capfd, damage, said):
+    """The newest whole one is loaded, and a line says why not a newer one."""
+    recipe, accelerator = load_recipe(str(workshop / "recipe.yaml")), Accelerator(cpu=True)
+    model = torch.nn.Linear(37, 19)
+    trained = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))[1]
+    steps, states = tmp_path / "steps", {}
+    for step in (4, 8, 12):
+        model(torch.randn(3, 37)).sum().backward()
+        trained.step()
+        states[step] = model.weight.clone()
+        checkpoint.save_step(steps, step, [{"step": step}], accelerator, recipe)
+    assert names(steps) == ["000000008", "000000012"]
+    damage(steps)
+    capfd.readouterr()
+    right = 0 if damage is empty else 8
+    model.weight.data.zero_()
+    assert checkpoint.resume_step(steps, accelerator, recipe) == (right, [{"step": right}] if right else [])
+    assert torch.equal(model.weight, states[right] if right else torch.zeros(19, 37))
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(said)
+    for line, right_line in zip(lines, said, strict=True):
+        assert re.fullmatch("scavenger: .*" + right_line, line), line
+    checkpoint.save_step(steps, 16, [], accelerator, recipe)
+    assert names(steps) == (["000000008"] if right else []) + ["000000016"], "what was refused has gone"
+    accelerator.free_memory()
+
+
+@pytest.fixture(scope="module")
+def killed(workshop, tmp_path_factory):
+    """A run killed in the second half of transfer, and the same of another seed."""
+
+    def run(seed):
+        folder, words = tmp_path_factory.mktemp("killed"), (*TRANSFER, f"seed={seed}")
+        program = Program(folder, workshop / "recipe.yaml", *words, hold=" logits 13")
+        program.end(signal.SIGKILL)
+        assert names(program.run / "transfer.partial/steps") == ["000000008", "000000012"]
+        return program.run
+
+    return run(0), run(1)
+
+
+def moved(run, folder):
+    """A copy of a run, and where its step checkpoints are."""
+    shutil.copytree(run, folder / "run")
+    saved = (run / "recipe.yaml").read_text()
+    (folder / "run/recipe.yaml").write_text(saved.replace(str(run), str(folder / "run")))
+    return folder / "run/transfer.partial/steps"
+
+
+def exchanged(steps, other):
+    shutil.rmtree(steps / "000000012")
+    shutil.copytree(other / "transfer.partial/steps/000000012", steps / "000000012")
+
+
+@pytest.mark.parametrize("damage", [altered, empty, exchanged])
+def test_a_run_goes_on_from_the_one_before(workshop, whole, killed, tmp_path, damage):
+    steps = moved(killed[0], tmp_path)
+    damage(*[steps, killed[1]][: 2 if damage is exchanged else 1])
+    program = Program(tmp_path, workshop / "recipe.yaml", *TRANSFER)
+    assert program.end() == 0, program.err
+    if damage is exchanged:
+        why = "it is of another recipe: seed (it has 1, the recipe says 0); going on from step 8"
+        assert program.lines == [f"scavenger: {steps}/000000012: {why}"]
+    assert len(program.lines) == (2 if damage is empty else 1)
+    assert [step for _, step, _ in program.batches] == list(range(0 if damage is empty else 8, 22))
+    same(program.run, whole, "transfer")
+
+
+@pytest.mark.parametrize("fault", [Path.unlink, lambda file: os.truncate(file, 5000)], ids=["vanished", "truncated"])
+def test_the_runs_own_text(workshop, killed, tmp_path, fault):
+    steps = moved(killed[0], tmp_path)
+    fault(tmp_path / "run/data/train.npy")
+    program = Program(tmp_path, workshop / "recipe.yaml", *TRANSFER)
+    assert program.end() == 2, program.err
+    [line] = program.lines
+    assert line.startswith("scavenger: error: ") and "data/train.npy" in line and "Traceback" not in program.err
+    assert names(steps) == ["000000008", "000000012"]
+
+
+class Line(torch.nn.Module):
+    """Something to train, in place of a student."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(5, 3)
+
+    def forward(self, ids):
+        return self.model(ids.float()).square().mean()
+
+
+def no_loss(value, module):
+    return value * torch.nan
+
+
+def no_gradient(value, module):
+    return value + (0 * module.model.weight).sum().sqrt()  # 0, with the slope of a root at 0
+
+
+def trained(workshop, steps_dir, faults, steps):
+    """The loop on `Line`, where the loss of some steps is spoiled."""
+
+    def batch(step):
+        ids = torch.randint(9, (2, 5), generator=torch.Generator().manual_seed(step))
+        return Batch(np.array([2 * step, 2 * step + 1]), ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def loss(module, part, aim, whole):
+        value = module(part.ids)
+        fault = faults.get(int(whole.rows[0]) // 2)
+        return (value if fault is None else fault(value, module)), {}
+
+    recipe = load_recipe(str(workshop / "recipe.yaml"), ["training.checkpoint_every=6"])
+    stage = Stage(steps=steps, batch_size=2, learning_rate=1e-2)
+    return training.train("line", Line(), loss, batch, stage, steps_dir, Accelerator(cpu=True), recipe), batch, stage
+
+
+def test_a_step_without_a_number_is_skipped(workshop, tmp_path):
+    (history, model), batch, stage = trained(workshop, tmp_path, {2: no_loss, 3: no_gradient, 7: no_loss}, 11)
+    right = Line()
+    optimizer = torch.optim.AdamW(right.parameters(), betas=training.BETAS, fused=True)
+    for step in (0, 1, 4, 5, 6, 8, 9, 10):
+        for group in optimizer.param_groups:
+            group |= {"lr": training.learning_rate(stage, step)}
+        optimizer.param_groups[0]["weight_decay"] = training.WEIGHT_DECAY
+        right(batch(step).ids).backward()
+        torch.nn.utils.clip_grad_norm_(right.parameters(), training.MAX_GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(model.weight, right.model.weight, rtol=1e-6, atol=1e-7)
+    # Nothing was learned in steps 3 and 4, so there is nothing to log.
+    assert [(entry["step"], entry.get("skipped", 0)) for entry in history] == [(2, 0), (6, 2), (8, 3), (10, 3), (11, 3)]
+    assert all(math.isfinite(entry["loss"]) for entry in history)
+
+
+def test_many_steps_without_a_number_end_it(workshop, tmp_path):
+    faults = dict.fromkeys(range(8, 8 + training.MOST_SKIPPED), no_gradient)
+    with pytest.raises(RecipeError, match="line: .* at step 13.*nonfinite.json") as found:
+        trained(workshop, tmp_path / "steps", faults, 20)
+    assert "\n" not in str(found.value)
+    facts = read_json(tmp_path / "nonfinite.json")
+    assert (facts["stage"], facts["step"], facts["rows"]) == ("line", 13, [24, 25])
+    assert names(tmp_path / "steps")[-1] in ("000000006", "000000012")
+    trained(workshop, tmp_path / "steps", {}, 20)  # the same command, the fault mended
+
+
+def test_a_teacher_of_nan(workshop, tmp_path):
+    """One line, the batch by name, from the program itself."""
+    shutil.copytree(workshop / "teacher", tmp_path / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    model.gpt_neox.layers[1].attention.dense.weight.data[3, 4] = torch.nan
+    model.save_pretrained(tmp_path / "teacher")
+    program = Program(tmp_path, workshop / "recipe.yaml", *TRANSFER, f"teacher.path={tmp_path}/teacher")
+    assert program.end() == 2, program.err
+    [line] = program.lines
+    path = Path(re.search(r"named in (\S*nonfinite.json)", line)[1])
+    assert read_json(path)["rows"] == program.batches[-1][2] and "Traceback" not in program.err
