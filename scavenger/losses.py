@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from scavenger.reduction.hankel import weighted_section
@@ -61,11 +62,54 @@ def divergence(
 def logit_divergence(student: Tensor, teacher: Tensor, objective: str = "forward_kl", temperature: float = 1.0):
     """T² D(softmax(teacher / T), softmax(student / T)), nats, of each position; logits (…, vocabulary).
 
-    T² keeps the gradient's size as T grows (arXiv:1503.02531, section 2).
+    T² keeps the gradient's size as T grows (arXiv:1503.02531, section 2). The gradient goes to the student only.
     """
-    log_q = F.log_softmax(_wide(student) / temperature, dim=-1)
-    log_p = F.log_softmax(_wide(teacher) / temperature, dim=-1)
-    return temperature**2 * divergence(log_q, log_p, objective)
+    student, teacher = _wide(student), _wide(teacher)
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    return temperature**2 * _Divergence.apply(student, teacher, objective)
+
+
+class _Divergence(torch.autograd.Function):
+    """`divergence` of two softmaxes of logits z (student) and of the teacher's, with its slope taken at once.
+
+    With q the student's and m = (p + q) / 2: ∂/∂z of forward_kl is q - p, of the others q ⊙ (g - Σ_v q_v g_v) with
+    g = log q - log p (reverse_kl) and g = (log q - log m) / 2 (jensen_shannon). Written over what is not needed any
+    more: at this size a pass over memory is what everything costs.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, objective):
+        log_q, log_p = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+        if objective == "forward_kl":
+            p = log_p.exp()
+            found = _products(p, log_p.sub_(log_q))
+            slope = log_q.exp_().sub_(p)
+        else:
+            other, found = log_p, 0.0
+            if objective == "jensen_shannon":
+                other = torch.logaddexp(log_p, log_q).sub_(math.log(2))
+                found = _products(log_p.exp(), log_p.sub_(other)) / 2
+            slope, q = log_q - other, log_q.exp_()
+            own = _products(q, slope)
+            slope.sub_(own[..., None]).mul_(q)
+            if objective == "jensen_shannon":
+                own, slope = own / 2, slope.div_(2)
+            found = found + own
+        ctx.save_for_backward(slope)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weights):
+        (slope,) = ctx.saved_tensors
+        return slope * weights[..., None], None, None
+
+
+def _products(a, b):
+    """Σ_v a_v b_v of each position, without a tensor of the products."""
+    with torch.autocast(a.device.type, enabled=False):  # which would take the products in half precision
+        return torch.einsum("...v,...v->...", a, b)
 
 
 def kept_divergence(student: Tensor, teacher: TopK, objective: str = "forward_kl") -> Tensor:
@@ -128,7 +172,10 @@ class _Projected(torch.autograd.Function):
             slope = slope.to(kind)
             to_hidden[rows] = slope @ matrix
             if to_weight is not None:
-                to_weight += slope.T @ part
+                if to_weight.dtype == kind:
+                    to_weight.addmm_(slope.T, part)  # no second tensor of its size, which can be that of a chunk
+                else:
+                    to_weight += slope.T @ part
             sums += found.detach()
         ctx.save_for_backward(to_hidden, to_weight)
         ctx.mark_non_differentiable(sums)

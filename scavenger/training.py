@@ -50,9 +50,10 @@ def train(
     that shares add up to it, and likewise further values to log. Parameters outside mixers learn at `rest_rate` times
     the learning rate. Resumes from the newest whole checkpoint below `steps_dir`. `begins` is the step of the whole run
     at which this training begins: trackers want an axis that only goes on. What `watch()` finds in the parameters is
-    logged beside the means. Where `look` is given, what `look(model)` finds on held-out text, every `stage.look_every`
-    steps, ends the training early once it is flat. Poles that a step put outside the unit circle are put back. A step
-    whose loss or gradient is not finite is skipped and counted; MOST_SKIPPED in a row end it with a RecipeError.
+    logged with every checkpoint and at the end. Where `look` is given, what `look(model)` finds on held-out text, every
+    `stage.look_every` steps, ends the training early once it is flat. Poles that a step put outside the unit circle are
+    put back. A step whose loss or gradient is not finite is skipped and counted; MOST_SKIPPED in a row end it with a
+    RecipeError.
     """
     optimizer = torch.optim.AdamW(_groups(model, rest_rate), lr=stage.learning_rate, betas=BETAS, fused=True)
     inner = model.model
@@ -115,7 +116,8 @@ def train(
             if logs and since.steps:
                 entry = {"step": step + 1, "seconds": clock.seconds} | since.means(accelerator)
                 entry |= clock.rates(whole.ids.numel() * (step + 1 - (history[-1]["step"] if history else 0)))
-                entry |= watch()
+                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == stage.steps:
+                    entry |= watch()
                 if look is not None and (step + 1) % stage.look_every == 0:
                     entry["held_out"] = look(model)
                 history.append(entry)

@@ -61,20 +61,29 @@ def test_a_student_that_keeps_all_attention_is_the_teacher(parallel_residual):
     assert_close(model(input_ids=ids).logits, made(input_ids=ids).logits, 1e-6)  # the teacher's angles are float32
 
 
-def test_captured_activations_are_the_mixers():
+def test_attention_is_what_goes_in_and_out_of_it():
     model = tiny_teacher()
     ids = torch.randint(0, 97, (2, 23))
-    with teacher.captured(model) as (inputs, outputs):
-        logits = model(input_ids=ids).logits
-    assert [x.shape for x in inputs] == [x.shape for x in outputs] == [(2, 23, 30)] * 3
+    logits = model(input_ids=ids, output_hidden_states=True).logits  # transformers hooks itself in for that
+
+    def hooks(model):
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    before = hooks(model)
+    inputs, outputs = teacher.attention(model, ids, [0, 1, 2])
+    assert list(inputs) == list(outputs) == [0, 1, 2]
+    assert {x.shape for x in [*inputs.values(), *outputs.values()]} == {(2, 23, 30)}
     last = model.gpt_neox.layers[-1]
     hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-2]  # what goes into the last block
-    assert torch.equal(last.input_layernorm(hidden), inputs[-1])
-    block = hidden + outputs[-1] + last.mlp(last.post_attention_layernorm(hidden))
+    assert torch.equal(last.input_layernorm(hidden), inputs[2])
+    block = hidden + outputs[2] + last.mlp(last.post_attention_layernorm(hidden))
     assert_close(logits, model.lm_head(model.gpt_neox.final_layer_norm(block)), 1e-14)
-    inputs[0] = None
-    model(input_ids=ids)
-    assert inputs[0] is None, "the hooks are gone"
+    (only,) = teacher.attention(model, ids, [1])[1].items()
+    assert only[0] == 1 and torch.equal(only[1], outputs[1])
+    read, blocks = teacher.hidden_states(model, ids, blocks=True)
+    assert torch.equal(model.lm_head(read), logits) and torch.equal(blocks[1], hidden)
+    assert_close(blocks[2], block, 1e-14)
+    assert hooks(model) == before, "ours are gone"
 
 
 @pytest.mark.parametrize("attention_layers", [[], [0]])
