@@ -36,7 +36,6 @@ HEADER = [
     "validation × teacher",
     "agreement",
     "KL, nats",
-    "seconds",
 ]
 
 
@@ -102,18 +101,14 @@ def of_student(kind: str, frozen, recipe: Recipe, folder: Path) -> dict:
         own = measure.held_out(frozen, blocks).perplexity
         held_out = measure.held_out(model, blocks, frozen)
         found |= {f"{split}_teacher": own, split: held_out.perplexity, f"{split}_ratio": held_out.perplexity / own}
-    history = checkpoint.read_json(folder / kind / "history.json")
-    errors, before = None, 0.0
+    errors = None
     if kind == "transfer":
-        activations = checkpoint.read_json(folder / kind / "activations" / "history.json")
-        before = _seconds(activations)
-        errors = list(_last_errors(activations).values())
+        errors = list(_last_errors(checkpoint.read_json(folder / kind / "activations" / "history.json")).values())
     return found | {
         "agreement": held_out.agreement,
         "divergence": held_out.divergence,
         "tokens": transfer.sequences(folder / "transfer") * recipe.data.context_length,
         "activation_error": errors and statistics.mean(errors),
-        "seconds": before + _seconds(history),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -135,7 +130,7 @@ def cells(found: dict) -> list[list[str]]:
     """A row of text for each row; the teacher first."""
     texts = {one["seed"]: one for row in found["rows"] for one in row["runs"]}.values()  # the seed decides the text
     own = [_spread([one[f"{split}_teacher"] for one in texts]) for split in ("test", "validation")]
-    table = [["teacher", "", "", "", "", *own, "", "", ""]]
+    table = [["teacher", "", "", "", "", *own, "", ""]]
     for row in found["rows"]:
         runs = row["runs"]
         errors = [one["activation_error"] for one in runs if one["activation_error"] is not None]
@@ -150,7 +145,6 @@ def cells(found: dict) -> list[list[str]]:
                 _spread([one["validation_ratio"] for one in runs]),
                 _spread([100 * one["agreement"] for one in runs], 1) + " %",
                 _spread([one["divergence"] for one in runs]),
-                _spread([one["seconds"] for one in runs], 0),
             ]
         )
     return table
@@ -185,7 +179,6 @@ def page(found: dict) -> str:
 - ±: standard deviation over seeds, which decide the text that is read, its order and what is new in the student.
 - activation error: mean over layers of ‖student − teacher‖² / ‖teacher‖² on training text, at the end of step one.
 - agreement, KL: on the validation split, against the teacher.
-- seconds: of the trainings alone, on a machine that did other work at times.
 
 Text: {json.dumps(source)}
 
@@ -198,16 +191,6 @@ Text: {json.dumps(source)}
 def _last_errors(history):
     """The newest error of each layer."""
     return {key: entry[key] for entry in history for key in entry if key.startswith("layer_")}
-
-
-def _seconds(history):
-    """Of all turns: each counts from its own beginning."""
-    total, before = 0.0, 0.0
-    for entry in history:
-        if entry["seconds"] < before:
-            total += before
-        before = entry["seconds"]
-    return total + before
 
 
 def _spread(values, digits=3):

@@ -97,9 +97,12 @@ def opened(recipe, accelerator):
             if recipe.teacher.train is None:
                 data.check_vocabulary(tokenizer, teacher.load_configuration(recipe, run_dir))
             data.run(recipe, run_dir, tokenizer)
-        accelerator.init_trackers("scavenger", init_kwargs={"wandb": {"name": run_dir.name, "dir": str(run_dir)}})
-        with energy.measured(recipe, run_dir, "teacher", accelerator):
-            teacher.run(recipe, run_dir, accelerator, tokenizer)
+        names = {"wandb": {"name": run_dir.name, "dir": str(run_dir)}}
+        names["trackio"] = {"name": run_dir.name, "resume": "allow"}  # an interrupted run stays one
+        accelerator.init_trackers("scavenger", init_kwargs=names)
+        if recipe.teacher.train:
+            with energy.measured(recipe, run_dir, "teacher", accelerator):
+                teacher.run(recipe, run_dir, accelerator, tokenizer)
         yield run_dir, tokenizer
 
 

@@ -1,0 +1,299 @@
+"""The same run by every launcher: one loss curve, one student; what a launch cannot do is refused in one line."""
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from conftest import scavenger
+from transformers import AutoModelForCausalLM
+
+import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
+from scavenger import processes
+from scavenger.checkpoint import read_json
+from scavenger.recipe import RecipeError, load_recipe
+
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT / "tests" / "launching"),
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+SHORT = (
+    "transfer.activations.steps=4",
+    "transfer.logits.steps=6",
+    "training.checkpoint_every=2",
+    "recurrence=null",
+    "report=null",
+)
+# Ten times the largest difference seen between launches, over all of them: sums in another order, in float32.
+TOLERANCES = {"transfer/activations": 1e-5, "transfer": 4e-4, "baseline": 2e-6}
+
+
+@pytest.fixture(scope="module")
+def one(workshop, tmp_path_factory):
+    """One process, each batch whole."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    scavenger(workshop / "recipe.yaml", f"run_dir={run}", *SHORT)
+    return run
+
+
+def words(config, workshop, run, *overrides):
+    """An `accelerate launch` line of two CPU processes."""
+    options = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", "2", "--mixed_precision", "no"]
+    return ["accelerate", "launch", *options, f"{workshop}/recipe.yaml", f"run_dir={run}", *SHORT, *overrides]
+
+
+def finished(line):
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def assert_same(run, one):
+    """The loss curves to rounding; the students in every shape, and in their weights as far as Adam lets them.
+
+    Where a gradient is nothing but rounding, as that of a rare token, Adam still makes a whole step of it.
+    """
+    for stage, tolerance in TOLERANCES.items():
+        mine, whole = read_json(run / stage / "history.json"), read_json(one / stage / "history.json")
+        assert [entry["step"] for entry in mine] == [entry["step"] for entry in whole]
+        for key in ("loss", "gradient_norm"):
+            np.testing.assert_allclose(
+                [entry[key] for entry in mine],
+                [entry[key] for entry in whole],
+                rtol=tolerance,
+                err_msg=f"{stage} {key}",
+            )
+    for stage, tolerance in {"transfer": 6e-3, "baseline": 1e-5}.items():
+        mine, whole = (AutoModelForCausalLM.from_pretrained(folder / stage).state_dict() for folder in (run, one))
+        assert mine.keys() == whole.keys()
+        for key, weight in whole.items():
+            assert mine[key].shape == weight.shape and weight.numel()
+            assert (mine[key] - weight).norm() <= tolerance * weight.norm(), f"{stage} {key}"
+
+
+def test_accumulated_parts_are_one_batch(one, workshop, tmp_path):
+    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", *SHORT, "training.accumulate=4")
+    assert_same(tmp_path / "run", one)
+
+
+def test_fsdp_configuration_is_data_parallel_on_a_cpu(one, workshop, tmp_path):
+    """Two processes with two parts each; accelerate makes DDP of FSDP where there is no GPU."""
+    finished(words("fsdp", workshop, tmp_path / "run", "training.accumulate=2"))
+    assert_same(tmp_path / "run", one)
+
+
+def test_fully_sharded(one, workshop, tmp_path):
+    """Each process keeps half of every parameter, in torch's own fully_shard; the finished student is whole."""
+    finished(
+        ["torchrun", "--nproc_per_node", "2", "tests/launching/sharded.py", f"{workshop}/recipe.yaml"]
+        + [f"run_dir={tmp_path}/run", *SHORT]
+    )
+    assert_same(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_killed_goes_on(one, workshop, tmp_path, stage):
+    """SIGKILL to every process after a checkpoint; the same command ends at the same student as one process does."""
+    run = tmp_path / "run"
+    line = words(f"zero{stage}", workshop, run)
+    steps = run / "transfer.partial/steps"
+    with subprocess.Popen(
+        line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as launcher:
+        try:
+            while not (steps.is_dir() and any(path.name.isdigit() for path in steps.iterdir())):
+                assert launcher.poll() is None
+                time.sleep(0.005)
+        finally:  # its processes have sessions of their own, and would go on
+            kin = [path.read_text().split() for path in Path(f"/proc/{launcher.pid}/task").glob("*/children")]
+            for pid in [launcher.pid, *(int(word) for group in kin for word in group)]:
+                os.kill(pid, signal.SIGKILL)
+    assert not (run / "transfer").exists()
+    student = AutoModelForCausalLM.from_pretrained(run / "transfer.partial/activations")
+    newest = max(path for path in steps.iterdir() if path.name.isdigit())
+    assert_holds_the_student_only(newest / "pytorch_model", student)
+    assert "(goes on)" in finished(line).stdout
+    assert_same(run, one)
+
+
+def assert_holds_the_student_only(folder, student):
+    """A DeepSpeed checkpoint: no weight of a teacher, and optimizer state for each number of the student, once."""
+    import deepspeed  # noqa: F401  (its classes are in the files)
+
+    names = {f"model.{name}" for name, _ in student.named_parameters()}
+    for path in folder.glob("*model_states.pt"):
+        module = torch.load(path, weights_only=False)["module"]
+        assert module.keys() == names | {"head"}  # the vocabulary projection, under both names
+    held = 0
+    for path in folder.glob("*optim_states.pt"):
+        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        held += sum(
+            part.numel() for part in state.get("fp32_flat_groups", state.get("single_partition_of_fp32_groups"))
+        )
+    count = sum(parameter.numel() for parameter in student.parameters())
+    assert count <= held <= count + 8, "the student's own, and what evens out the processes' shares"
+
+
+def test_the_teacher_is_in_no_optimizer(workshop, tmp_path, monkeypatch):
+    """Nor wrapped for a launch: what is prepared are the student's parameters, all of them."""
+    seen, prepare = [], Accelerator.prepare
+
+    def spied(self, model, optimizer):
+        seen.append(({id(p) for p in model.parameters()}, [p for g in optimizer.param_groups for p in g["params"]]))
+        return prepare(self, model, optimizer)
+
+    monkeypatch.setattr(Accelerator, "prepare", spied)
+    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", *SHORT)
+    size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "run/transfer").parameters())
+    assert [len(optimised) > 0 and {id(p) for p in optimised} <= owned for owned, optimised in seen] == 3 * [True]
+    assert [sum(p.numel() for p in optimised) for _, optimised in seen][1:] == [size, size]
+    assert 0 < sum(p.numel() for p in seen[0][1]) < size, "mixers only"
+
+
+def test_one_process_for_several_is_refused(workshop, tmp_path):
+    """`--cpu --num_processes 2` starts a single process and says nothing."""
+    line = [
+        "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        f"{workshop}/recipe.yaml",
+        f"run_dir={tmp_path}/run",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    said = [text for text in done.stderr.splitlines() if text.startswith("scavenger: ")]
+    assert done.returncode and len(said) == 1 and "several processes were asked for" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("overrides, place", [((), "transfer.activations"), (("training.accumulate=3",), "transfer")])
+def test_a_batch_that_the_parts_do_not_divide_is_refused(workshop, monkeypatch, overrides, place):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    told(monkeypatch, num_processes=3)
+    with pytest.raises(
+        RecipeError, match=rf"{place}.*batch_size: found 4; expected a multiple of (3|9), processes \(3\)"
+    ):
+        processes.start(load_recipe(str(workshop / "recipe.yaml"), list(overrides)))
+
+
+def test_the_phase_that_does_not_divide_is_named(workshop, monkeypatch):
+    told(monkeypatch)
+    values = yaml.safe_load((workshop / "recipe.yaml").read_text())["transfer"]["logits"]
+    phases = f"transfer.logits=[{values}, {values | {'batch_size': 6}}]"
+    with pytest.raises(RecipeError, match=r"transfer.logits.1.batch_size: found 6; expected a multiple of 4"):
+        processes.start(load_recipe(str(workshop / "recipe.yaml"), [phases, "training.accumulate=4"]))
+
+
+def test_deepspeed_is_told_what_the_other_launches_do(workshop, monkeypatch):
+    """Half precision by autocast, and no casting of filters; transformers does not split what it loads."""
+    config = {"bf16": {"enabled": True}}
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    made = told(monkeypatch, distributed_type=DistributedType.DEEPSPEED, state=state, mixed_precision="bf16")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # as its launcher says
+    recipe = str(workshop / "recipe.yaml")
+    processes.start(load_recipe(recipe, ["training.accumulate=2"]))
+    assert not config["bf16"]["enabled"] and config["train_micro_batch_size_per_gpu"] == 1
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "2"
+    assert made["gradient_accumulation_steps"] == 2
+    if not torch.cuda.is_available():
+        assert not made["cpu"] and made["kwargs_handlers"][0].backend == "gloo"
+    with pytest.raises(RecipeError, match="student.filter.form: found modal; expected implicit under DeepSpeed"):
+        processes.start(load_recipe(recipe, ["student.filter.form=modal"]))
+
+
+def test_fsdp_is_of_version_two_and_casts_no_filter(workshop, monkeypatch):
+    plugin = SimpleNamespace(mixed_precision_policy="bfloat16 for all")
+    kind = {"distributed_type": DistributedType.FSDP, "state": SimpleNamespace(fsdp_plugin=plugin)}
+    recipe = load_recipe(str(workshop / "recipe.yaml"))
+    told(monkeypatch, **kind, is_fsdp2=True)
+    processes.start(recipe)
+    assert plugin.mixed_precision_policy is None
+    told(monkeypatch, **kind, is_fsdp2=False)
+    with pytest.raises(RecipeError, match="FSDP of version 1; expected fsdp_version: 2"):
+        processes.start(recipe)
+
+
+def told(monkeypatch, **facts):
+    """An Accelerator that says it is of some launch; returns where the options it is made with will be."""
+    options = {}
+    usual = {"num_processes": 1, "device": torch.device("cpu"), "distributed_type": DistributedType.NO}
+    monkeypatch.setattr(
+        processes, "Accelerator", lambda **given: options.update(given) or SimpleNamespace(**usual | facts)
+    )
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    return options
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "tensorboard"])
+def test_trackers_stay_on_this_machine_and_tell_no_token(workshop, tmp_path, monkeypatch, capfd, tracker):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN"):
+        monkeypatch.setenv(name, "hf_SecretOfTheTest")
+
+    def refused(self, address):
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    scavenger(
+        workshop / "recipe.yaml", f"run_dir={tmp_path}/run", *SHORT, "baseline=null", f"training.tracker={tracker}"
+    )
+    if tracker == "trackio":
+        with sqlite3.connect(next((tmp_path / "trackio").glob("*.db"))) as database:
+            logged = database.execute("select metrics from metrics").fetchall()
+        assert sum("logits/loss" in str(row) for row in logged) == 3 and "logits/learning_rate" in str(logged)
+    else:
+        assert list((tmp_path / "run/logs").rglob("events*"))
+    assert "SecretOfTheTest" not in "".join(capfd.readouterr())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"SecretOfTheTest" in path.read_bytes()]
+
+
+def test_wandb_is_offline_without_an_account(workshop, monkeypatch, tmp_path):
+    told(monkeypatch)
+    find = processes.importlib.util.find_spec
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "wandb" or find(name))
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    recipe = load_recipe(str(workshop / "recipe.yaml"), ["training.tracker=wandb"])
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    processes.start(recipe)
+    assert os.environ["WANDB_MODE"] == "disabled", "who says otherwise is heard"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "a key")
+    processes.start(recipe)
+    assert "WANDB_MODE" not in os.environ
+    monkeypatch.delenv("WANDB_API_KEY")
+    processes.start(recipe)
+    assert os.environ.pop("WANDB_MODE") == "offline"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
+def test_configurations_are_for_gpus_and_say_so(name):
+    text = (ROOT / f"accelerate_configs/{name}.yaml").read_text()
+    values = yaml.safe_load(text)
+    assert text.startswith("# ") and "`--num_processes` says otherwise" in text
+    assert values["mixed_precision"] == "bf16" and not values["use_cpu"] and values["num_processes"] == 8
+    if name.startswith("zero"):
+        from scavenger.training import MAX_GRADIENT_NORM
+
+        found = values["deepspeed_config"]
+        assert found["gradient_clipping"] == MAX_GRADIENT_NORM and found["zero_stage"] == int(name[-1])
+        assert not found["zero3_init_flag"]
