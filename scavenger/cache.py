@@ -364,36 +364,18 @@ def _outputs(frozen, ids, kinds):
     if not tops:
         inputs, outputs = teacher.attention(frozen, ids, layers)
     else:
-        with _listening(frozen, layers) as (inputs, outputs):
+        with teacher.listening(frozen, layers) as (inputs, outputs):
             last, _ = teacher.hidden_states(frozen, ids, False)
     found = {}
     for side, heard in (("inputs", inputs), ("outputs", outputs)):
         found |= {f"{ACTIVATIONS}.{side}.{layer}": _halved(x).cpu() for layer, x in heard.items()}
     for kind in tops:
         log_p, tokens, log_rest = most_likely(last, frozen.lm_head.weight, int(kind.removeprefix("top")))
-        log_p, log_rest = (
-            log_p - log_p[..., :1],
-            log_rest - log_p[..., 0],
-        )  # float16 is finest about 0: at the likeliest
+        # float16 is finest about 0: at the likeliest.
+        log_p, log_rest = log_p - log_p[..., :1], log_rest - log_p[..., 0]
         kept = losses.TopK(log_p.half(), tokens.to(_token_type(frozen.config)), log_rest.float())
         found |= {f"{kind}.{name}": item.cpu() for name, item in kept._asdict().items()}
     return found
-
-
-@contextlib.contextmanager
-def _listening(model, layers):
-    """While the model runs, what the attention of each of `layers` takes in and gives out."""
-    inputs, outputs = {}, {}
-
-    def hear(layer, module, args, kwargs, output):
-        inputs[layer] = args[0] if args else kwargs["hidden_states"]
-        outputs[layer] = output[0]
-
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            heard = model.gpt_neox.layers[layer].attention
-            stack.callback(heard.register_forward_hook(functools.partial(hear, layer), with_kwargs=True).remove)
-        yield inputs, outputs
 
 
 def _halved(x):

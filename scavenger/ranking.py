@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import GPTNeoXForCausalLM
 
-from scavenger import checkpoint, data, measure, student, teacher, transfer
+from scavenger import cache, checkpoint, data, measure, student, teacher, transfer
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, RecipeError, resolved, teacher_shape
 
@@ -27,7 +27,8 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> list[dict]:
     """Make `ranking/`: ranking.json, ranking.png; returns one entry per layer, the one that matters most first."""
     folder = run_dir / "ranking"
     frozen = teacher.load(recipe, run_dir).to(accelerator.device)
-    matched = transfer.match_activations(recipe, run_dir, frozen, run_dir / "activations", accelerator, tokenizer)
+    kept = cache.run(recipe, run_dir, frozen, accelerator)
+    matched = transfer.match_activations(recipe, run_dir, frozen, run_dir / "activations", accelerator, tokenizer, kept)
     if accelerator.is_main_process and not checkpoint.complete(folder):
         beside = checkpoint.partial(folder)
         shutil.rmtree(beside, ignore_errors=True)
@@ -66,6 +67,7 @@ def without_attention(recipe: Recipe) -> Recipe:
                 dataclasses.replace(phase, schedule="parallel", flat=None) for phase in recipe.transfer.activations
             ),
         ),
+        cache=dataclasses.replace(recipe.cache, logits=None) if recipe.cache and recipe.cache.activations else None,
         baseline=None,
         recurrence=None,
         report=None,

@@ -1,6 +1,7 @@
 """The teacher: a GPT-NeoX, loaded or trained here, frozen; and what goes in and out of its attention layers."""
 
 import contextlib
+import functools
 import platform
 import time
 from collections.abc import Sequence
@@ -126,27 +127,39 @@ def configuration(recipe: Recipe, tokenizer) -> GPTNeoXConfig:
 def attention(model: GPTNeoXForCausalLM, ids: Tensor, layers: Sequence[int]) -> tuple[dict, dict]:
     """What the attention of each of `layers` takes in and gives out, both {layer: (batch, length, channel)}.
 
-    The model is run up to the last of them and no further. Hooks, because `output_hidden_states` gives blocks, not
-    mixers, and its last entry is past the final norm.
+    The model is run up to the last of them and no further.
+    """
+
+    def stop(module, args, output):
+        raise _Deep
+
+    with listening(model, layers) as heard:
+        last = model.gpt_neox.layers[max(layers)].attention.register_forward_hook(stop)
+        try:
+            with contextlib.suppress(_Deep):
+                model.gpt_neox(input_ids=ids, use_cache=False)
+        finally:
+            last.remove()
+    return heard
+
+
+@contextlib.contextmanager
+def listening(model: GPTNeoXForCausalLM, layers: Sequence[int]):
+    """While the model runs inside, ({layer: input}, {layer: output}) of the attention of `layers` fill.
+
+    Hooks, because `output_hidden_states` gives blocks, not mixers, and its last entry is past the final norm.
     """
     inputs, outputs = {}, {}
 
-    def keep(index):
-        def hook(module, args, kwargs, output):
-            inputs[index] = args[0] if args else kwargs["hidden_states"]
-            outputs[index] = output[0]
-            if len(outputs) == len(layers):
-                raise _Deep
-
-        return hook
+    def hear(layer, module, args, kwargs, output):
+        inputs[layer] = args[0] if args else kwargs["hidden_states"]
+        outputs[layer] = output[0]
 
     with contextlib.ExitStack() as stack:
-        for index in layers:
-            hooked = model.gpt_neox.layers[index].attention
-            stack.callback(hooked.register_forward_hook(keep(index), with_kwargs=True).remove)
-        with contextlib.suppress(_Deep):
-            model.gpt_neox(input_ids=ids, use_cache=False)
-    return inputs, outputs
+        for layer in layers:
+            heard = model.gpt_neox.layers[layer].attention
+            stack.callback(heard.register_forward_hook(functools.partial(hear, layer), with_kwargs=True).remove)
+        yield inputs, outputs
 
 
 @torch.no_grad()
