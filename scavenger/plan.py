@@ -40,7 +40,7 @@ from scavenger.recipe import PYTHIA_SHAPES, Activations, Logits, Recipe, Stage, 
 # sequence in models of two depths is. On a GPU each is timed as it is, if its memory allows.
 TIMED_WHOLE = 1e11
 TIMED = 3  # steps; the middle one counts
-SHORTER = 4  # memory is counted in a sequence this many times shorter where the step is not timed as it is
+SHORTER = 8  # memory is counted in a sequence this many times shorter where the step is not timed as it is
 READING = {"parallel": "teacher", "progressive": "below", "joint": "student"}  # what the mixers read
 TOLERANCES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3)  # that the table of recurrences shows, beside the recipe's own
 PLANNED_FILTERS = 16  # of each layer that the table is made from, so that it takes seconds
@@ -367,7 +367,8 @@ def _tried_small(recipe, config, phase, layers, rows, device):
     length, matching = recipe.data.context_length, isinstance(phase, Activations)
     vocabulary = min(config.vocab_size, max(1024, losses.CHUNK_BYTES // (8 * length)))  # logits beyond any cache
     found = []
-    for depth in (1, 2) if matching else (0, 1):
+    fewest = int(matching or getattr(phase, "trained", None) == "mixers")  # layers without which nothing is trained
+    for depth in (fewest, fewest + 1):
         small = copy.copy(config)
         small.num_hidden_layers, small.vocab_size = depth, 1024 if matching else vocabulary
         own = range(depth)[-1:] if matching and phase.schedule == "progressive" else range(depth)
@@ -380,12 +381,14 @@ def _tried_small(recipe, config, phase, layers, rows, device):
         deep = max(layers) if phase.schedule != "progressive" else sum(layers) / len(layers)
         part, step = rows * (base + deep * (more - base)), rows * (least + max(layers) * (most - least))
     else:
-        part = rows * (config.vocab_size / vocabulary * base + config.num_hidden_layers * (more - base))
+        layer, kept = more - base, most - least
+        head, held = base - fewest * layer, least - fewest * kept
+        part = rows * (config.vocab_size / vocabulary * head + config.num_hidden_layers * layer)
         # The gradient of the head is there once; of the logits, a chunk.
         weight = 4 * vocabulary * config.hidden_size
         chunk = min(losses.CHUNK_BYTES, 4 * length // SHORTER * vocabulary)
-        chunks = (least / SHORTER - weight) / chunk
-        step = rows * config.num_hidden_layers * (most - least) + 4 * config.vocab_size * config.hidden_size
+        chunks = (held / SHORTER - weight) / chunk
+        step = rows * config.num_hidden_layers * kept + 4 * config.vocab_size * config.hidden_size
         step += chunks * min(losses.CHUNK_BYTES, 4 * rows * length * config.vocab_size)
     trained = _trained(recipe, config, phase, layers)
     return part, update * trained, _held(recipe, config, phase, trained, device) | {"step": step}
@@ -451,7 +454,7 @@ class _Rehearsal:
         afterwards they are.
         """
         if accumulated:
-            self.part(rows, length)
+            self.part(1, 8)
         with Allocations() as found:
             self.part(rows, length)
         return found.peak if accumulated else max(0, found.peak - 4 * self.trained)

@@ -7,9 +7,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from reference import assert_close
 from transformers import GPTNeoXForCausalLM
 
@@ -180,3 +182,53 @@ def test_floors(decoding):
         if isinstance(contender.model, GPTNeoXForCausalLM):
             small = sum(p.nbytes for p in contender.model.parameters() if p.ndim == 1)
             assert floor["bytes"] == 4 * weights + small + 3 * layers * 2 * 4 * width * 32
+
+
+@pytest.fixture(scope="module")
+def stages():
+    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/transfer.py"))
+
+
+def test_transfer_command(stages, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "transfer.md"
+    monkeypatch.setattr(sys, "argv", ["transfer.py", "--shapes", "tiny", "--rounds", "2", "--output", str(page)])
+    assert stages["main"]() == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["shapes"]["tiny"]
+    rows = {row["name"]: row for row in found["rows"]}
+    assert len(rows) == 9 and rows["next tokens"]["of_plain"] == 1
+    for name, row in rows.items():
+        numbers = [row[key] for key in ("step", "loss", "update", "log", "of_plain", "tokens_per_second")]
+        assert all(0 < number < math.inf for number in numbers), name
+        assert row["tokens_per_second"] == pytest.approx(2 * 256 / row["step"])
+        bare = name in ("activations, joint", "activations, progressive")
+        assert (row["floor"] is None) == (row["of_the_floor"] is None) == bare
+    assert 0 < found["peaks"]["in chunks"] <= found["peaks"]["all at once"]
+    shown = page.read_text()
+    assert "logits, forward_kl, cached 64" in shown and "--shapes tiny" in shown and "peak of a logit step" in shown
+    monkeypatch.setattr(sys, "argv", ["transfer.py", "--rounds", "0"])
+    assert stages["main"]() == 2
+    assert capsys.readouterr().err == "transfer: error: --rounds: found 0; expected 1 or more\n"
+
+
+def test_rows_of_transfer_are_the_trainings_of_a_run(stages, tmp_path):
+    """What is timed is what the stages give to the loop; the loop's own steps are counted from batch to batch."""
+    shape = stages["Shape"]("tiny", tmp_path, Accelerator(cpu=True))
+    rows = shape.trainings()
+    kinds = {name: type(row.model).__name__ for name, row in rows.items()}
+    assert set(kinds.values()) == {"NextTokens", "MixerMatching", "LogitMatching"}
+    assert (
+        rows["activations, parallel"].model.layers == (0, 1)
+        and rows["activations, parallel"].model.reading == "teacher"
+    )
+    assert rows["activations, progressive"].model.layers == (1,), "the layer in the middle"
+    assert rows["activations, joint"].model.reading == "student"
+    row = rows["logits, reverse_kl"]
+    assert row.model.phase.objective == "reverse_kl"
+    before = [p.detach().clone() for p in row.parameters]
+    read = []
+    row.batch, whole = lambda step: read.append(step) or whole(step), row.batch
+    assert row.loop(3, torch.device("cpu")) > 0 and read == list(range(5))
+    assert any(not torch.equal(p, was) for p, was in zip(row.parameters, before, strict=True))
+    # In chunks of a few rows as at once, and the chunks hold less.
+    with mock.patch("scavenger.losses.CHUNK_BYTES", 4 * 97 * 50):
+        assert row.peak() < rows["logits, forward_kl"].peak()

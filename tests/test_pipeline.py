@@ -343,7 +343,7 @@ def test_a_teacher_is_trained(tmp_path):
 
 
 def test_learning_rate_schedule():
-    stage = load_recipe(str(ROOT / "recipes/quickstart.yaml")).transfer.logits
+    stage = load_recipe(str(ROOT / "recipes/quickstart.yaml")).transfer.logits[0]
     rates = [training.learning_rate(stage, step) for step in range(stage.steps)]
     assert max(rates) == pytest.approx(stage.learning_rate) and rates.index(max(rates)) in (
         stage.warmup_steps - 1,
