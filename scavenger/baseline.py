@@ -3,7 +3,7 @@
 import bisect
 from pathlib import Path
 
-from scavenger import checkpoint, data, student, teacher, training
+from scavenger import checkpoint, data, student, teacher, training, transfer
 from scavenger.recipe import Recipe, Stage
 
 
@@ -33,7 +33,7 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
         checkpoint.partial(folder) / "steps",
         accelerator,
         recipe,
-        begins=stage.steps,
+        begins=transfer.taught(recipe) + stage.steps,
     )
     checkpoint.finish_model(model, tokenizer, history, folder, accelerator)
     return folder

@@ -106,7 +106,7 @@ def _synchronise(path):
 
 
 def _sweep(folder):
-    """Remove what only making the folder needed: step checkpoints, and the turns of a progressive schedule."""
+    """Remove what only making the folder needed: step checkpoints, and the students between turns."""
     for path in [folder / "steps", *folder.glob("turn_*")]:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -56,6 +56,11 @@ def start(recipe: Recipe) -> Accelerator:
             "configuration such as accelerate_configs/cpu_two_processes.yaml"
         )
     _require_whole_parts(recipe, accelerator.num_processes)
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise RecipeError(
+            f"launch: found mixed_precision {accelerator.mixed_precision}; expected bf16 or no: in float16 the "
+            "gradients of a mean over a batch's tokens round to nothing"
+        )
     if accelerator.device.type == "cpu":
         # accelerate leaves one thread to a process; the machine's cores are what there is.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -127,11 +132,10 @@ def _fit_deepspeed(recipe, accelerator):
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     # It wants the sequences of a part before it sees one, and only checks its own arithmetic by it.
     config["train_micro_batch_size_per_gpu"] = 1
-    if accelerator.mixed_precision in ("bf16", "fp16"):
+    if accelerator.mixed_precision == "bf16":
         # Its own half precision would cast all parameters, filters too; autocast is what the other launches have.
-        half = {"bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
-        config |= {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
-        config["torch_autocast"] = {"enabled": True, "dtype": half, "lower_precision_safe_modules": []}
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def _fit_fsdp(accelerator):

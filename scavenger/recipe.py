@@ -274,7 +274,7 @@ class Logits(Stage):
     """Match the teacher's distribution."""
 
     trained: Literal["mixers", "everything"] = "everything"
-    rest_learning_rate: float | None = None  # of all that is no mixer; None: learning_rate
+    rest_learning_rate: float | None = None  # of all that is no mixer (kept attention is one); None: the same
     objective: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
     temperature: float = 1.0  # of both distributions; the loss is multiplied by its square
     cross_entropy: float = 0.0  # loss = (1 - cross_entropy) objective + cross_entropy CE

@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter  # noqa: E402
 
 NAMES = ("teacher", "pre-trained", "distilled", "recurrent")
 COLOURS = dict(zip(NAMES, ("#333333", "#c26d2d", "#2d6fc2", "#2f9e62"), strict=True))
+TIMES = ("teacher", "student", "data", "checkpoints")  # as the log of a training shares out its time
 PROMPT_TOKENS = 48  # of held-out text, that every sample goes on from
 
 
@@ -112,8 +113,8 @@ def trainings(run_dir: Path, recipe: Recipe) -> list[dict]:
     first = len(read(run_dir / "transfer" / "activations" / "turns.json"))
     folders = {run_dir / "transfer" / "activations": turns[:first], run_dir / "transfer": turns[first:]}
     if (run_dir / "baseline").is_dir():
-        steps = sum(turn["steps"] for turn in turns)
-        folders[run_dir / "baseline"] = [{"name": "baseline", "steps": steps, "batch_size": turns[-1]["batch_size"]}]
+        steps, sequences = sum(turn["steps"] for turn in turns), transfer.sequences(run_dir / "transfer")
+        folders[run_dir / "baseline"] = [{"name": "baseline", "steps": steps, "sequences": sequences}]
     for folder, own in folders.items():
         history, before = read(folder / "history.json"), 0
         for turn in own:
@@ -123,15 +124,13 @@ def trainings(run_dir: Path, recipe: Recipe) -> list[dict]:
                 {
                     "name": turn["name"],
                     "steps": turn["steps"],
-                    "tokens": turn["steps"] * turn["batch_size"] * recipe.data.context_length,
+                    "tokens": (turn.get("sequences") or turn["steps"] * turn["batch_size"])
+                    * recipe.data.context_length,
                     "seconds": entries[-1]["seconds"],
                     "loss": entries[-1]["loss"],
                     "skipped": entries[-1].get("skipped", 0),
                 }
-                | {
-                    f"time_in_{what}": statistics.mean(entry[f"time_in_{what}"] for entry in entries)
-                    for what in ("teacher", "student", "data")
-                }
+                | {f"time_in_{what}": statistics.mean(entry[f"time_in_{what}"] for entry in entries) for what in TIMES}
             )
     return found
 
@@ -326,9 +325,7 @@ def _trainings_section(figures):
             "tokens",
             "seconds",
             "tokens/s",
-            "in the teacher",
-            "in the student",
-            "in data",
+            *(f"in {what}" for what in TIMES),
             "skipped",
             "loss",
         ],
@@ -339,7 +336,7 @@ def _trainings_section(figures):
                 f"{row['tokens']:,}",
                 f"{row['seconds']:,.0f}",
                 f"{row['tokens'] / row['seconds']:,.0f}",
-                *(f"{100 * row[f'time_in_{what}']:.0f} %" for what in ("teacher", "student", "data")),
+                *(f"{100 * row[f'time_in_{what}']:.0f} %" for what in TIMES),
                 f"{row['skipped']:,}",
                 f"{row['loss']:.4f}",
             ]

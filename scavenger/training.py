@@ -63,7 +63,10 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
     start, history = checkpoint.resume_step(steps_dir, accelerator, recipe)
     # A checkpoint that a signal asked for lies between two entries of the log.
-    since = _Since(**history.pop()["since"]) if history and "since" in history[-1] else _Since()
+    if history and "since" in history[-1]:
+        since = _Since(**history.pop()["since"]).shared(accelerator.num_processes)
+    else:
+        since = _Since(skipped=history[-1].get("skipped", 0) if history else 0)
     modal = [module for module in model.modules() if isinstance(module, ModalFilter)]
     clock = _Clock(accelerator.device, since.seconds or (history[-1]["seconds"] if history else 0.0))
     settings, parts = recipe.training, accelerator.num_processes * recipe.training.accumulate
@@ -79,6 +82,7 @@ def train(
     )
     with bar, interruption.postponed() as signal:
         for step in range(start, 0 if ended else stage.steps):
+            clock.lap("checkpoints")  # and what was looked up for the log
             for group in optimizer.param_groups:
                 group["lr"] = group["share"] * learning_rate(stage, step)
             whole = batch(step)
@@ -101,9 +105,13 @@ def train(
             if bad:
                 optimizer.zero_grad()
                 since.skip()
-                deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-                if since.in_a_row == MOST_SKIPPED or deepspeed:  # DeepSpeed has made the step already
-                    _give_up(name, stage, step, whole, value, norm, since.in_a_row, steps_dir, accelerator)
+                lost = None
+                if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                    lost = "and DeepSpeed has made the step"
+                elif since.in_a_row == MOST_SKIPPED or step + 1 == stage.steps and not history and not since.steps:
+                    lost = f"for {since.in_a_row} steps in a row"
+                if lost is not None:
+                    _give_up(name, stage, step, whole, value, norm, lost, steps_dir, accelerator)
             else:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -115,16 +123,19 @@ def train(
             logs = (step + 1) % settings.log_every == 0 or step + 1 == stage.steps
             if logs and since.steps:
                 entry = {"step": step + 1, "seconds": clock.seconds} | since.means(accelerator)
-                entry |= clock.rates(whole.ids.numel() * (step + 1 - (history[-1]["step"] if history else 0)))
-                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == stage.steps:
-                    entry |= watch()
+                before = max(start, history[-1]["step"] if history else 0)
+                entry |= clock.rates(whole.ids.numel() * (step + 1 - before))
                 if look is not None and (step + 1) % stage.look_every == 0:
                     entry["held_out"] = look(model)
                 history.append(entry)
-                since = _Since(skipped=since.skipped, in_a_row=since.in_a_row)
                 ended = _is_flat(stage, history)
+                if ended or (step + 1) % settings.checkpoint_every == 0 or step + 1 == stage.steps:
+                    entry |= watch()
+                since = _Since(skipped=since.skipped, in_a_row=since.in_a_row)
                 _log(name, entry, learning_rate(stage, step), rest_rate, begins, accelerator)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
+            elif step + 1 == stage.steps:  # the last entry says how far it went, learned or not
+                history.append(history[-1] | {"step": step + 1, "skipped": since.skipped})
             done = ended or step + 1 == stage.steps
             if stop or not done and (step + 1) % settings.checkpoint_every == 0:
                 unlogged = since.saved(clock.seconds, accelerator)
@@ -165,7 +176,7 @@ class NextTokens(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden = self.model.gpt_neox(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         following, counts = losses.following(ids, mask)
-        one = torch.ones(1, dtype=hidden.dtype, device=hidden.device)
+        one = torch.ones(1, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
 
         def terms(logits, rows):
             return (losses.cross_entropy(logits, following[rows]) * counts[rows]).sum()[None]
@@ -200,6 +211,10 @@ class _Since:
         self.skipped += 1
         self.in_a_row += 1
 
+    def shared(self, processes):
+        """What was saved, an equal share of which each process goes on with."""
+        return dataclasses.replace(self, sums={key: item / processes for key, item in self.sums.items()})
+
     def means(self, accelerator):
         found = {key: _total(item, accelerator) / self.steps for key, item in self.sums.items()}
         return found | {"gradient_norm": self.norms / self.steps} | ({"skipped": self.skipped} if self.skipped else {})
@@ -208,8 +223,7 @@ class _Since:
         """As an entry behind the log's last; none where the log is up to date."""
         if not self.steps and not self.in_a_row:
             return []
-        # Each process goes on with an equal share of what all have seen.
-        sums = {key: _total(item, accelerator) / accelerator.num_processes for key, item in self.sums.items()}
+        sums = {key: _total(item, accelerator) for key, item in self.sums.items()}
         return [{"since": dataclasses.asdict(self) | {"sums": sums, "seconds": seconds}}]
 
 
@@ -229,7 +243,7 @@ class _Clock:
         self.marks.append((what, self._now()))
 
     def rates(self, tokens):
-        """Tokens a second since the last call, and the share of time in data, teacher and student."""
+        """Tokens a second since the last call, and the share of time in data, teacher, student and checkpoints."""
         spent = {}
         for (_, before), (what, after) in itertools.pairwise(self.marks):
             spent[what] = spent.get(what, 0.0) + self._between(before, after)
@@ -312,16 +326,15 @@ def _log(name, entry, rate, rest_rate, begins, accelerator):
     accelerator.log(values, step=begins + entry["step"])
 
 
-def _give_up(name, stage, step, whole, value, norm, count, steps_dir, accelerator):
+def _give_up(name, stage, step, whole, value, norm, lost, steps_dir, accelerator):
     """Keep what the batch was, for whoever wants to look at it, and end."""
     path = steps_dir.parent / "nonfinite.json"
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         # NaN is no JSON: as text.
         found = {"stage": name, "step": step + 1, "loss": str(value), "gradient_norm": str(norm)}
-        checkpoint.write_json(path, found | {"skipped_in_a_row": count, "rows": whole.rows.tolist()})
-    times = f"for {count} steps in a row" if count > 1 else "and DeepSpeed has made the step"
+        checkpoint.write_json(path, found | {"rows": whole.rows.tolist()})
     raise RecipeError(
-        f"{name}: loss {value:.3g}, gradient norm {norm:.3g} at step {step + 1}, {times}; expected finite ones: lower "
+        f"{name}: loss {value:.3g}, gradient norm {norm:.3g} at step {step + 1}, {lost}; expected finite ones: lower "
         f"the learning rate ({stage.learning_rate}); the batch is named in {path}, the last checkpoint is intact"
     )

@@ -79,13 +79,16 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer, k
 
         @torch.no_grad()
         def look(module):
-            text = data.blocks(run_dir / "data", "validation")[:LOOKED_AT]
-            share = text[accelerator.process_index % len(text) :: accelerator.num_processes].astype("int64")
+            text, count = data.blocks(run_dir / "data", "validation")[:LOOKED_AT], accelerator.num_processes
+            # As many for each process, whose forwards may wait for one another; what is past the end does not count.
+            places = torch.arange(accelerator.process_index, -(-len(text) // count) * count, count)
+            ids = torch.from_numpy(text[(places % len(text)).numpy()].astype("int64")).to(accelerator.device)
             found = []
-            for ids in torch.from_numpy(share).to(accelerator.device).split(8):  # no more memory than a small batch
-                aim = teacher.attention(frozen, ids, turn.layers)
-                found.append(module(ids, torch.ones_like(ids, dtype=torch.bool), *aim)[0].mean(0))
-            return accelerator.reduce(torch.cat(found).mean(), reduction="mean").item()
+            for part in ids.split(8):  # no more memory than a small batch
+                aim = teacher.attention(frozen, part, turn.layers)
+                found.append(module(part, torch.ones_like(part, dtype=torch.bool), *aim)[0].mean(0))
+            own = torch.cat(found)[(places < len(text)).to(accelerator.device)]
+            return accelerator.reduce(own.sum(), reduction="sum").item() / len(text)
 
         return training.train(
             turn.name,
@@ -104,7 +107,7 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer, k
 
     turns = [turn for phase in recipe.transfer.activations for turn in _turns_of(phase, layers)]
     made = partial(student.from_teacher, recipe, frozen)
-    return _follow(turns, made, [], train, folder, accelerator, tokenizer)
+    return _follow(turns, made, [], train, folder, accelerator, tokenizer, taught(recipe))
 
 
 def match_logits(recipe, run_dir, frozen, between, folder, accelerator, tokenizer, kept=None) -> HyenaNeoXForCausalLM:
@@ -146,10 +149,10 @@ def match_logits(recipe, run_dir, frozen, between, folder, accelerator, tokenize
         Turn("logits" if index == 0 else f"logits {index + 1}", phase, ())
         for index, phase in enumerate(recipe.transfer.logits)
     ]
-    return _follow(turns, partial(_load, between), taken, train, folder, accelerator, tokenizer)
+    return _follow(turns, partial(_load, between), taken, train, folder, accelerator, tokenizer, taught(recipe))
 
 
-def _follow(turns, made, taken, train, folder, accelerator, tokenizer):
+def _follow(turns, made, taken, train, folder, accelerator, tokenizer, began):
     """One turn after the other, each from the student that the one before left; the last makes `folder`.
 
     `turns.json` beside each student says what was read for it, by this step and those before.
@@ -160,7 +163,7 @@ def _follow(turns, made, taken, train, folder, accelerator, tokenizer):
         reached = folder if last else checkpoint.partial(folder) / f"turn_{index:02d}"
         if not checkpoint.complete(reached):
             before = sum(turn["steps"] * turn["batch_size"] for turn in taken)
-            begins = sum(turn["steps"] for turn in taken)
+            begins = began + sum(turn["steps"] for turn in taken)
             model = made() if place is None else _load(place)
             turn = dataclasses.replace(turn, first=before)
             found, model = train(model, turn, checkpoint.partial(reached) / "steps", begins)
@@ -179,6 +182,11 @@ def _follow(turns, made, taken, train, folder, accelerator, tokenizer):
         history, taken = checkpoint.read_json(reached / "history.json"), checkpoint.read_json(reached / "turns.json")
         place = reached
     return _load(folder).to(accelerator.device)
+
+
+def taught(recipe: Recipe) -> int:
+    """The steps of the run before its transfer: those of a teacher that it trains."""
+    return recipe.teacher.train.steps if recipe.teacher.train else 0
 
 
 def sequences(folder: Path) -> int:
@@ -245,8 +253,8 @@ class LogitMatching(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, counts: Tensor, share: float, aim, last: Tensor | None, blocks: list):
         """The part's share of the loss, of what is logged beside it, and the mean Hankel tail.
 
-        `aim` is the teacher's head with what it reads, `last`, or its kept distribution; `counts` the positions of the
-        whole batch that count for the divergence and for the cross-entropy; `share` the part's of the whole batch.
+        `aim` is the teacher's head with what it reads, `last`, or its kept distribution without; `counts` the positions
+        of the whole batch that count for the divergence and for the cross-entropy; `share` the part's of the batch.
         """
         phase, body = self.phase, self.model.gpt_neox
         depths = list(_depths(body, ids))

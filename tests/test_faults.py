@@ -578,6 +578,21 @@ def test_a_step_without_a_number_is_skipped(workshop, tmp_path):
     assert all(math.isfinite(entry["loss"]) for entry in history)
 
 
+def test_skipped_steps_are_counted_to_the_end(workshop, tmp_path):
+    """Over a resumption, and where the last steps are skipped: what reads on begins behind them."""
+
+    def stopped(value, module):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        trained(workshop, tmp_path, {2: no_loss, 8: stopped}, 11)
+    (history, _), *_ = trained(workshop, tmp_path, {2: no_loss, 9: no_loss, 10: no_gradient}, 11)
+    counts = [(2, 0), (4, 1), (6, 1), (8, 1), (10, 2), (11, 3)]
+    assert [(entry["step"], entry.get("skipped", 0)) for entry in history] == counts
+    with pytest.raises(RecipeError, match="at step 3, for 3 steps in a row"):
+        trained(workshop, tmp_path / "short", dict.fromkeys(range(3), no_loss), 3)
+
+
 def test_many_steps_without_a_number_end_it(workshop, tmp_path):
     faults = dict.fromkeys(range(8, 8 + training.MOST_SKIPPED), no_gradient)
     with pytest.raises(RecipeError, match="line: .* at step 13.*nonfinite.json") as found:

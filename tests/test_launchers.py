@@ -297,3 +297,9 @@ def test_configurations_are_for_gpus_and_say_so(name):
         found = values["deepspeed_config"]
         assert found["gradient_clipping"] == MAX_GRADIENT_NORM and found["zero_stage"] == int(name[-1])
         assert not found["zero3_init_flag"]
+
+
+def test_float16_is_refused(workshop, monkeypatch):
+    told(monkeypatch, mixed_precision="fp16")
+    with pytest.raises(RecipeError, match="mixed_precision fp16; expected bf16 or no"):
+        processes.start(load_recipe(str(workshop / "recipe.yaml")))

@@ -111,7 +111,7 @@ def test_report(finished):
         "baseline": 20 * 4 * 48,
     }
     for name, row in rows.items():
-        shares = [row[f"time_in_{what}"] for what in ("teacher", "student", "data")]
+        shares = [row[f"time_in_{what}"] for what in ("teacher", "student", "data", "checkpoints")]
         assert sum(shares) == pytest.approx(1) and row["skipped"] == 0 and name in page
         assert (row["time_in_teacher"] < 0.05) == (name == "baseline"), "the baseline has no teacher"
 
