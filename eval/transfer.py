@@ -61,14 +61,14 @@ def run(folders: list[Path]) -> dict:
     """Every figure of the comparison; RecipeError, one line, for runs that cannot be compared."""
     runs = [(folder, transferred(folder)) for folder in folders]
     transformers_logging.disable_progress_bar()
-    rows = []
+    rows, teachers = [], {}
     for group in mixers.grouped(runs):
         distilled, pretrained = [], []
         for folder, recipe in tqdm(group, desc="transfer", unit="run", leave=False):
             frozen = teacher.load(recipe, folder).to(mixers.device())
-            distilled.append(of_student("transfer", frozen, recipe, folder))
+            distilled.append(of_student("transfer", frozen, recipe, folder, teachers))
             if (folder / "baseline").is_dir():
-                pretrained.append(of_student("baseline", frozen, recipe, folder))
+                pretrained.append(of_student("baseline", frozen, recipe, folder, teachers))
         sections = yaml.safe_load(resolved(group[0][1]))
         kept = {name: sections[name] for name in ("student", "transfer", "baseline")}
         rows.append({"student": "distilled", "schedule": schedule(group[0][1]), "sections": kept, "runs": distilled})
@@ -92,14 +92,20 @@ def transferred(folder: Path) -> Recipe:
     return load_recipe(str(folder / "recipe.yaml"))
 
 
-def of_student(kind: str, frozen, recipe: Recipe, folder: Path) -> dict:
-    """Held-out figures of the run's distilled (`transfer`) or pre-trained (`baseline`) student."""
+def of_student(kind: str, frozen, recipe: Recipe, folder: Path, teachers: dict) -> dict:
+    """Held-out figures of the run's distilled (`transfer`) or pre-trained (`baseline`) student.
+
+    `teachers` keeps the teacher's perplexity by text.
+    """
     model = HyenaNeoXForCausalLM.from_pretrained(folder / kind, dtype=torch.float32).to(mixers.device()).eval()
     found = {"run": mixers.shown(folder), "seed": recipe.seed}
     for split in ("test", "validation"):
         blocks = data.blocks(folder / "data", split)
-        own = measure.held_out(frozen, blocks).perplexity
-        held_out = measure.held_out(model, blocks, frozen)
+        text = blocks.tobytes()  # runs of one seed have read the same
+        if text not in teachers:
+            teachers[text] = measure.held_out(frozen, blocks).perplexity
+        own = teachers[text]
+        held_out = measure.held_out(model, blocks, frozen if split == "validation" else None)
         found |= {f"{split}_teacher": own, split: held_out.perplexity, f"{split}_ratio": held_out.perplexity / own}
     errors = None
     if kind == "transfer":

@@ -74,8 +74,11 @@ def run(recipe, plan_only=False) -> int:
     if recipe.hub:
         hub.require_token()
     accelerator = processes.start(recipe)
-    accelerator.print(plan.show(recipe, accelerator.num_processes) + "\n")
+    planned = plan.stages(recipe, accelerator.num_processes)
+    accelerator.print(plan.text(recipe, planned, accelerator.num_processes) + "\n")
     with opened(recipe, accelerator) as (run_dir, tokenizer):
+        if accelerator.is_main_process:
+            plan.write(planned, run_dir)
         for stage in (transfer, baseline, recurrence, report):
             name = stage.__name__.rpartition(".")[2]
             if getattr(recipe, name):  # a section has the name of the file that reads it

@@ -57,7 +57,7 @@ def run(recipe: Recipe, run_dir: Path, frozen: GPTNeoXForCausalLM, accelerator) 
     blocks = data.blocks(run_dir / "data", "train")
     wanted = _wanted(recipe, len(blocks))
     keys = _keys(blocks, np.unique(np.concatenate(list(wanted.values()))))
-    sizes = {kind: _row_bytes(kind, config, blocks.shape[1]) for kind in wanted}
+    sizes = {kind: row_bytes(kind, config, blocks.shape[1]) for kind in wanted}
     facts = _facts(recipe, frozen)
     folder = Path(settings.folder) / _name(facts)
     with _held(folder, accelerator):
@@ -105,7 +105,7 @@ class Cache:
         The rounding costs, in KL divergence from the unrounded, 7e-8 nats a position and 2e-7 at most (measured on the
         quickstart's teacher and text, 64 tokens kept).
         """
-        kind = _top_kind(self.logits)
+        kind = top_kind(self.logits)
         log_p, tokens, log_rest = (self._read(kind, rows, name).to(device) for name in losses.TopK._fields)
         log_p = log_p.float()
         total = torch.cat([log_p, log_rest[..., None]], -1).logsumexp(-1)
@@ -133,7 +133,7 @@ def _wanted(recipe, count):
     A phase that ends when it is flat leaves open where those after it begin: then from the earliest place it could be.
     """
     kinds = [ACTIVATIONS if recipe.cache.activations else None] * len(recipe.transfer.activations)
-    kinds += [_top_kind(recipe.cache.logits) if recipe.cache.logits else None] * len(recipe.transfer.logits)
+    kinds += [top_kind(recipe.cache.logits) if recipe.cache.logits else None] * len(recipe.transfer.logits)
     found, least, most = {}, 0, 0
     for phase, kind in zip(recipe.transfer.phases, kinds, strict=True):
         size = phase.steps * phase.batch_size
@@ -145,7 +145,7 @@ def _wanted(recipe, count):
     return found
 
 
-def _top_kind(kept):
+def top_kind(kept):
     return f"top{kept}"
 
 
@@ -161,7 +161,7 @@ def _keys(blocks, places):
     return keys
 
 
-def _row_bytes(kind, config, length):
+def row_bytes(kind, config, length):
     """Bytes of one sequence on the disk."""
     if kind == ACTIVATIONS:
         return 2 * 2 * config.num_hidden_layers * length * config.hidden_size

@@ -20,6 +20,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scavenger import (
     allocation,
+    cache,
     certificate,
     checkpoint,
     data,
@@ -41,7 +42,6 @@ from scavenger.recipe import PYTHIA_SHAPES, Activations, Logits, Recipe, Stage, 
 TIMED_WHOLE = 1e11
 TIMED = 3  # steps; the middle one counts
 SHORTER = 8  # memory is counted in a sequence this many times shorter where the step is not timed as it is
-READING = {"parallel": "teacher", "progressive": "below", "joint": "student"}  # what the mixers read
 TOLERANCES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3)  # that the table of recurrences shows, beside the recipe's own
 PLANNED_FILTERS = 16  # of each layer that the table is made from, so that it takes seconds
 PLANNED_SEQUENCES = 8  # of held-out text, likewise: the predicted KL is good to a half
@@ -411,7 +411,7 @@ class _Rehearsal:
             else:
                 model = HyenaNeoXForCausalLM(student.configuration(recipe, config))
         if isinstance(phase, Activations):
-            self.module = transfer.MixerMatching(model, layers, READING[phase.schedule], recipe.student.filter)
+            self.module = transfer.MixerMatching(model, layers, transfer.READING[phase.schedule], recipe.student.filter)
         elif isinstance(phase, Logits):
             self.module = transfer.LogitMatching(model, phase, recipe.student.filter)
         else:
@@ -586,15 +586,14 @@ def _student_line(recipe, config):
 
 
 def _cache_line(recipe, config):
-    """What the cache holds of each token: teacher's activations in float16, its likely tokens with their logarithms."""
-    each = 0
-    if recipe.cache.activations:
-        each += 2 * 2 * config.hidden_size * config.num_hidden_layers
-    if recipe.cache.logits:
-        each += recipe.cache.logits * (2 + (2 if config.vocab_size < 2**16 else 4)) + 2
+    """What the cache takes on the disk at most."""
+    settings, length = recipe.cache, recipe.data.context_length
+    kinds = [cache.ACTIVATIONS] if settings.activations else []
+    kinds += [cache.top_kind(settings.logits)] if settings.logits else []
+    each = sum(cache.row_bytes(kind, config, length) for kind in kinds) / length
     most = sum(phase.steps * phase.batch_size for phase in recipe.transfer.phases) * recipe.data.context_length
     return (
-        f"cache     {recipe.cache.folder}: {each:,} bytes a token, {each * most / 2**30:,.2f} GiB where all text is "
+        f"cache     {recipe.cache.folder}: {each:,.0f} bytes a token, {each * most / 2**30:,.2f} GiB where all text is "
         "read once and less where it is read again"
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from scavenger import certificate, checkpoint, data, energy, measure, teacher, transfer
+from scavenger import certificate, checkpoint, data, energy, measure, plan, teacher, transfer
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe
 
@@ -99,6 +99,7 @@ def measure_run(recipe: Recipe, run_dir: Path, device, tokenizer) -> dict:
             if path.is_file()
         },
         "trainings": trainings(run_dir, recipe),
+        "plan": plan.compared(run_dir),
         "energy": energy.rows(run_dir),
         "recurrence": read(recurrence) if recurrence.is_file() else None,
         "data": read(run_dir / "data" / "source.json"),
@@ -344,10 +345,16 @@ def _trainings_section(figures):
         ],
     )
     section = f'<h2>Trainings</h2><div class="wide">{table}</div>'
+    if figures["plan"]:
+        rows = [[row["stage"], f"{row['planned']:,.0f}", f"{row['taken']:,.0f}"] for row in figures["plan"]]
+        section += (
+            "<p>Seconds as the plan saw them, from a few timed steps, and as they were.</p>"
+            f'<div class="wide">{_html_table(["", "planned", "taken"], rows)}</div>'
+        )
     if figures["energy"]:
         header, *rows = figures["energy"]
         section += (
-            f"<p>Energy and CO2 by stage, of the first process's machine.</p>"
+            "<p>Energy and CO2 by stage, of the first process's machine.</p>"
             f'<div class="wide">{_html_table(header, rows)}</div>'
         )
     return section

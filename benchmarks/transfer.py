@@ -1,0 +1,351 @@
+"""Tokens per second of each training of stage one, beside plain training of the same student and beside its floor.
+
+    python benchmarks/transfer.py
+    python benchmarks/transfer.py --shapes pythia-70m --rounds 5 --output benchmarks/transfer.md
+
+The weights and the text are random; everything else is what a run has: its losses, and its loop. Each round takes every
+training in turn; a figure is the median over rounds. For each training:
+
+step             from one batch to the next in the loop
+loss + backward  alone, with the teacher's part
+update           clip and AdamW, alone; plain training pays it, too
+log              what is looked up in the filters for the log, once in `log_every` steps, alone
+floor            the same passes of the bare models, measured apart. Logits: the teacher's forward and the student's
+                 forward and backward, both with their heads; activations: the teacher's forward without its head, and
+                 forward and backward of the mixers alone
+of the floor     floor / (loss + backward): 1 is a loss that costs nothing
+of plain         tokens per second of the step against those of next-token training
+
+What the rows of `cached` read was written by the run's own cache before. The peak is of the tensors that the operations
+of a logit step make, gradients included: in chunks, and with all logits at once. The last line is JSON.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from scavenger import baseline, cache, checkpoint, losses, plan, student, training, transfer
+from scavenger.model.rotary import rotary_angles
+from scavenger.recipe import PYTHIA_SHAPES, Activations, Cache, Logits, Teacher, load_recipe
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# Recipe, sequences of a step, and steps that count in each round: of Pythia-70m what two cores do in minutes.
+SHAPES = {"tiny": ("quickstart", 2, 1), "quickstart": ("quickstart", 8, 4), "pythia-70m": ("neox70m", 1, 1)}
+PEAK = 4  # times a step's sequences, where memory is compared
+TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 97}
+KEPT = 64  # tokens of each position in the cache
+PLAIN = "next tokens"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["quickstart", "pythia-70m"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the tables there, as Markdown")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        print(f"transfer: error: --rounds: found {args.rounds}; expected 1 or more", file=sys.stderr)
+        return 2
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    summary = {
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+        "shapes": {},
+    }
+    for name in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measured(Shape(name, Path(folder), accelerator), args.rounds)
+        summary["shapes"][name] = found
+        print("\n".join(table(name, found)) + "\n", flush=True)
+    if args.output:
+        checkpoint.write_text(args.output, page(summary))
+    print(json.dumps(summary))
+    return 0
+
+
+class Shape:
+    """A teacher and a student of one size, a folder with what their trainings read, and those trainings."""
+
+    def __init__(self, name, folder, accelerator):
+        recipe_name, self.batch_size, self.steps = SHAPES[name]
+        recipe = load_recipe(str(RECIPES / f"{recipe_name}.yaml"), [f"run_dir={folder}", "training.accumulate=1"])
+        shape = TINY if name == "tiny" else PYTHIA_SHAPES.get(recipe.teacher.name)
+        config = GPTNeoXConfig(**shape) if shape else GPTNeoXConfig.from_pretrained(recipe.teacher.folder)
+        config.save_pretrained(folder / "teacher")
+        kept = () if name == "tiny" else recipe.student.attention_layers
+        self.recipe = dataclasses.replace(
+            recipe,
+            teacher=Teacher(path=str(folder / "teacher")),
+            student=dataclasses.replace(recipe.student, attention_layers=kept),
+            cache=None,
+        )
+        self.folder, self.accelerator, self.length = folder, accelerator, recipe.data.context_length
+        torch.manual_seed(recipe.seed)
+        self.frozen = GPTNeoXForCausalLM(config).requires_grad_(False).eval().to(accelerator.device)
+        self.layers = [layer for layer in range(config.num_hidden_layers) if layer not in kept]
+        (folder / "data").mkdir()
+        text = np.random.default_rng(0).integers(config.vocab_size, size=(4 * self.batch_size, self.length))
+        np.save(folder / "data/train.npy", text.astype(np.uint16))
+        student.from_teacher(self.recipe, self.frozen).save_pretrained(folder / "between")
+        checkpoint.write_json(folder / "between/turns.json", [])
+        (folder / "transfer").mkdir()
+        checkpoint.write_json(
+            folder / "transfer/turns.json", [{"first": 0, "steps": 100, "batch_size": self.batch_size}]
+        )
+
+    def trainings(self):
+        """The Training of each row, by its name."""
+        sizes = {"steps": 100, "batch_size": self.batch_size, "learning_rate": 1e-4}
+        found = {PLAIN: self._captured(baseline.run)}
+        for schedule in ("parallel", "joint", "progressive"):
+            found[f"activations, {schedule}"] = self._activations(Activations(schedule=schedule, **sizes))
+        found["activations, parallel, cached"] = self._activations(Activations(**sizes), Cache(activations=True))
+        for objective in ("forward_kl", "reverse_kl", "jensen_shannon"):
+            found[f"logits, {objective}"] = self._logits(Logits(objective=objective, **sizes))
+        found[f"logits, forward_kl, cached {KEPT}"] = self._logits(Logits(**sizes), Cache(logits=KEPT))
+        return found
+
+    def larger(self):
+        """The training by logits in batches where memory is compared."""
+        return self._logits(Logits(steps=100, batch_size=PEAK * self.batch_size, learning_rate=1e-4))
+
+    def floors(self):
+        """The passes that no loss can do without, by what a training's name begins with."""
+        model = student.from_teacher(self.recipe, self.frozen).to(self.accelerator.device)
+        ids = torch.randint(model.config.vocab_size, (self.batch_size, self.length), device=self.accelerator.device)
+        hidden = torch.randn(*ids.shape, model.config.hidden_size, device=ids.device)
+        positions = torch.arange(self.length, device=ids.device).expand(ids.shape)
+        cos, sin = rotary_angles(positions, model.config.rotary_channels, model.config.rotary_base, hidden.dtype)
+        mixers = [model.gpt_neox.layers[layer].mixer for layer in self.layers]
+
+        def whole(module, *inputs):
+            made = module(*inputs)
+            made = getattr(made, "logits", made)
+            made.backward(made.detach())
+            module.zero_grad()
+
+        @torch.no_grad()
+        def read(module):
+            module(input_ids=ids, use_cache=False)
+
+        return {
+            PLAIN: lambda: whole(model, ids),
+            "activations, parallel": lambda: (
+                [read(self.frozen.gpt_neox)] + [whole(m, hidden, cos, sin) for m in mixers]
+            ),
+            "activations, parallel, cached": lambda: [whole(m, hidden, cos, sin) for m in mixers],
+            "logits": lambda: [read(self.frozen), whole(model, ids)],
+            f"logits, forward_kl, cached {KEPT}": lambda: whole(model, ids),
+        }
+
+    def _activations(self, phase, settings=None):
+        # Of the layers in their turn, the one in the middle.
+        turn = len(self.layers) // 2 if phase.schedule == "progressive" else 0
+        with tempfile.TemporaryDirectory(dir=self.folder) as beside:
+            places = (Path(beside) / "made",)
+            return self._captured(transfer.match_activations, places, turn, settings, activations=phase)
+
+    def _logits(self, phase, settings=None):
+        places = self.folder / "between", self.folder / "made"
+        return self._captured(transfer.match_logits, places, 0, settings, logits=phase)
+
+    def _captured(self, call, places=(), turn=0, settings=None, **phases):
+        """What `call` would give to training.train, of its `turn`-th training; those before it are taken as made."""
+        made = {key: (phase,) for key, phase in phases.items()}
+        recipe = dataclasses.replace(
+            self.recipe,
+            transfer=dataclasses.replace(self.recipe.transfer, **made),
+            cache=settings and dataclasses.replace(settings, folder=str(self.folder / "cache")),
+        )
+        words = [recipe, self.folder]
+        if phases:
+            words += [self.frozen, *places]
+        words += [self.accelerator, SimpleNamespace(save_pretrained=lambda folder: None)]
+        if phases:
+            words.append(cache.run(recipe, self.folder, self.frozen, self.accelerator))
+        counted, found = itertools.count(), []
+
+        def train(name, model, loss, batch, stage, steps_dir, accelerator, recipe, **more):
+            if next(counted) < turn:
+                return [{"step": 1}], model.model
+            found.append(Training(name, model, loss, batch, stage, accelerator, recipe, more))
+            raise _Captured
+
+        with mock.patch.object(training, "train", train), contextlib.suppress(_Captured):
+            call(*words)
+        return found[0]
+
+
+class _Captured(Exception):
+    """Raised in the place of a training."""
+
+
+class Training:
+    """One row: what a stage gave to the loop."""
+
+    def __init__(self, name, model, loss, batch, stage, accelerator, recipe, more):
+        self.name, self.model, self.loss, self.batch, self.stage = name, model, loss, batch, stage
+        self.accelerator, self.recipe, self.more = accelerator, recipe, more
+        self.target, self.watch = more.get("target", lambda part: None), more.get("watch", dict)
+        self.model.to(accelerator.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def part(self):
+        """The loss of a batch, and its gradient."""
+        ids = self.batch(0)
+        ids = ids._replace(ids=ids.ids.to(self.accelerator.device), mask=ids.mask.to(self.accelerator.device))
+        self.loss(self.model, ids, self.target(ids), ids)[0].backward()
+
+    def update(self):
+        """A step of AdamW as the loop makes it; its moments are there."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, training.MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def timed(self, times, device):
+        """Seconds of each of these alone, means of so many."""
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=training.BETAS, fused=True)
+        parts, updates = [], []
+        for _ in range(times + 1):  # the first update makes the moments
+            parts.append(seconds(self.part, device))
+            updates.append(seconds(self.update, device))
+        del self.optimizer
+        return {"loss": statistics.mean(parts), "update": statistics.mean(updates[1:])}
+
+    def loop(self, steps, device):
+        """Seconds of a step of the loop, from batch to batch: the first and the last are left out."""
+        times = []
+
+        def batch(step):
+            times.append(now(device))
+            return self.batch(step)
+
+        settings = dataclasses.replace(self.recipe.training, log_every=steps + 2, checkpoint_every=steps + 2)
+        with tempfile.TemporaryDirectory() as folder:
+            training.train(
+                self.name,
+                self.model,
+                self.loss,
+                batch,
+                dataclasses.replace(self.stage, steps=steps + 2, warmup_steps=0),
+                Path(folder) / "steps",
+                self.accelerator,
+                dataclasses.replace(self.recipe, training=settings),
+                **self.more | {"watch": dict},
+            )
+        return statistics.mean(after - before for before, after in itertools.pairwise(times[1:]))
+
+    def peak(self):
+        """Bytes of the tensors that the operations of a loss and its gradient make, at most."""
+        self.model.zero_grad()
+        with plan.Allocations() as found:
+            self.part()
+        self.model.zero_grad()
+        return found.peak
+
+
+def measured(shape, rounds):
+    """The figures of every training at one shape, medians over rounds in which they take turns."""
+    device = shape.accelerator.device
+    trainings, floors = shape.trainings(), shape.floors()
+    found, bare = {name: [] for name in trainings}, {name: [] for name in floors}
+    for floor in floors.values():
+        floor()
+    for _ in range(rounds):
+        for name, floor in floors.items():
+            bare[name].append(seconds(floor, device))
+        for name, row in trainings.items():
+            found[name].append(row.timed(shape.steps, device) | {"step": row.loop(shape.steps, device)})
+    rows = []
+    for name in trainings:
+        row = {key: statistics.median(entry[key] for entry in found[name]) for key in found[name][0]}
+        # Ratios are taken within a round, where the machine is the same.
+        own = max((floor for floor in floors if name.startswith(floor)), key=len, default=None)
+        row["log"] = seconds(trainings[name].watch, device)
+        row["floor"] = row["of_the_floor"] = None
+        if own:
+            pairs = zip(bare[own], found[name], strict=True)
+            row["floor"] = statistics.median(bare[own])
+            row["of_the_floor"] = statistics.median(floor / entry["loss"] for floor, entry in pairs)
+        pairs = zip(found[PLAIN], found[name], strict=True)
+        row["of_plain"] = statistics.median(plain["step"] / entry["step"] for plain, entry in pairs)
+        row["tokens_per_second"] = shape.batch_size * shape.length / row["step"]
+        rows.append({"name": name} | row)
+    larger = shape.larger()
+    peaks = {"in chunks": larger.peak()}
+    with mock.patch.object(losses, "CHUNK_BYTES", 2**62):
+        peaks["all at once"] = larger.peak()
+    facts = {"batch_size": shape.batch_size, "length": shape.length, "vocabulary": shape.frozen.config.vocab_size}
+    return facts | {"rows": rows, "peaks": peaks}
+
+
+def seconds(call, device):
+    began = now(device)
+    call()
+    return now(device) - began
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def table(name, found):
+    lines = [
+        f"{name}, {found['batch_size']} × {found['length']:,} tokens a step, milliseconds",
+        f"{'':<32}{'tokens/s':>9}{'of plain':>10}{'step':>9}{'loss + backward':>17}{'floor':>9}{'of the floor':>14}"
+        f"{'update':>8}{'log':>8}",
+    ]
+    for row in found["rows"]:
+        floor = (
+            f"{'—':>9}{'—':>14}" if row["floor"] is None else f"{1e3 * row['floor']:>9,.0f}{row['of_the_floor']:>14.2f}"
+        )
+        lines.append(
+            f"{row['name']:<32}{row['tokens_per_second']:>9,.0f}{row['of_plain']:>10.2f}{1e3 * row['step']:>9,.0f}"
+            f"{1e3 * row['loss']:>17,.0f}{floor}{1e3 * row['update']:>8,.0f}{1e3 * row['log']:>8,.0f}"
+        )
+    tokens = PEAK * found["batch_size"] * found["length"]
+    peaks = ", ".join(f"{how} {size / 2**20:,.0f} MiB" for how, size in found["peaks"].items())
+    one = f"one copy of all logits is {4 * tokens * found['vocabulary'] / 2**20:,.0f} MiB"
+    return [*lines, f"peak of a logit step of {tokens:,} tokens: {peaks}; {one}"]
+
+
+def page(summary):
+    body = "\n\n".join("\n".join(table(name, found)) for name, found in summary["shapes"].items())
+    command = " ".join(["python benchmarks/transfer.py", *sys.argv[1:]])
+    return f"""# Speed and memory of stage one
+
+`{command}`, {time.strftime("%Y-%m-%d")}
+
+{summary["device"]}, {summary["threads"]} threads, torch {summary["torch"]}; medians of {summary["rounds"]} rounds in
+which the trainings take turns. Random weights and text. `of the floor` is floor / (loss + backward), `of plain` tokens
+per second against next-token training of the same student, both within a round.
+
+```
+{body}
+```
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
