@@ -169,7 +169,7 @@ def page(found: dict) -> str:
     environments = "\n".join(
         "- " + ", ".join(f"{key} {value}" for key, value in one.items()) for one in found["environments"]
     )
-    source = {key: item for key, item in found["data"].items() if key in ("source", "name", "tokens", "overlap")}
+    source = {key: item for key, item in found["data"].items() if key in ("source", "name", "overlap")}
     if "path" in found["data"]:
         source["name"] = Path(found["data"]["path"]).name
     return f"""# Transfers, measured
