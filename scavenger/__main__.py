@@ -10,6 +10,7 @@ scavenger push runs/quickstart --to user/repo
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def main() -> int:
     arguments = sys.argv if sys.argv[0].endswith((".yaml", ".yml")) else sys.argv[1:]
     try:
         with interruption.handled():
-            return command(arguments)
+            code = command(arguments)
     except RecipeError as error:
         print(f"scavenger: error: {error}", file=sys.stderr)
         return 2
@@ -37,6 +38,12 @@ def main() -> int:
         how = f" ({stopped})" if str(stopped) else ""
         print(f"\nscavenger: ended by SIGTERM{how}; the same command goes on", file=sys.stderr)
         return interruption.EXIT_CODE
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # Threads of its process groups outlive Python's end and now and then abort it, when all is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def command(arguments) -> int:

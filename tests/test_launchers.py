@@ -236,6 +236,7 @@ def told(monkeypatch, **facts):
     """An Accelerator that says it is of some launch; returns where the options it is made with will be."""
     options = {}
     usual = {"num_processes": 1, "device": torch.device("cpu"), "distributed_type": DistributedType.NO}
+    usual["mixed_precision"] = "no"
     monkeypatch.setattr(
         processes, "Accelerator", lambda **given: options.update(given) or SimpleNamespace(**usual | facts)
     )
