@@ -350,7 +350,7 @@ def test_full_disk(workshop, whole, tmp_path):
     """The disk fills up in the middle of a run; with room again, the same command goes on."""
     words = (workshop / "recipe.yaml", *TRANSFER, "training.tracker=none")
     with small_disk(tmp_path / "disk") as disk:
-        seen = Path(f"/proc/{disk}/root/{tmp_path}/disk")
+        seen = Path("/proc", str(disk), "root", *tmp_path.parts[1:], "disk")
         program = Program(tmp_path, *words, run=tmp_path / "disk/run", disk=disk, hold=" logits 9")
         with pytest.raises(OSError, match="No space"), open(seen / "ballast", "wb", buffering=0) as ballast:
             while ballast.write(bytes(2**12)):
