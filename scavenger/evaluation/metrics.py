@@ -1,0 +1,133 @@
+"""A figure and how sure it is: ratios of sums over items, bootstrap intervals, and paired differences."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+
+LEVEL = 0.95  # of every interval
+RESAMPLES = 2000  # an end of an interval is then good to about a fiftieth of its width
+BATCH = 100  # resamples drawn at once: 5,000 items take 8 MB
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Σ numerators / Σ denominators over items (documents, questions, sequences), or exp of it.
+
+    Items are what is drawn again by the bootstrap, so what belongs together is one item. Two models' metrics of one
+    name are of the same items in the same order.
+    """
+
+    name: str
+    numerators: list[float]
+    denominators: list[float]
+    unit: Literal["", "share", "nats", "bits"] = ""  # a share is shown in percent
+    better: Literal["higher", "lower", ""] = ""
+    exponential: bool = False  # a perplexity: two of them are compared by their ratio
+    group: str = ""  # metrics of a group are one curve over x
+    x: float | None = None  # distance or position, tokens
+    headline: bool = False  # whether the table of a comparison has a row for it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its interval at LEVEL; None: too few items for one."""
+
+    value: float
+    low: float | None
+    high: float | None
+    items: int
+
+
+def estimate(metric: Metric, seed: int = 0) -> Estimate:
+    """The metric and its percentile interval over items.
+
+    Where all items of a share say the same, resampling knows no doubt: Wilson's interval for so many items instead.
+    """
+    sums = _sums(metric)
+    value = float(_ratio(*sums, exponential=metric.exponential))
+    count = int((sums[1] > 0).sum())
+    if count < 2:
+        return Estimate(value, None, None, count)
+    if metric.unit == "share" and value in (0.0, 1.0):
+        wilson = stats.binomtest(int(value) * count, count).proportion_ci(LEVEL, "wilson")
+        return Estimate(value, float(wilson.low), float(wilson.high), count)
+    ends = _bootstrap(sums, lambda n, d, axis=-1: _ratio(n, d, axis, metric.exponential), seed)
+    return Estimate(value, *ends, count)
+
+
+def difference(metric: Metric, reference: Metric, seed: int = 0) -> Estimate:
+    """metric - reference, of perplexities metric / reference; both are resampled with the same items.
+
+    Raises ValueError where the metrics are not of the same items.
+    """
+    pairs = [*_sums(metric), *_sums(reference)]
+    if metric.name != reference.name or len(pairs[0]) != len(pairs[2]):
+        raise ValueError(
+            f"found {metric.name} of {len(pairs[0])} items and {reference.name} of {len(pairs[2])}; "
+            "expected one metric of the same items"
+        )
+
+    def apart(n, d, reference_n, reference_d, axis=-1):
+        mine, other = _ratio(n, d, axis), _ratio(reference_n, reference_d, axis)
+        return np.exp(mine - other) if metric.exponential else mine - other
+
+    value, count = float(apart(*pairs)), int((pairs[1] > 0).sum())
+    if count < 2:
+        return Estimate(value, None, None, count)
+    return Estimate(value, *_bootstrap(pairs, apart, seed), count)
+
+
+def separates(found: Estimate, metric: Metric) -> bool:
+    """Whether a difference's interval leaves out what equal models have (0, of perplexities 1)."""
+    equal = 1.0 if metric.exponential else 0.0
+    return found.low is not None and not found.low <= equal <= found.high
+
+
+def packed(metric: Metric) -> dict:
+    """For JSON: what is not as usual; sums in eight digits."""
+    plain = {field.name: field.default for field in dataclasses.fields(Metric)}
+    short = {key: value for key, value in dataclasses.asdict(metric).items() if value != plain[key]}
+    return short | {key: [float(f"{x:.8g}") for x in short[key]] for key in ("numerators", "denominators")}
+
+
+def show(found: Estimate, unit: str, signed: bool = False, exponential: bool = False) -> str:
+    """An estimate for people, as 19.29 [18.90, 19.71]; of shares in percent; a dash for what is not a number."""
+    if not math.isfinite(found.value):
+        return "–"
+    scale, digits = (100, 1) if unit == "share" else (1, 3)
+    sign = "+" if signed else ""
+    prefix = "× " if signed and exponential else ""
+    shown = f"{prefix}{scale * found.value:{'' if prefix else sign}.{digits}f}{' %' if unit == 'share' else ''}"
+    if found.low is None:
+        return shown
+    return f"{shown} [{', '.join(f'{scale * end:.{digits}f}' for end in (found.low, found.high))}]"
+
+
+def _sums(metric):
+    return np.asarray(metric.numerators, float), np.asarray(metric.denominators, float)
+
+
+def _ratio(numerators, denominators, axis=-1, exponential=False):
+    ratio = numerators.sum(axis) / denominators.sum(axis)
+    return np.exp(ratio) if exponential else ratio
+
+
+def _bootstrap(samples, statistic, seed):
+    counted = np.all(samples[1::2], axis=0)  # a draw of none that count would have no ratio
+    found = stats.bootstrap(
+        [sample[counted] for sample in samples],
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        confidence_level=LEVEL,
+        n_resamples=RESAMPLES,
+        batch=BATCH,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

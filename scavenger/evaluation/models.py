@@ -1,0 +1,117 @@
+"""Any checkpoint folder or Hub name, loaded when it is measured and not before."""
+
+import contextlib
+import functools
+import gc
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import scavenger.model  # AutoModel knows the student
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model under measurement: what the tables call it, and the folder or Hub name it is read from.
+
+    Weights come from safetensors only, and no code that came with them is run: the student's class is this package's.
+    What cannot be read is a ValueError of one line. `close` gives the memory back.
+    """
+
+    label: str
+    path: str
+    dtype: str = "float32"
+    loader: Callable[[], nn.Module] | None = None  # where the path alone does not say which weights
+
+    @classmethod
+    def parsed(cls, word: str, dtype: str = "float32"):
+        """From `FOLDER` or `LABEL=FOLDER`."""
+        label, equals, path = word.partition("=")
+        if equals and not (label and path):
+            raise ValueError(f"found {word}; expected FOLDER or LABEL=FOLDER")
+        return cls(label, path or label, dtype)
+
+    @functools.cached_property
+    def config(self):
+        with _named(self.path):
+            return AutoConfig.from_pretrained(self.path)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        with _named(self.path):
+            found = AutoTokenizer.from_pretrained(self.path)
+            if found.eos_token_id is None:
+                raise ValueError("its tokenizer has no end-of-text token; expected one, to begin documents with")
+        return found
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """In evaluation mode, on the GPU where there is one."""
+        with _named(self.path):
+            if self.loader is not None:
+                model = self.loader()
+            else:
+                dtype = getattr(torch, self.dtype)
+                model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, use_safetensors=True)
+        return model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def is_student(self) -> bool:
+        return self.config.model_type == scavenger.model.HyenaNeoXConfig.model_type
+
+    @property
+    def is_recurrent(self) -> bool:
+        return self.is_student and self.config.filter == "modal"
+
+    @property
+    def training_context(self) -> int:
+        """Tokens that it was trained to read at once, as its configuration says."""
+        for key in ("context_length", "max_position_embeddings"):
+            if getattr(self.config, key, None) is not None:
+                return getattr(self.config, key)
+        raise ValueError(f"{self.path}: the configuration names no training context; expected --context-length")
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """What changes when the model does: of a folder the names, sizes and times of files, of the Hub the commit."""
+        folder = Path(self.path)
+        if folder.is_dir():
+            files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+            facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        else:
+            facts = [self.path, getattr(self.config, "_commit_hash", None)]
+        return hashlib.sha256(json.dumps([*facts, self.dtype]).encode()).hexdigest()[:16]
+
+    def close(self):
+        """Forget the model; it is loaded again when it is asked for."""
+        self.__dict__.pop("model", None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def same_tokenizer(models: list[Evaluated]) -> bool:
+    """Whether all models read text as the same tokens."""
+    vocabularies = [model.tokenizer.get_vocab() for model in models]
+    return all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+@contextlib.contextmanager
+def _named(path):
+    """What loading raises, as one line that begins with the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be loaded ({reason})") from error

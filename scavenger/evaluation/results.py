@@ -1,0 +1,43 @@
+"""Results on disk: one file for each measurement of each model, so that what was measured is not measured again."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from scavenger import checkpoint
+from scavenger.evaluation.models import Evaluated
+
+
+class Results:
+    """A folder of measurements; without a folder nothing is kept, and everything is measured."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def of(self, measurement: str, model: Evaluated, settings: dict, measure: Callable[[], dict]) -> dict:
+        """What the folder holds of a measurement with these settings and weights, else what `measure` finds.
+
+        With it stand what was measured, its settings, and the seconds it took.
+        """
+        what = {"measurement": measurement, "model": model.label, "path": model.path, "weights": model.weights}
+        what |= {"settings": json.loads(json.dumps(settings))}
+        path = self.path(measurement, model)
+        if path is not None and path.is_file():
+            found = checkpoint.read_json(path)
+            if all(found.get(key) == value for key, value in what.items()):
+                return found
+        began = time.perf_counter()
+        found = json.loads(json.dumps(measure()))  # as it would be read again
+        found = what | found | {"seconds": time.perf_counter() - began}
+        if path is not None:
+            checkpoint.write_text(path, json.dumps(found) + "\n")
+        return found
+
+    def path(self, measurement: str, model: Evaluated) -> Path | None:
+        """Where a measurement of a model is kept."""
+        name = re.sub(r"[^\w.=-]+", "-", f"{measurement} {model.label}").strip("-")
+        return None if self.folder is None else self.folder / f"{name}.json"

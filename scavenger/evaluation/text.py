@@ -1,0 +1,63 @@
+"""Held-out text by documents: of a local file or folder, a data set of the Hub, or the standard library."""
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from scavenger import data
+from scavenger.recipe import Data
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and what the tables call them; `digest` changes with the text."""
+
+    name: str
+    digest: str
+    documents: list[str]
+
+    def ids(self, tokenizer) -> list[list[int]]:
+        """Token ids of each document, the tokenizer's end-of-text token in front: what training reads before one."""
+        found = tokenizer(self.documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [[tokenizer.eos_token_id, *ids] for ids in found["input_ids"]]
+
+    def stream(self, tokenizer) -> np.ndarray:
+        """All documents end to end, each behind an end-of-text token: (token,) int64."""
+        return np.array(list(itertools.chain.from_iterable(self.ids(tokenizer))), dtype=np.int64)
+
+    @property
+    def settings(self) -> dict:
+        """For the record of a measurement."""
+        return {"text": self.name, "text_sha256": self.digest, "documents": len(self.documents)}
+
+
+def read(
+    path: str | None = None,
+    dataset: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+    split: str = "test",
+    column: str = "text",
+    limit: int | None = None,
+) -> Text:
+    """The documents of a split, in a shuffled order of their own, the first `limit` of them if one is given.
+
+    Files called train, validation and test are those splits, and so are a data set's own. Other local text is read
+    whole; other text of the Hub, and the standard library, have their splits by a hash of each document, as in a
+    recipe. Plain text has no documents and is cut into pieces of about 16,000 characters.
+    """
+    source = Data(name=dataset, subset=subset, revision=revision, path=path, text_column=column)
+    parts = data.text_parts(source, seed=0)
+    named = parts[0].split is not None
+    stream = itertools.chain.from_iterable(part.read(None) for part in parts if part.split in (None, split))
+    whole = named or path is not None
+    texts = (document.text for document in stream if whole or data.split_of(document.name) == split)
+    documents = [text for text in itertools.islice(texts, limit) if text.strip()]
+    where = path or dataset or "the standard library"
+    if not documents:
+        raise ValueError(f"{where}: found no text in the {split} split; expected at least one document")
+    digest = hashlib.sha256("\0".join(documents).encode(errors="surrogatepass")).hexdigest()[:16]
+    name = where if path and not named else f"{where}, {split} split"
+    return Text(name, digest, documents)
