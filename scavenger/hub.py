@@ -199,7 +199,7 @@ def _how_to_load(target):
     where = f'"{target.name}"{revision}, trust_remote_code=True'
     return f"""## Use
 
-The mixers are code of this repository: hence `trust_remote_code=True`. transformers 5.6 or later.
+The mixers are code of this repository: hence `trust_remote_code=True`. transformers 5.24 or later.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

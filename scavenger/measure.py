@@ -101,11 +101,11 @@ def generation(model: nn.Module, prompt: torch.Tensor) -> Generation:
     began = _now(device)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     prefill = _now(device) - began
-    held = state_bytes(out.past_key_values)
-    out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    held = state_bytes(out.cache)
+    out = model(input_ids=out.logits[:, -1:].argmax(-1), cache=out.cache, use_cache=True)
     began = _now(device)  # the token after a prompt also settles what the prompt left to later
     for _ in range(TIMED_STEPS):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), cache=out.cache, use_cache=True)
     return Generation(prompt.shape[1], prefill, TIMED_STEPS / (_now(device) - began), held)
 
 

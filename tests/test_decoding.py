@@ -160,9 +160,9 @@ def test_a_student_that_keeps_its_filter_reads_prompts_by_it(shape):
                 layer.mixer.exact_filter.forward = layer.mixer.filter.forward
         for prompt in (0, 1, 2, 17):
             assert_close(whole, _prompt_and_steps(model, ids, prompt), 5e-14)
-        cache = model(input_ids=ids[:, :17], use_cache=True).past_key_values
-        model(input_ids=ids[:, 17:18], past_key_values=cache)
-        assert_close(whole[:, 18:], model(input_ids=ids[:, 18:], past_key_values=cache).logits, 5e-14)
+        cache = model(input_ids=ids[:, :17], use_cache=True).cache
+        model(input_ids=ids[:, 17:18], cache=cache)
+        assert_close(whole[:, 18:], model(input_ids=ids[:, 18:], cache=cache).logits, 5e-14)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -172,15 +172,15 @@ def test_states_are_copied_and_reordered(shape):
     order = torch.tensor([2, 0, 0, 1])
     with torch.no_grad():
         whole = model(input_ids=ids[order], use_cache=False).logits
-        cache = model(input_ids=ids[:, :9], use_cache=True).past_key_values
+        cache = model(input_ids=ids[:, :9], use_cache=True).cache
         for t in range(9, 14):
-            model(input_ids=ids[:, t : t + 1], past_key_values=cache)
+            model(input_ids=ids[:, t : t + 1], cache=cache)
         twin = copy.deepcopy(cache)
         twin.reorder_cache(order)
         for t in range(14, LENGTH):
-            out = model(input_ids=ids[order, t : t + 1], past_key_values=twin)
+            out = model(input_ids=ids[order, t : t + 1], cache=twin)
             assert_close(whole[:, t : t + 1], out.logits, 5e-14)
-        rest = model(input_ids=ids[order, 14:], past_key_values=_reordered(cache, order))
+        rest = model(input_ids=ids[order, 14:], cache=_reordered(cache, order))
     assert_close(whole[:, 14:], rest.logits, 5e-14)
 
 
@@ -192,10 +192,10 @@ def test_what_must_not_be_written_to_is_not(first):
     whole = model(input_ids=ids, use_cache=False).logits
     with torch.inference_mode(first == "inference"):
         prompt = model(input_ids=ids[:, :17], use_cache=True)
-    cache = prompt.past_key_values
+    cache = prompt.cache
     with torch.no_grad():
         for t in range(17, 22):
-            assert_close(whole[:, t : t + 1], model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits, 5e-14)
+            assert_close(whole[:, t : t + 1], model(input_ids=ids[:, t : t + 1], cache=cache).logits, 5e-14)
     if first == "gradients":
         prompt.logits.sum().backward()  # what it needs is still as it was
 
@@ -368,7 +368,7 @@ class _Loop:
 def _prompt_and_steps(model, ids, prompt):
     cache = HyenaCache(model.config)
     pieces = ids.split([prompt] + [1] * (ids.shape[1] - prompt), dim=1)
-    return torch.cat([model(input_ids=piece, past_key_values=cache).logits for piece in pieces], dim=1)
+    return torch.cat([model(input_ids=piece, cache=cache).logits for piece in pieces], dim=1)
 
 
 def _reordered(cache, order):

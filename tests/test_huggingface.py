@@ -43,6 +43,15 @@ def folder(tmp_path_factory, workshop):
     return path
 
 
+def test_a_cache_under_its_old_name():
+    model = tiny_student(modal=True)
+    ids = torch.arange(1, 12)[None]
+    first = model(input_ids=ids[:, :7], use_cache=True)
+    with pytest.warns(FutureWarning, match="Use `cache`"):
+        second = model(input_ids=ids[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+    assert_close(model(input_ids=ids, use_cache=False).logits[:, 7:], second.logits, 1e-12)
+
+
 def test_pipeline_one_by_one_and_in_a_padded_batch(folder):
     prompts = ["def main(", "import os\nfor name in os.listdir(", "x"]
     generate = pipeline("text-generation", model=str(folder), device="cpu")
@@ -122,11 +131,11 @@ def test_chat_turns_go_on_from_the_state(attention_layers):
     arguments = dict(max_new_tokens=6, return_dict_in_generate=True, output_logits=True, **GREEDY)
     state = None
     for turn in (3, 1, 2):
-        continued = model.generate(ids, attention_mask=mask, past_key_values=state, **arguments)
+        continued = model.generate(ids, attention_mask=mask, cache=state, **arguments)
         anew = model.generate(ids, attention_mask=mask, use_cache=False, **arguments)
         assert torch.equal(continued.sequences, anew.sequences)
         assert_close(torch.stack(anew.logits), torch.stack(continued.logits), 1e-11)  # measured 2e-14
-        state = continued.past_key_values
+        state = continued.cache
         assert state.get_seq_length() == continued.sequences.shape[1] - 1
         ids = torch.cat([continued.sequences, torch.randint(1, 97, (2, turn))], dim=1)
         mask = torch.cat([mask, torch.ones(2, 6 + turn, dtype=torch.long)], dim=1)
@@ -136,17 +145,17 @@ def test_a_copied_state_goes_on_twice():
     model = tiny_student(modal=True, attention_layers=[0], attention_window=5)
     ids = torch.randint(1, 97, (2, 9))
     with torch.no_grad():
-        prompt = model(input_ids=ids, use_cache=True).past_key_values
+        prompt = model(input_ids=ids, use_cache=True).cache
     size = prompt.nbytes
     for _ in range(2):
         longer = torch.cat([ids, torch.randint(1, 97, (2, 3))], dim=1)
-        found = model.generate(longer, past_key_values=copy.deepcopy(prompt), max_new_tokens=7, **GREEDY)
+        found = model.generate(longer, cache=copy.deepcopy(prompt), max_new_tokens=7, **GREEDY)
         assert torch.equal(found, model.generate(longer, max_new_tokens=7, **GREEDY))
     assert prompt.get_seq_length() == 9 and prompt.nbytes == size
     prompt.batch_repeat_interleave(3)
     longer = torch.cat([ids, torch.randint(1, 97, (2, 1))], dim=1)
     arguments = dict(num_beams=3, max_new_tokens=7, **GREEDY)
-    assert torch.equal(model.generate(longer, past_key_values=prompt, **arguments), model.generate(longer, **arguments))
+    assert torch.equal(model.generate(longer, cache=prompt, **arguments), model.generate(longer, **arguments))
 
 
 def test_prompt_in_chunks_and_as_embeddings():
@@ -167,10 +176,10 @@ def refused_by_generate():
         "assisting": (tiny_teacher(), dict(assistant_model=modal), "cannot forget"),
         "static": (modal, dict(cache_implementation="static"), "cache_implementation is 'static'; expected None"),
         "quantized": (modal, dict(cache_implementation="quantized"), "cache_implementation is 'quantized'"),
-        "a static cache": (modal, dict(past_key_values=static), "StaticCache; expected a HyenaCache"),
-        "a dynamic cache": (modal, dict(past_key_values=DynamicCache()), "DynamicCache; expected a HyenaCache"),
-        "another batch": (modal, dict(past_key_values="two sequences"), "holds 2 sequences; expected 1"),
-        "other filters": (tiny_student(), dict(past_key_values="two sequences"), "expected one of implicit filters"),
+        "a static cache": (modal, dict(cache=static), "StaticCache; expected a HyenaCache"),
+        "a dynamic cache": (modal, dict(cache=DynamicCache()), "DynamicCache; expected a HyenaCache"),
+        "another batch": (modal, dict(cache="two sequences"), "holds 2 sequences; expected 1"),
+        "other filters": (tiny_student(), dict(cache="two sequences"), "expected one of implicit filters"),
         "no cache, chunks": (modal, dict(prefill_chunk_size=3, use_cache=False), "without a cache"),
     }
 
@@ -178,9 +187,9 @@ def refused_by_generate():
 @pytest.mark.parametrize("case", refused_by_generate())
 def test_what_cannot_be_done_is_refused_in_one_line(case):
     model, arguments, message = refused_by_generate()[case]
-    if arguments.get("past_key_values") == "two sequences":
-        state = tiny_student(modal=True)(input_ids=torch.ones(2, 3, dtype=torch.long), use_cache=True).past_key_values
-        arguments = {"past_key_values": state}
+    if arguments.get("cache") == "two sequences":
+        state = tiny_student(modal=True)(input_ids=torch.ones(2, 3, dtype=torch.long), use_cache=True).cache
+        arguments = {"cache": state}
     with pytest.raises(ValueError, match=message) as error:
         model.generate(torch.randint(1, 97, (1, 9)), max_new_tokens=12, **GREEDY, **arguments)
     assert "\n" not in str(error.value)
@@ -188,11 +197,11 @@ def test_what_cannot_be_done_is_refused_in_one_line(case):
 
 def test_padding_between_turns_is_refused():
     model = tiny_student(modal=True)
-    state = model(input_ids=torch.ones(2, 3, dtype=torch.long), use_cache=True).past_key_values
+    state = model(input_ids=torch.ones(2, 3, dtype=torch.long), use_cache=True).cache
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[1, 3] = 0
     with pytest.raises(ValueError, match="expected padding on the left"):
-        model(input_ids=torch.ones(2, 4, dtype=torch.long), attention_mask=mask, past_key_values=state)
+        model(input_ids=torch.ones(2, 4, dtype=torch.long), attention_mask=mask, cache=state)
     with pytest.raises(ValueError, match=r"shape \(2, 1, 4, 4\); expected \(2, 4 tokens or more\)"):
         model(input_ids=torch.ones(2, 4, dtype=torch.long), attention_mask=torch.ones(2, 1, 4, 4))
 
@@ -323,7 +332,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(modal, monkey
         made.zero_grad()
         calls.clear()
         outputs = made(input_ids=ids, attention_mask=mask, labels=ids, use_cache=use_cache)
-        assert outputs.past_key_values is None
+        assert outputs.cache is None
         outputs.loss.backward()
         counts.append(len(calls))
         losses.append(outputs.loss)
@@ -333,9 +342,9 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(modal, monkey
     assert counts == [7, 13, 13]  # two norms of each of three layers again, the last one not
     assert losses[0] == losses[1] == losses[2]
     if modal:
-        state = plain.eval()(input_ids=ids, use_cache=True).past_key_values
+        state = plain.eval()(input_ids=ids, use_cache=True).cache
         with pytest.raises(ValueError, match="gradient checkpointing"):
-            model(input_ids=ids, past_key_values=state)
+            model(input_ids=ids, cache=state)
 
 
 @pytest.mark.parametrize("filters", [5, 30])
@@ -368,10 +377,10 @@ def test_no_step_after_the_second_is_compiled_anew(padded):
     torch._dynamo.reset()
     step = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :11], attention_mask=mask[:, :11] if padded else None).past_key_values
+        cache = model(input_ids=ids[:, :11], attention_mask=mask[:, :11] if padded else None).cache
         for place in range(11, 31):
             seen = mask[:, : place + 1].contiguous() if padded else None
-            outputs = step(input_ids=ids[:, place : place + 1], attention_mask=seen, past_key_values=cache)
+            outputs = step(input_ids=ids[:, place : place + 1], attention_mask=seen, cache=cache)
             assert_close(whole[:, place : place + 1], outputs.logits, 1e-11)
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             if place == 12:
@@ -383,9 +392,9 @@ def test_a_step_compiled_to_machine_code():
     model = tiny_student(modal=True, num_hidden_layers=1, state_sizes=[[1, 4, 2, 3, 1]])
     ids = torch.randint(1, 97, (2, 13))
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :-1]).past_key_values
+        cache = model(input_ids=ids[:, :-1]).cache
         torch._dynamo.reset()
-        outputs = torch.compile(model)(input_ids=ids[:, -1:], past_key_values=cache)
+        outputs = torch.compile(model)(input_ids=ids[:, -1:], cache=cache)
     assert_close(model(input_ids=ids, use_cache=False).logits[:, -1:], outputs.logits, 1e-12)
 
 

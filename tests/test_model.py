@@ -233,11 +233,11 @@ def test_prompt_and_steps_give_the_whole_sequence(shape, split):
     whole = model(input_ids=ids, use_cache=False).logits
     cache, pieces = None, []
     for piece in ids.split(split, dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=piece, cache=cache, use_cache=True)
+        cache = out.cache
         pieces.append(out.logits)
     assert_close(whole, torch.cat(pieces, dim=1), 1e-11)
-    full = model(input_ids=ids, use_cache=True).past_key_values
+    full = model(input_ids=ids, use_cache=True).cache
     for a, b in zip(full.layers, cache.layers, strict=True):
         if isinstance(a, AttentionCacheLayer):
             pairs = zip(a.states, b.states, strict=True)
@@ -257,8 +257,8 @@ def test_gradients_through_the_state_are_those_of_the_whole():
     for split in ([29], [11, 1, 1, 16]):
         cache, loss = None, 0
         for piece in ids.split(split, dim=1):
-            out = model(input_ids=piece, past_key_values=cache, use_cache=split != [29])
-            cache = out.past_key_values
+            out = model(input_ids=piece, cache=cache, use_cache=split != [29])
+            cache = out.cache
             loss = loss + out.logits.square().sum()
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*gradients, strict=True):
@@ -274,7 +274,7 @@ def test_left_padding_changes_nothing(shape):
     alone = model(input_ids=ids, use_cache=False).logits
     assert_close(alone, model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, 9:], 1e-11)
     first = model(input_ids=padded[:, :25], attention_mask=mask[:, :25], use_cache=True)
-    second = model(input_ids=padded[:, 25:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+    second = model(input_ids=padded[:, 25:], attention_mask=mask, cache=first.cache, use_cache=True)
     assert_close(alone[:, 16:], second.logits, 1e-11)
 
 
@@ -292,20 +292,20 @@ def test_right_padding_changes_nothing_without_a_cache(attention_layers):
 
 def test_caches_that_do_not_fit_are_refused():
     ids = torch.randint(1, 97, (1, 5))
-    cache = tiny_student(modal=True)(input_ids=ids, use_cache=True).past_key_values
+    cache = tiny_student(modal=True)(input_ids=ids, use_cache=True).cache
     with pytest.raises(ValueError, match="of modal filters; expected one of implicit filters"):
-        tiny_student()(input_ids=ids, past_key_values=cache)
+        tiny_student()(input_ids=ids, cache=cache)
     other = DynamicCache()
     other.update(torch.zeros(1, 5, 3, 6), torch.zeros(1, 5, 3, 6), 0)
     with pytest.raises(ValueError, match="DynamicCache; expected a HyenaCache"):
-        tiny_student(modal=True)(input_ids=ids, past_key_values=other)
+        tiny_student(modal=True)(input_ids=ids, cache=other)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:-1])
 def test_state_is_as_large_as_the_configuration_says_at_any_length(shape):
     model = tiny_student(modal=True, **shape).float()
     sizes = {
-        model(input_ids=torch.randint(0, 97, (2, n)), use_cache=True).past_key_values.nbytes for n in (1, 5, 63, 200)
+        model(input_ids=torch.randint(0, 97, (2, n)), use_cache=True).cache.nbytes for n in (1, 5, 63, 200)
     }
     assert sizes == {2 * model.config.state_bytes}
     per_token = 2 * 4 * 3 * 30  # keys and values of the teacher's three layers
@@ -365,9 +365,9 @@ def test_half_precision_differs_by_its_own_rounding_only(filters, dtype, toleran
     exact = model(input_ids=ids, use_cache=False).logits
     half = tiny_student(filters, modal=True).float().to(dtype)
     assert_close(exact, half(input_ids=ids, use_cache=False).logits.float(), tolerance)
-    cache = half(input_ids=ids[:, :40], use_cache=True).past_key_values
+    cache = half(input_ids=ids[:, :40], use_cache=True).cache
     assert {part.dtype for layer in cache.layers for part in layer.modal_states[0].parts} == {torch.float32}
-    assert_close(exact[:, 40:], half(input_ids=ids[:, 40:], past_key_values=cache).logits.float(), tolerance)
+    assert_close(exact[:, 40:], half(input_ids=ids[:, 40:], cache=cache).logits.float(), tolerance)
 
 
 @pytest.mark.parametrize("modal", [False, True])
@@ -387,9 +387,9 @@ def test_autocast_trains_and_generates(shape, modal):
     if modal:
         with torch.no_grad():
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                cache = model(input_ids=ids[:, :30], use_cache=True).past_key_values
+                cache = model(input_ids=ids[:, :30], use_cache=True).cache
             for t in range(30, 47):  # a prompt read under autocast, steps without
-                out = model(input_ids=ids[:, t : t + 1], past_key_values=cache)
+                out = model(input_ids=ids[:, t : t + 1], cache=cache)
         assert_close(exact.logits[:, -1:], out.logits, 6e-2)
 
 

@@ -131,8 +131,8 @@ def test_a_model_in_pieces_gives_the_whole_sequence(shape, near, monkeypatch):
     for lengths in ([1] * 83, [0, 2] + [1] * 81, [3, 80], [40, 1, 0, 30, 12], [82, 1]):
         cache, logits = None, []
         for piece in ids.split(lengths, dim=1):
-            out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=piece, cache=cache, use_cache=True)
+            cache = out.cache
             logits.append(out.logits)
         assert_close(whole, torch.cat(logits, dim=1), 1e-12)  # measured 2e-14
         assert cache.get_seq_length() == 83
@@ -144,7 +144,7 @@ def test_nothing_in_nothing_out(shape):
     model = tiny_student(**shape)
     for size in ((0, 40), (2, 0)):
         out = model(input_ids=torch.zeros(size, dtype=torch.long))
-        again = model(input_ids=torch.zeros(size, dtype=torch.long), past_key_values=out.past_key_values)
+        again = model(input_ids=torch.zeros(size, dtype=torch.long), cache=out.cache)
         assert out.logits.shape == again.logits.shape == (*size, 97)
 
 
@@ -158,8 +158,8 @@ def test_generation_is_that_without_a_cache(shape, beams):
     arguments = dict(num_beams=beams, max_new_tokens=41, return_dict_in_generate=True, **GREEDY)
     found = model.generate(ids, attention_mask=mask, **arguments)
     anew = model.generate(ids, attention_mask=mask, use_cache=False, **arguments)
-    assert anew.past_key_values is None
-    assert found.past_key_values.get_seq_length() == 49
+    assert anew.cache is None
+    assert found.cache.get_seq_length() == 49
     assert torch.equal(found.sequences, anew.sequences)
     alone = model.generate(ids[1:, 5:], attention_mask=mask[1:, 5:], **arguments)
     assert torch.equal(alone.sequences[:, 4:], found.sequences[1:, 9:])
@@ -171,9 +171,9 @@ def test_rows_of_a_cache_are_chosen_and_repeated(shape):
     ids = torch.randint(1, 97, (3, 70))
     rows = torch.tensor([2, 0])
     with torch.inference_mode():  # and read on outside of it
-        prompt = model(input_ids=ids[:, :65]).past_key_values
+        prompt = model(input_ids=ids[:, :65]).cache
         for place in (65, 66):
-            model(input_ids=ids[:, place : place + 1], past_key_values=prompt)
+            model(input_ids=ids[:, place : place + 1], cache=prompt)
     size = prompt.nbytes
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits[:, -3:]
@@ -185,7 +185,7 @@ def test_rows_of_a_cache_are_chosen_and_repeated(shape):
         ):
             cache = copy.deepcopy(prompt)
             change(cache)
-            found = [model(input_ids=ids[wanted, t : t + 1], past_key_values=cache).logits for t in (67, 68, 69)]
+            found = [model(input_ids=ids[wanted, t : t + 1], cache=cache).logits for t in (67, 68, 69)]
             assert_close(expected[wanted], torch.cat(found, dim=1), 1e-12)
     assert (prompt.get_seq_length(), prompt.nbytes) == (67, size)
 
@@ -197,16 +197,16 @@ def test_chat_turns_go_on_from_the_cache():
     arguments = dict(max_new_tokens=26, return_dict_in_generate=True, **GREEDY)
     cache = None
     for turn in (3, 1, 2):
-        continued = model.generate(ids, attention_mask=mask, past_key_values=cache, **arguments)
+        continued = model.generate(ids, attention_mask=mask, cache=cache, **arguments)
         anew = model.generate(ids, attention_mask=mask, use_cache=False, **arguments)
         assert torch.equal(continued.sequences, anew.sequences)
-        cache = continued.past_key_values
+        cache = continued.cache
         ids = torch.cat([continued.sequences, torch.randint(1, 97, (2, turn))], dim=1)
         mask = torch.cat([mask, torch.ones(2, 26 + turn, dtype=torch.long)], dim=1)
     cache.reset()
     assert (cache.nbytes, cache.get_seq_length()) == (0, 0)
     expected = model.generate(ids, max_new_tokens=8, **GREEDY)
-    assert torch.equal(expected, model.generate(ids, past_key_values=cache, max_new_tokens=8, **GREEDY))
+    assert torch.equal(expected, model.generate(ids, cache=cache, max_new_tokens=8, **GREEDY))
     assert torch.equal(expected, model.generate(ids, max_new_tokens=8, prefill_chunk_size=7, **GREEDY))
     embedded = model.get_input_embeddings()(ids)
     found = model.generate(inputs_embeds=embedded, max_new_tokens=8, **GREEDY)
@@ -222,7 +222,7 @@ def test_memory_is_linear_and_taps_grow_by_doubling(shape, monkeypatch):
     monkeypatch.setattr(ImplicitFilter, "forward", lambda self, length: asked.append(length) or forward(self, length))
     cache, sizes = None, {}
     for read in range(1, 150):
-        cache = model(input_ids=torch.full((2, 1), 7), past_key_values=cache).past_key_values
+        cache = model(input_ids=torch.full((2, 1), 7), cache=cache).cache
         sizes[read] = cache.nbytes
     mixers = 3 - len(shape.get("attention_layers", []))
     assert asked == [length for length in (1, 2, 4, 8, 16, 32, 64, 128, 256) for _ in range(mixers)]
@@ -246,11 +246,11 @@ def test_gradients_are_those_of_the_whole_or_refused():
         assert_close(a, b, 1e-12)
     refused = "expected torch.no_grad"
     with torch.no_grad(), pytest.raises(ValueError, match=refused):
-        model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
+        model(input_ids=ids[:, :1], cache=out.cache)
     with torch.no_grad():
-        cache = model(input_ids=ids).past_key_values
+        cache = model(input_ids=ids).cache
     with pytest.raises(ValueError, match=refused) as error:
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], cache=cache)
     assert "\n" not in str(error.value)
 
 
@@ -263,8 +263,8 @@ def test_half_precision_and_autocast(filters):
     expected = exact(input_ids=ids, use_cache=False).logits[:, 40:]
     for model, autocast in ((half, False), (exact, True)):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            cache = model(input_ids=ids[:, :40]).past_key_values
-            found = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(40, 63)]
+            cache = model(input_ids=ids[:, :40]).cache
+            found = [model(input_ids=ids[:, t : t + 1], cache=cache).logits for t in range(40, 63)]
         assert {state.dtype for layer in cache.layers for state in layer.states[1:]} == {torch.float32}
         assert_close(expected, torch.cat(found, dim=1).float(), 6e-2)
 
@@ -272,7 +272,7 @@ def test_half_precision_and_autocast(filters):
 def test_caches_of_the_other_filters_are_refused():
     ids = torch.randint(1, 97, (1, 5))
     with torch.no_grad():
-        caches = [tiny_student(modal=modal)(input_ids=ids).past_key_values for modal in (False, True)]
+        caches = [tiny_student(modal=modal)(input_ids=ids).cache for modal in (False, True)]
     for modal, cache in zip((True, False), caches, strict=True):
         with pytest.raises(ValueError, match="filters; expected one of (modal|implicit) filters"):
-            tiny_student(modal=modal)(input_ids=ids, past_key_values=cache)
+            tiny_student(modal=modal)(input_ids=ids, cache=cache)

@@ -25,7 +25,7 @@ class HyenaNeoXConfig(PreTrainedConfig):
     model_type = "hyena_neox"
     # By this name lm-evaluation-harness finds the length; max_position_embeddings would also cap what is generated.
     attribute_map = {"n_ctx": "context_length"}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 50304
     hidden_size: int = 512

@@ -51,7 +51,7 @@ class Decoder:
         with torch.inference_mode(False), torch.no_grad():  # buffers that may be written to in either mode
             self.cache = HyenaCache(config)
             nothing = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
-            self.model(input_ids=nothing, past_key_values=self.cache)
+            self.model(input_ids=nothing, cache=self.cache)
             self.cache.real = self.cache.real.clone()
             self.logits = self.model.lm_head.weight.new_zeros(rows, config.vocab_size)
         holders = [self.cache, *self.cache.layers]
@@ -83,8 +83,8 @@ class Decoder:
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
         rows, self.free = self.free[: len(prompts)], self.free[len(prompts) :]
         places = torch.tensor(rows, device=self.device)
-        self.cache.real.index_copy_(0, places, read.past_key_values.real)
-        for mine, new in zip(self.cache.layers, read.past_key_values.layers, strict=True):
+        self.cache.real.index_copy_(0, places, read.cache.real)
+        for mine, new in zip(self.cache.layers, read.cache.layers, strict=True):
             if isinstance(mine, AttentionCacheLayer):  # the newest token of every row lies at one place of the ring
                 shift = int(mine.written - new.written)
                 new.keys, new.values, new.real = (
@@ -157,7 +157,7 @@ class Decoder:
         return [torch.tensor(tokens) for tokens in found]
 
     def _advance(self, ids):
-        logits = self.model(input_ids=ids, past_key_values=self.cache).logits[:, 0]
+        logits = self.model(input_ids=ids, cache=self.cache).logits[:, 0]
         for holder, name, buffer in self.buffers:
             value = getattr(holder, name)
             if value is not buffer:

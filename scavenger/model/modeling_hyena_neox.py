@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -21,6 +22,9 @@ from .hyena import HyenaMixer
 from .modal import ChannelState, HeadState
 from .online import ExactCacheLayer
 from .rotary import rotary_angles
+
+
+RENAMED = "5.40.0"  # until then transformers takes a cache under its old name, and so do we
 
 
 class HyenaCacheLayer:
@@ -131,7 +135,7 @@ class HyenaNeoXPreTrainedModel(PreTrainedModel):
     base_model_prefix = "gpt_neox"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HyenaNeoXLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True  # in the layers that keep attention
     _is_stateful = True  # no decoding that takes tokens back
     _can_record_outputs = {"hidden_states": HyenaNeoXLayer}
@@ -170,14 +174,13 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         input_ids: Tensor | None = None,  # (batch, length)
         attention_mask: Tensor | None = None,  # (batch, seen + length): zeros on the left are padding
         inputs_embeds: Tensor | None = None,  # (batch, length, channel), instead of input_ids
-        past_key_values: HyenaCache | None = None,
+        cache: HyenaCache | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         hidden = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
         if cache is None and use_cache:
             cache = HyenaCache(self.config)
         if cache is not None:
@@ -188,21 +191,17 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         if cache is not None:
             cache.seen = cache.seen + hidden.shape[1]
             cache.real = cache.real + (hidden.shape[1] if mask is None else (mask != 0).sum(1))
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden), past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden), cache=cache)
 
     def check_cache(self, cache: HyenaCache, batch: int):
         if not isinstance(cache, HyenaCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; expected a HyenaCache")
+            raise ValueError(f"cache is a {type(cache).__name__}; expected a HyenaCache")
         if cache.config.filter != self.config.filter:
-            raise ValueError(
-                f"past_key_values is of {cache.config.filter} filters; expected one of {self.config.filter} filters"
-            )
+            raise ValueError(f"cache is of {cache.config.filter} filters; expected one of {self.config.filter} filters")
         if self.gradient_checkpointing and self.training:
-            raise ValueError("past_key_values with gradient checkpointing would be read twice; expected None")
+            raise ValueError("cache with gradient checkpointing would be read twice; expected None")
         if cache.real is not None and len(cache.real) != batch:
-            raise ValueError(
-                f"past_key_values holds {len(cache.real)} sequences; expected {batch}, as many as the input"
-            )
+            raise ValueError(f"cache holds {len(cache.real)} sequences; expected {batch}, as many as the input")
 
     def mask_and_angles(self, hidden: Tensor, attention_mask: Tensor | None = None, cache: HyenaCache | None = None):
         """The mask over these tokens (None: no padding), and the cos and sin that turn q and k at their positions.
@@ -265,28 +264,30 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if generation_config.use_cache is not False:
-            model_kwargs.setdefault("past_key_values", HyenaCache(self.config))
+            model_kwargs.setdefault("cache", HyenaCache(self.config))
 
+    @deprecate_kwarg("past_key_values", RENAMED, new_name="cache")
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
+        self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, **kwargs
     ):
-        if past_key_values is not None:
-            self.gpt_neox.check_cache(past_key_values, len(input_ids))
+        if cache is not None:
+            self.gpt_neox.check_cache(cache, len(input_ids))
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", RENAMED, new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: HyenaCache | None = None,
+        cache: HyenaCache | None = None,
         labels: Tensor | None = None,  # (batch, length), shifted here as everywhere in transformers
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -296,7 +297,7 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
@@ -306,5 +307,5 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )

@@ -44,7 +44,7 @@ class ExactCacheLayer:
         """Refuse what would lose gradients in silence."""
         if self.graph or (torch.is_grad_enabled() and self.convolutions[0].read):
             raise ValueError(
-                "past_key_values of implicit filters hold no gradients; expected torch.no_grad() throughout"
+                "cache of implicit filters hold no gradients; expected torch.no_grad() throughout"
             )
         self.graph = torch.is_grad_enabled()
 
