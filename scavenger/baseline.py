@@ -1,6 +1,7 @@
 """The comparison the project exists for: the same student, from scratch, on the text that transfer saw."""
 
 import bisect
+from functools import partial
 from pathlib import Path
 
 from scavenger import checkpoint, data, student, teacher, training, transfer
@@ -34,6 +35,7 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
         accelerator,
         recipe,
         begins=transfer.taught(recipe) + stage.steps,
+        watch=dict if training.is_spread(accelerator) else partial(transfer.held_out_loss, model, run_dir),
     )
     checkpoint.finish_model(model, tokenizer, history, folder, accelerator)
     return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scavenger import cache, checkpoint, data, losses, student, teacher, training
+from scavenger import cache, checkpoint, data, losses, measure, student, teacher, training
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Activations, Filter, Logits, Recipe
 from scavenger.reduction import hankel
@@ -22,6 +22,7 @@ from scavenger.reduction import hankel
 
 SEEN = 16  # filters of a layer whose Hankel values the penalty takes: O(length³) each, and a layer can have thousands
 WATCHED = 4  # whose floor is watched: 0.16 s each at 1,024 taps on one core, of each layer, with every checkpoint
+HELD_OUT = 16  # sequences whose loss comes with every checkpoint: always the same ones, so that its course is smooth
 READING = {"parallel": "teacher", "progressive": "below", "joint": "student"}  # what the mixers of a schedule read
 LOOKED_AT = 32  # held-out sequences of a look: the mean error of a layer is then good to about a hundredth of itself
 
@@ -101,7 +102,7 @@ def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer, k
             recipe,
             begins=begins,
             target=target,
-            watch=dict if training.is_spread(accelerator) else partial(floors, model, recipe),
+            watch=dict if training.is_spread(accelerator) else partial(watched, model, recipe, run_dir),
             look=look if turn.phase.flat is not None else None,
         )
 
@@ -140,7 +141,7 @@ def match_logits(recipe, run_dir, frozen, between, folder, accelerator, tokenize
             recipe,
             begins=begins,
             target=target,
-            watch=dict if training.is_spread(accelerator) else partial(floors, model, recipe),
+            watch=dict if training.is_spread(accelerator) else partial(watched, model, recipe, run_dir),
             rest_rate=rate / turn.phase.learning_rate,
         )
 
@@ -321,6 +322,16 @@ def _pressed(value, logged, tail, share, recipe):
     if not weight:
         return value, logged
     return value + weight * share * tail, logged | {"hankel_tail": share * tail}
+
+
+def watched(model: HyenaNeoXForCausalLM, recipe: Recipe, run_dir: Path) -> dict[str, float]:
+    """What is logged of the student with every checkpoint: the floors of its filters, and its held-out loss."""
+    return floors(model, recipe) | held_out_loss(model, run_dir)
+
+
+def held_out_loss(model: nn.Module, run_dir: Path) -> dict[str, float]:
+    """Cross-entropy on the first HELD_OUT sequences of the validation split, nats per token."""
+    return {"held_out_loss": measure.held_out(model, data.blocks(run_dir / "data", "validation")[:HELD_OUT]).loss}
 
 
 @torch.no_grad()

@@ -44,6 +44,14 @@ def test_floors_are_watched(finished, workshop):
         assert {key: last[key] for key in found} == pytest.approx(found, rel=1e-3)
 
 
+def test_the_held_out_loss_is_watched(finished):
+    """Of each student that has a folder, the loss that its history ends with."""
+    blocks = data.blocks(finished / "data", "validation")[: transfer.HELD_OUT]
+    for stage in ("transfer/activations", "transfer", "baseline"):
+        last = read_json(finished / stage / "history.json")[-1]
+        assert last["held_out_loss"] == pytest.approx(measure.held_out(loaded(finished / stage), blocks).loss, rel=1e-3)
+
+
 def test_the_penalty_presses_on_the_floor(finished, begun):
     pressed, recipe = begun(
         "recurrence=null", "student.filter.hankel_penalty=30", "student.filter.hankel_states=2", keep=["data"]

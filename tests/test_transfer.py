@@ -396,6 +396,7 @@ def test_no_head_and_no_logits_are_computed(workshop, tmp_path, monkeypatch, sch
 
     monkeypatch.setattr(losses, "projected", watched)
     monkeypatch.setattr(plan, "stages", lambda *args: [])  # which tries steps of both beforehand
+    monkeypatch.setattr(transfer, "held_out_loss", lambda *args: {})  # which comes with checkpoints, not with steps
     scavenger(
         workshop / "recipe.yaml",
         f"run_dir={tmp_path}/run",
