@@ -1,76 +1,52 @@
 """Tasks of the Language Model Evaluation Harness on any checkpoint folders or Hub names, side by side.
 
+    python eval/harness.py EleutherAI/pythia-70m runs/neox70m/recurrence --results runs/neox70m/scores
+    python eval/harness.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --local data --limit 200
     python eval/harness.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence \\
         --tasks text_perplexity,text_last_word --text README.md
-    python eval/harness.py EleutherAI/pythia-70m runs/neox70m/recurrence --tasks lambada_openai,hellaswag --limit 200
 
-Needs the extra `eval`. Tasks are the harness' own and those of --include-path; the last line is JSON.
+Needs the extra `eval`. Without --tasks, zero-shot: LAMBADA, ARC easy and challenge, PIQA, SciQ, WinoGrande, LogiQA, WSC
+and HellaSwag. Their documents come from the Hub or, prompts and metrics being the same, from below the folder --local,
+as lambada_test.jsonl, arc_easy_test.jsonl and so on (`eval/tasks/local/*.yaml` have the names); what is not there is
+left out. A recurrent student is evaluated in its recurrent form, and all models with the same context. Beside a model
+of Pythia stand its published scores. With --results, what was measured is kept by task and not measured again.
+Intervals are over questions; the last line is JSON.
 """
 
-import argparse
-import json
-import logging
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from scavenger.evaluation import command, harness
 
-import scavenger.model  # noqa: F401  (AutoModel knows the student)
+
+OWN_TASKS = str(Path(__file__).with_name("tasks"))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="checkpoint folders or Hub names")
-    parser.add_argument("--tasks", required=True, help="names of tasks, with commas between them")
-    parser.add_argument("--include-path", default=Path(__file__).with_name("tasks"), help="a folder of further tasks")
-    parser.add_argument("--text", help="a UTF-8 text file, for text_perplexity and text_last_word")
-    parser.add_argument("--limit", type=int, help="documents of each task; all of them if not given")
-    args = parser.parse_args()
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        print("harness: error: lm_eval is not installed; pip install 'scavenger[eval]'", file=sys.stderr)
-        return 2
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    rows = []
-    try:
-        names = args.tasks.split(",")
-        sources = {"include_path": str(args.include_path), "metadata": {"text": args.text}}
-        manager = TaskManager(include_defaults=False, **sources)
-        if not set(names) <= set(manager.all_tasks):
-            manager = TaskManager(**sources)  # reads the harness' own thousands of files
-        for name in names:
-            if name not in manager.all_tasks:
-                raise ValueError(f"--tasks: {name} is not a task of the harness nor of {args.include_path}")
-        for model in args.models:
-            rows += measure(model, names, manager, args.limit)
-    except (OSError, ValueError) as error:
-        print(f"harness: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    width, task_width = (max(len(row[key]) for row in rows) for key in ("model", "task"))
-    print(f"{'model':<{width}}  {'task':<{task_width}}  {'metric':<16}  {'value':>12}")
-    for row in rows:
-        print(f"{row['model']:<{width}}  {row['task']:<{task_width}}  {row['metric']:<16}  {row['value']:>12.5g}")
-    print(json.dumps(rows))
-    return 0
+    made = command.parser(__doc__)
+    made.add_argument("--tasks", metavar="A,B", help="names of tasks of the harness or of eval/tasks (the nine)")
+    made.add_argument("--limit", type=int, metavar="N", help="ask so many questions of each task (all of them)")
+    made.add_argument("--context-length", type=int, help="tokens read at most (the shortest training context)")
+    made.add_argument("--local", metavar="FOLDER", help="read the documents from files below it, not from the Hub")
+    made.add_argument("--text", metavar="FILE", help="a UTF-8 text file, for text_perplexity and text_last_word")
+    made.add_argument("--include-path", metavar="FOLDER", help="task files of your own")
+    return command.run("harness", made, measure)
 
 
-def measure(name: str, tasks: list[str], manager, limit: int | None) -> list[dict]:
-    """Every metric of every task of one model."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(name))
-    found = simple_evaluate(model=harness, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
-    return [
-        {"model": name, "task": task, "metric": key.removesuffix(",none"), "value": value}
-        for task, values in found["results"].items()
-        for key, value in values.items()
-        if "," in key and isinstance(value, float) and "_stderr" not in key
-    ]
+def measure(args, results) -> list[dict]:
+    command.positive(args, "limit", "context_length")
+    models = command.models_of(args)
+    settings = harness.settings_for(
+        models,
+        args.context_length,
+        tasks=tuple(args.tasks.split(",")) if args.tasks is not None else (),
+        limit=args.limit,
+        seed=args.seed,
+        local=args.local,
+        text=args.text,
+        include=(OWN_TASKS, *([args.include_path] if args.include_path else [])),
+    )
+    return harness.of_models(models, settings, results)
 
 
 if __name__ == "__main__":

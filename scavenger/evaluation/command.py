@@ -106,6 +106,8 @@ def table(results: list[dict], seed: int = 0) -> str:
             metric = Metric(**entry)
             shown = metrics.show(metrics.estimate(metric, seed), metric.unit)
             cells.setdefault(metric.name, {})[result["model"]] = shown
+        for name in result.get("unmeasured", []):
+            cells.setdefault(name, {})
     rows = [[name, *(row.get(label, "–") for label in labels)] for name, row in cells.items()]
     settings = {}
     for result in results:
