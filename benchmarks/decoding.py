@@ -12,11 +12,9 @@ CUDA device everything runs there.
 
 import argparse
 import copy
-import gc
 import json
 import math
 import multiprocessing
-import platform
 import re
 import statistics
 import sys
@@ -27,12 +25,25 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import transformers
 from torch import nn
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.initialization import no_init_weights
 
 from scavenger.checkpoint import write_text
+from scavenger.evaluation import speed
+from scavenger.evaluation.speed import (
+    Case,
+    Decoded,
+    DynamicTeacher,
+    Exact,
+    StaticTeacher,
+    Steps,
+    begin_peak,
+    generated,
+    in_use,
+    now,
+    peak_use,
+)
 from scavenger.measure import state_bytes
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.model.decoding import Decoder, PackedLinear
@@ -55,7 +66,6 @@ CASES = {
 }
 MODES = {"hyena": 8, "multihyena": 2}  # of each filter; the quickstart's reduced filters have 1 to 16
 READ_AGAIN = 4096  # tokens that are read again at once; a greater batch is timed by fewer rows and taken in proportion
-PROBE = 2  # steps by which it is decided whether all are timed
 FEW = 5  # steps whose median is the latency at the first and at the last new tokens
 PIECE = 2048  # tokens of a long context that are read at once
 ROUNDS = 8  # of a few steps at each context length, in turn
@@ -80,7 +90,7 @@ def main() -> int:
     parser.add_argument("--to", type=Path, help="write the tables there, as Markdown")
     args = parser.parse_args()
     try:
-        plan = [(s, shape_of(s), case_of(c)) for s in args.shapes for c in args.cases or CASES.get(s, CASES["70m"])]
+        plan = [(s, shape_of(s), Case.parsed(c)) for s in args.shapes for c in args.cases or CASES.get(s, CASES["70m"])]
         numbers = [args.threads, args.seconds, args.memory, *args.contexts, 1 if args.modes is None else args.modes]
         if min(numbers) <= 0:
             raise ValueError("found 0 or less for threads, seconds, memory, contexts or modes; expected more")
@@ -92,10 +102,12 @@ def main() -> int:
         found = []
         for row, mixer in rows(args, found):
             began = time.perf_counter()
-            found.append({"row": row.name, "mixer": mixer} | apart(measured, row, mixer, shape, case, summary, args))
-            progress(f"{name}, {case['text']}, {label(found[-1])}", began)
+            found.append(
+                {"row": name_of(row), "mixer": mixer} | apart(measured, row, mixer, shape, case, summary, args)
+            )
+            progress(f"{name}, {case}, {label(found[-1])}", began)
         compare(found)
-        summary["cases"].append({"shape": name, "case": case["text"], "rows": found})
+        summary["cases"].append({"shape": name, "case": str(case), "rows": found})
         print("\n".join(table(summary["cases"][-1])) + "\n", flush=True)
     name, shape, _ = plan[0]
     for mixer in args.mixers:
@@ -124,22 +136,12 @@ def shape_of(text):
     return shape
 
 
-def case_of(text):
-    found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
-    batch, prompt, new = map(int, found.groups()) if found else (0, 0, 0)
-    if batch < 1 or prompt < 2 or new < 1:
-        raise ValueError(
-            f"--cases: found {text}; expected BATCHxPROMPT+NEW with prompts of 2 tokens or more, such as 64x512+256"
-        )
-    return {"text": text, "batch": batch, "prompt": prompt, "new": new}
-
-
 def apart(function, *words):
     """What `function` says, in a process of its own, whose memory nobody else touches."""
     # Forked from one that has imported everything and computed nothing; CUDA wants a process that is wholly new.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if not torch.cuda.is_available():
-        context.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "scavenger.model.decoding"])
+        context.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "scavenger.evaluation.speed"])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *words).result()
@@ -166,82 +168,25 @@ def rows(args, found):
             yield CompiledDecoded, mixer
 
 
-class DynamicTeacher:
-    """The teacher, whose keys and values are appended to."""
-
-    name = "teacher, dynamic cache"
-    student = None
-    uneven = False  # whether single steps take much longer than others, so that a few do not stand for all
-
-    def __init__(self, model, case):
-        self.model, self.batch, self.case = model, case["batch"], case
-        self.step_model = model
-
-    @property
-    def weights(self):
-        """Bytes of all weights, the copies included that are packed."""
-        copies = sum(m.weight.nbytes for m in self.step_model.modules() if isinstance(m, PackedLinear))
-        return sum(p.nbytes for p in self.model.parameters()) + copies
-
-    def read(self, ids):  # (batch, prompt) -> (batch, vocabulary)
-        self.cache = DynamicCache(config=self.model.config)
-        return self._next(self.model, ids)
-
-    def step(self, tokens):  # (batch,) -> (batch, vocabulary)
-        return self._next(self.step_model, tokens[:, None])
-
-    def _next(self, model, ids):
-        return model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    def skip(self, count):
-        """As if `count` more tokens had been read: which ones they were makes no difference to the time of a step."""
-        for layer in self.cache.layers:
-            again = torch.arange(count, device=layer.keys.device) % layer.keys.shape[2]
-            layer.update(layer.keys[:, :, again], layer.values[:, :, again])
-
-    @property
-    def kept(self):
-        """Bytes between tokens, of all rows."""
-        return state_bytes(self.cache)
-
-    def work(self, length):
-        """Bytes of state that a step after `length` tokens must move, and its operations beyond the linear layers."""
-        config = self.model.config
-        numbers = self.batch * config.num_hidden_layers * config.hidden_size
-        # Keys and values of all tokens, this one included, are read, and this one's are written.
-        return 2 * numbers * (length + 2) * self.model.dtype.itemsize, 4 * numbers * (length + 1)
-
-
-class StaticTeacher(DynamicTeacher):
-    """The teacher, whose keys and values have their places from the start."""
-
-    name = "teacher, static cache"
-
-    def __init__(self, model, case):
-        super().__init__(model, case)
-        self.cache = StaticCache(config=model.config, max_cache_len=case["prompt"] + case["new"])
-
-    def read(self, ids):
-        self.cache.reset()
-        return self._next(self.model, ids)
-
-    def skip(self, count):
-        for layer in self.cache.layers:
-            layer.cumulative_length.add_(count)
+def name_of(row):
+    """What a row is called: whose cache, and which."""
+    if row.student is None:
+        return f"teacher, {row.name}"
+    return f"recurrent, {row.name}" if row.student == "modal" else row.name
 
 
 class PackedDynamicTeacher(DynamicTeacher):
-    name = "teacher, dynamic cache, packed"
+    name = "dynamic cache, packed"
 
     def __init__(self, model, case):
-        super().__init__(pack(model, case["batch"]), case)
+        super().__init__(pack(model, case.batch), case)
 
 
 class PackedStaticTeacher(StaticTeacher):
-    name = "teacher, static cache, packed"
+    name = "static cache, packed"
 
     def __init__(self, model, case):
-        super().__init__(pack(model, case["batch"]), case)
+        super().__init__(pack(model, case.batch), case)
 
 
 def pack(model, rows):
@@ -255,7 +200,7 @@ def pack(model, rows):
 
 
 class CompiledTeacher(StaticTeacher):
-    name = "teacher, static cache, compiled"
+    name = "static cache, compiled"
 
     def __init__(self, model, case):
         super().__init__(model, case)
@@ -265,75 +210,8 @@ class CompiledTeacher(StaticTeacher):
             self.step_model = torch.compile(model, options={"freezing": True})
 
 
-class Exact(DynamicTeacher):
-    """The student with implicit filters and the cache of exact online convolution."""
-
-    name = "exact"
-    student = "implicit"
-    uneven = True  # by the tiles
-
-    def read(self, ids):
-        self.cache = None
-        return self._next(self.model, ids)
-
-    def _next(self, model, ids):
-        out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
-        return out.logits[:, -1]
-
-    def work(self, length):
-        config = self.model.config
-        numbers = self.batch * config.num_hidden_layers * config.hidden_size
-        if config.num_filters < config.hidden_size:  # all keys and values again
-            return 2 * numbers * (length + 2) * 4, 4 * numbers * (length + 1)
-        sizes = [NEAR << level for level in range(max(0, int(math.log2(length / NEAR))))]
-        # Half a block of inputs directly; for each size of tile, one input read and one output read and written a step,
-        # and two transforms of twice the size each time as many steps have passed.
-        moved = NEAR / 2 + 3 * len(sizes)
-        return 4 * numbers * moved, numbers * (NEAR + sum(10 * math.log2(2 * size) for size in sizes))
-
-
-class Steps(Exact):
-    """The student with modal filters, by calls of the model."""
-
-    name = "recurrent, model(...)"
-    student = "modal"
-    uneven = False
-
-    def skip(self, count):
-        self.cache.seen, self.cache.real = self.cache.seen + count, self.cache.real + count
-
-    def work(self, length):
-        config = self.model.config
-        width = config.hidden_size // config.num_filters
-        modes = sum(map(sum, config.state_sizes)) * width**2
-        # A complex product and its input, 8 operations; one read out, 4. A wide state is written in turns, not at once.
-        return self.kept * (1 + 1 / ring_places(width)), 12 * self.batch * modes
-
-
-class Decoded(Steps):
-    name = "recurrent, Decoder"
-    compiled = False
-
-    def __init__(self, model, case):
-        super().__init__(model, case)
-        self.decoder, self.held = Decoder(model, case["batch"], compiled=self.compiled), []
-        self.step_model, self.cache = self.decoder.model, self.decoder.cache
-
-    def read(self, ids):
-        self.decoder.remove(self.held)
-        self.held = self.decoder.add(list(ids))
-        return self.decoder.logits
-
-    def step(self, tokens):
-        return self.decoder.step(tokens)
-
-    def skip(self, count):
-        """Its steps do not depend on how many there were."""
-
-
 class CompiledDecoded(Decoded):
-    name = "recurrent, Decoder, compiled"
+    name = "Decoder, compiled"
     compiled = True
 
 
@@ -345,7 +223,7 @@ class ReadAgain(DynamicTeacher):
 
     def __init__(self, model, case):
         super().__init__(model, case)
-        self.batch = max(1, min(case["batch"], READ_AGAIN // (case["prompt"] + case["new"])))
+        self.batch = max(1, min(case.batch, READ_AGAIN // (case.prompt + case.new)))
 
     def read(self, ids):
         self.ids = ids
@@ -361,47 +239,38 @@ class ReadAgain(DynamicTeacher):
     def kept(self):
         return self.ids.numel() * self.ids.element_size()
 
-    def work(self, length):
-        config, length = self.model.config, length + 1
-        width = config.hidden_size // config.num_filters
-        transforms = 2 * width * 2.5 * 2 * length * math.log2(2 * length)  # of each channel
-        mixing = min(transforms, 2 * length**2) * config.num_hidden_layers * config.hidden_size
-        linear = 2 * (length - 1) * (multiplied(self.model) - self.model.lm_head.weight.numel())
-        return 0, self.batch * (linear + mixing)
-
 
 @torch.inference_mode()
 def measured(row, mixer, shape, case, summary, args):
     """One row: a model with one kind of cache in one case."""
     device = prepare(args)
     empty = in_use(device)
-    model = model_of(row, mixer, shape, case["prompt"] + case["new"], device, args)
+    model = model_of(row, mixer, shape, case.prompt + case.new, device, args)
     contender = row(model, case)
     batch = contender.batch
     torch.manual_seed(1)
-    ids = torch.randint(shape[-1], (batch, case["prompt"]), device=device)
+    ids = torch.randint(shape[-1], (batch, case.prompt), device=device)
     token = contender.read(ids[:, :2]).argmax(-1)  # the first calls pay for start-up, and for compiling
     for _ in range(2):
         token = contender.step(token).argmax(-1)
-    best = generated(contender, ids, case["new"], args.seconds, device)
-    if best["prefill"] + sum(best["steps"]) <= args.seconds:
-        again = generated(contender, ids, case["new"], args.seconds, device)
-        best = min(best, again, key=lambda entry: entry["generation"]) | {
-            "prefill": min(best["prefill"], again["prefill"])
-        }
+    seconds = math.inf if row.uneven else args.seconds
+    best = generated(contender, ids, case.new, seconds)
+    if best["first"] + sum(best["steps"]) <= args.seconds:
+        again = generated(contender, ids, case.new, seconds)
+        best = min(best, again, key=lambda entry: entry["generation"]) | {"first": min(best["first"], again["first"])}
     peak = peak_use(device) - empty
     steps = best.pop("steps")
-    share = case["batch"] / batch  # of re-computation: what was timed is in proportion
+    share = case.batch / batch  # of re-computation: what was timed is in proportion
     weights = contender.weights
     each = (peak - weights) / batch if row is ReadAgain else best["kept_last"] / batch
-    floor = floor_of(contender, case["prompt"] + case["new"] / 2, summary["machine"])
+    floor = floor_of(contender, case.prompt + case.new / 2, summary["machine"])
     generation = share * best["generation"]
     return {
-        "prefill": share * best["prefill"],
+        "prefill": share * best["first"],
         "generation": generation,
         "timed": len(steps),
         "rows_timed": batch,
-        "tokens_per_second": case["batch"] * case["new"] / generation,
+        "tokens_per_second": case.batch * case.new / generation,
         "latency": share * statistics.median(steps),
         "latency_first": share * statistics.median(steps[:FEW]),
         "latency_last": share * statistics.median(steps[-FEW:]),
@@ -413,47 +282,8 @@ def measured(row, mixer, shape, case, summary, args):
         "floor": share * floor["seconds"],
         "floor_bytes": share * floor["bytes"],
         "floor_operations": share * floor["operations"],
-        "share_of_floor": share * floor["seconds"] * case["new"] / generation,
+        "share_of_floor": share * floor["seconds"] * case.new / generation,
         "tokens": best["tokens"],
-    }
-
-
-def generated(contender, ids, new, seconds, device):
-    """Seconds of a prompt, and of `new` greedy tokens behind it: of all steps, or of three runs of steps."""
-    began = now(device)
-    token = contender.read(ids).argmax(-1)
-    prefill = now(device) - began
-    kept, tokens, runs, position = contender.kept, [token], [[]], 0
-
-    def run(start, count):
-        nonlocal token, position
-        if start > position:
-            contender.skip(start - position)
-            runs.append([])
-        for _ in range(count):
-            began = now(device)
-            token = contender.step(token).argmax(-1)
-            runs[-1].append(now(device) - began)
-            tokens.append(token)
-        position = max(start, position) + count
-
-    run(0, min(PROBE, new))
-    quickest = min(runs[0])
-    if contender.uneven or new < 3 * PROBE or quickest * new <= seconds:
-        run(position, new - position)
-        generation = sum(runs[0])
-    else:
-        count = max(PROBE, min(new // 3, int(seconds / 3 / quickest)))
-        for start, end in ((position, count), ((new - count) // 2, (new + count) // 2), (new - count, new)):
-            run(start, end - max(start, position))
-        generation = new * statistics.mean(map(statistics.mean, runs))
-    return {
-        "prefill": prefill,
-        "generation": generation,
-        "steps": [step for each in runs for step in each],
-        "kept_first": kept,
-        "kept_last": contender.kept,
-        "tokens": torch.stack(tokens[: len(runs[0]) + 1], dim=1)[0].tolist(),  # of the first row, up to the first jump
     }
 
 
@@ -510,11 +340,38 @@ def floor_of(contender, length, machine):
     model = contender.model
     embedding = 0 if model.config.tie_word_embeddings else model.gpt_neox.embed_in.weight.nbytes
     filters = sum(p.nbytes for m in model.modules() if isinstance(m, ImplicitFilter) for p in m.parameters())
-    moved, operations = contender.work(length)
+    moved, operations = work(contender, length)
     moved += sum(p.nbytes for p in model.parameters()) - embedding - filters
     operations += 2 * contender.batch * multiplied(model)
     seconds = max(moved / machine["bytes_per_second"], operations / machine["operations_per_second"])
     return {"seconds": seconds, "bytes": moved, "operations": operations}
+
+
+def work(contender, length):
+    """Bytes of state that a step after `length` tokens must move, and its operations beyond the linear layers."""
+    model = contender.model
+    config = model.config
+    width = 1 if contender.student is None else config.hidden_size // config.num_filters
+    numbers = contender.batch * config.num_hidden_layers * config.hidden_size
+    if isinstance(contender, ReadAgain):
+        length += 1
+        transforms = 2 * width * 2.5 * 2 * length * math.log2(2 * length)  # of each channel
+        mixing = min(transforms, 2 * length**2) * numbers
+        linear = 2 * (length - 1) * (multiplied(model) - model.lm_head.weight.numel())
+        return 0, contender.batch * linear + mixing
+    if isinstance(contender, Steps):
+        modes = sum(map(sum, config.state_sizes)) * width**2
+        # A complex product and its input, 8 operations; one read out, 4. A wide state is written in turns, not at once.
+        return contender.kept * (1 + 1 / ring_places(width)), 12 * contender.batch * modes
+    if isinstance(contender, Exact) and width == 1:
+        sizes = [NEAR << level for level in range(max(0, int(math.log2(length / NEAR))))]
+        # Half a block of inputs directly; for each size of tile, one input read and one output read and written a step,
+        # and two transforms of twice the size each time as many steps have passed.
+        moved = NEAR / 2 + 3 * len(sizes)
+        return 4 * numbers * moved, numbers * (NEAR + sum(10 * math.log2(2 * size) for size in sizes))
+    # Keys and values of all tokens, this one included, are read, and this one's are written; by wide heads in float32.
+    itemsize = 4 if isinstance(contender, Exact) else model.dtype.itemsize
+    return 2 * numbers * (length + 2) * itemsize, 4 * numbers * (length + 1)
 
 
 def multiplied(model):
@@ -535,7 +392,7 @@ def contexts(mixer, shape, args):
     began, cache = now(device), None
     for start, stop in zip([0, *lengths], lengths, strict=False):
         for piece in ids[:, start:stop].split(PIECE, dim=1):
-            cache = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1).cache
         found.append({"length": stop, "prefill": now(device) - began, "kept": state_bytes(cache), "steps": []})
         caches.append(copy.deepcopy(cache))
     decoder = Decoder(model, 1, compiled=args.compile)
@@ -548,7 +405,7 @@ def contexts(mixer, shape, args):
         entry["step"] = statistics.median(entry.pop("steps"))
         entry["growth"] = growth(decoder.step, device)
     del decoder, model, cache, caches
-    teacher = DynamicTeacher(model_of(DynamicTeacher, None, shape, lengths[-1], device, args), {"batch": 1})
+    teacher = DynamicTeacher(model_of(DynamicTeacher, None, shape, lengths[-1], device, args), Case(1, 2, 1))
     teacher.read(ids[:, :2])
     read = 2
     for entry in found:
@@ -580,12 +437,7 @@ def several_steps(step, device):
 
 def growth(step, device):
     """Bytes that a few steps take at their peak beyond what was in use."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
-    before = in_use(device)
+    before = begin_peak(device)
     several_steps(step, device)
     return max(0, peak_use(device) - before)
 
@@ -629,13 +481,7 @@ def limits(args):
     numbers = torch.ones(1 << 27, device=device)
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=getattr(torch, args.dtype))
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": args.dtype,
+    return speed.machine(device, args.dtype) | {
         "memory": args.memory,
         "seconds": args.seconds,
         "operations_per_second": 2 * size**3 / quickest(lambda: a @ a, device),
@@ -650,25 +496,6 @@ def quickest(call, device):
         call()
         times.append(now(device) - began)
     return min(times)
-
-
-def in_use(device):
-    return torch.cuda.memory_allocated() if device.type == "cuda" else resident("VmRSS")
-
-
-def peak_use(device):
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
-
-
-def resident(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def progress(what, began):

@@ -72,9 +72,9 @@ def decoding():
 
 def made(decoding, row, mixer="hyena"):
     """A row's contender at a tiny shape."""
-    case = {"text": "3x21+20", "batch": 3, "prompt": 21, "new": 20}
+    case = decoding["Case"](3, 21, 20)
     args = argparse.Namespace(dtype="float32", threads=torch.get_num_threads(), modes=None)
-    length = case["prompt"] + case["new"]
+    length = case.prompt + case.new
     return decoding[row](decoding["model_of"](decoding[row], mixer, TINY, length, torch.device("cpu"), args), case)
 
 
@@ -156,9 +156,9 @@ def test_every_cache_gives_what_reading_again_gives(decoding, rows, mixer):
 def test_a_few_steps_stand_for_all(decoding, row):
     ids = torch.randint(TINY[-1], (3, 21), generator=torch.Generator().manual_seed(0))
     contender = made(decoding, row)
-    whole = decoding["generated"](contender, ids, 20, math.inf, torch.device("cpu"))
+    whole = decoding["generated"](contender, ids, 20, math.inf)
     assert len(whole["steps"]) == 20 and whole["generation"] == pytest.approx(sum(whole["steps"]))
-    sampled = decoding["generated"](contender, ids, 20, 0, torch.device("cpu"))
+    sampled = decoding["generated"](contender, ids, 20, 0)
     assert len(sampled["steps"]) == (20 if contender.uneven else 6)
     assert sampled["kept_last"] == whole["kept_last"]  # the cache was filled up to the last token
     assert sampled["tokens"] == whole["tokens"][: len(sampled["tokens"])] and len(sampled["tokens"]) >= 3

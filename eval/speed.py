@@ -1,0 +1,74 @@
+"""Speed, memory and state of generation, of any checkpoint folders or Hub names, side by side in one run.
+
+    python eval/speed.py teacher=scavenger/assets/teacher-stdlib recurrent=runs/quickstart/recurrence
+    python eval/speed.py EleutherAI/pythia-70m runs/neox70m/recurrence --cases 1x512+256 64x512+256 --memory 24
+
+Name the teacher first: ratios and break-even lengths are against it. A case BATCHxPROMPT+NEW reads BATCH prompts of
+PROMPT random tokens and generates NEW more for each, greedily, with every cache that a model can have: a Transformer's
+dynamic and static, a convolutional student's exact one, a recurrent student's state by model(...) and by its Decoder.
+Where NEW steps would take longer than --seconds, some stand for all; the column `timed` says how many in each round.
+The last line is JSON.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from scavenger.certificate import aligned
+from scavenger.evaluation import command, speed
+from scavenger.evaluation.speed import Case, Settings
+
+
+def main() -> int:
+    made = command.parser(__doc__)
+    usual = Settings()
+    cases, contexts = " ".join(map(str, usual.cases)), " ".join(map(str, usual.contexts))
+    made.add_argument("--cases", nargs="*", help=f"BATCHxPROMPT+NEW ({cases})")
+    made.add_argument("--contexts", nargs="*", type=int, help=f"lengths a step is timed after ({contexts})")
+    made.add_argument("--rounds", type=int, default=usual.rounds, help=f"through all of a case ({usual.rounds})")
+    made.add_argument("--seconds", type=float, default=usual.seconds, help=f"of steps in a row ({usual.seconds:g})")
+    made.add_argument("--memory", type=float, default=usual.memory, help=f"GiB for a batch ({usual.memory:g})")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (all)")
+    return command.run("speed", made, measure)
+
+
+def measure(args: argparse.Namespace, results) -> list[dict]:
+    command.positive(args, "threads")
+    models, settings = command.models_of(args), settings_of(args)
+    torch.set_num_threads(args.threads)
+    print("\n".join(plan(models, settings)), flush=True)
+    found = speed.kept(models, settings, results)
+    for tabled in (speed.table, speed.context_table):
+        header, rows = tabled(found)
+        if rows:
+            print(f"\n{aligned(header, rows)}")
+    print("\n" + "\n".join([*speed.verdicts(found), *speed.break_even_lines(found)]))
+    print(
+        f"\n{command.described(found[0]['machine'])}\n"
+        "above: medians over rounds; peak: growth while a row runs, weights not included\n"
+        "below: of each model's best cache, all rounds together, intervals over rounds\n"
+    )
+    return found
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What was given, the rest as usual."""
+    given = {} if args.cases is None else {"cases": tuple(map(Case.parsed, args.cases))}
+    given |= {} if args.contexts is None else {"contexts": tuple(args.contexts)}
+    return Settings(**given, rounds=args.rounds, seconds=args.seconds, memory=args.memory, seed=args.seed)
+
+
+def plan(models, settings: Settings) -> list[str]:
+    """What will be run, in lines."""
+    lines = [f"{model.label}: {', '.join(kind.name for kind in speed.kinds(model))}" for model in models]
+    rows = sum(len(speed.kinds(model)) for model in models)
+    return [
+        *lines,
+        f"{rows} rows in each of {len(settings.cases)} cases and at {len(settings.contexts)} context lengths, "
+        f"{settings.rounds} rounds; of a row about {settings.seconds:g} s of steps and of prompts at most",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
