@@ -1,55 +1,66 @@
-"""Speed and state of generation, by context length, of any checkpoint folders or Hub names, side by side.
+"""How models write beside a reference, the first one named: where they leave it, how far, and whether they loop.
 
-    python eval/generation.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --context-lengths 256 2048 8192
+    python eval/generation.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text README.md
 
-One sequence, greedy, the mean of 32 steps; the last line is JSON.
+greedy agreement  share of a continuation before its first token that is not the reference's, both greedy
+KL, top-1         of the reference and the model, both reading the reference's greedy continuation; by position too
+repeated 4-grams  share of a continuation's 4-grams that repeat another of it (seq-rep-4, arXiv:1908.04319)
+ending in a loop  the last 16 tokens or more are one piece, three times or more
+loss              of sampled text under the reference: low where a model repeats itself, high where it makes no sense
+
+Every model goes on from the same pieces of held-out text, past end-of-text tokens too. In the column of the held-out
+text stands what really follows in the place of a sample. Intervals are over prompts. The text is the test split of the
+standard library if none is given; samples are printed first, and the last line is JSON.
 """
 
-import argparse
-import dataclasses
-import json
 import sys
 
-import torch
-from transformers import AutoModelForCausalLM
+from scavenger.evaluation import command, generation
 
-import scavenger.model  # noqa: F401  (AutoModel knows the student)
-from scavenger.measure import generation
+
+PLAIN = generation.Settings()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="checkpoint folders or Hub names")
-    parser.add_argument("--context-lengths", type=int, nargs="+", default=[256, 2048])
-    args = parser.parse_args()
-    if min(args.context_lengths) < 1:
-        print(
-            f"generation: error: found a context length of {min(args.context_lengths)}; expected 1 or more",
-            file=sys.stderr,
-        )
-        return 2
-    rows = []
-    width = max(len(model) for model in args.models)
-    print(f"{'model':<{width}}  {'context':>8}  {'tokens/s':>9}  {'prefill s':>9}  {'state bytes':>12}")
-    for name in args.models:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-        except (OSError, ValueError) as error:
-            print(f"generation: error: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
-            return 2
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        for length in args.context_lengths:
-            torch.manual_seed(0)
-            found = generation(model, torch.randint(0, model.config.vocab_size, (1, length)))
-            state = f"{found.state_bytes:,}"
-            print(
-                f"{name:<{width}}  {length:>8,}  {found.tokens_per_second:>9.1f}  "
-                f"{found.prefill_seconds:>9.3f}  {state:>12}",
-                flush=True,
+    made = command.parser(__doc__)
+    command.add_text(made)
+    made.add_argument("--prompts", type=int, default=PLAIN.prompts, help=f"({PLAIN.prompts})")
+    made.add_argument("--prompt-tokens", type=int, default=PLAIN.prompt_tokens, help=f"({PLAIN.prompt_tokens})")
+    made.add_argument("--new-tokens", type=int, default=PLAIN.new_tokens, help=f"({PLAIN.new_tokens})")
+    made.add_argument(
+        "--temperature", type=float, default=PLAIN.temperature, help=f"of sampled text ({PLAIN.temperature})"
+    )
+    made.add_argument("--top-k", type=int, default=PLAIN.top_k, help=f"of sampled text ({PLAIN.top_k})")
+    return command.run("generation", made, measure)
+
+
+def measure(args, results) -> list[dict]:
+    command.positive(args, "prompts", "prompt_tokens", "new_tokens", "top_k")
+    models = command.models_of(args)
+    settings = generation.Settings(
+        args.prompts, args.prompt_tokens, args.new_tokens, args.temperature, args.top_k, args.seed
+    )
+    first = models[0]
+    for model in models:
+        generation.comparable(model, first)
+    text = command.text_of(args)
+    stream = text.stream(first.tokenizer)
+    prepared = generation.prepare(first, stream, settings)
+    record = generation.described(settings) | text.settings | {"reference": first.weights}
+    found = []
+    for model in models:
+        found.append(
+            results.of(
+                "generation",
+                model,
+                record,
+                lambda model=model: generation.run(model, first, stream, settings, prepared),
             )
-            rows.append({"model": name} | dataclasses.asdict(found))
-    print(json.dumps(rows))
-    return 0
+        )
+        if model is not first:
+            model.close()
+    print(generation.side_by_side(found) + "\n")
+    return [*found, {"model": "held-out text", "settings": found[0]["settings"], "metrics": found[0]["held_out"]}]
 
 
 if __name__ == "__main__":

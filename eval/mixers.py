@@ -17,7 +17,6 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import recall
 import torch
 import yaml
 from accelerate import PartialState
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from scavenger import checkpoint, data, measure, recurrence, teacher
+from scavenger.evaluation import recall
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Filter, Recipe, RecipeError, differences, load_recipe, resolved
 
@@ -223,12 +223,13 @@ def recalled(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
     """Two numbers of recall on the run's test split: the share of right values, and the mean gain on passages."""
     test = data.blocks(folder / "data", "test")
     special = teacher.tokenizer(recipe, folder).all_special_ids
-    pairs = recall.associative_recall(model, test, special, distances, recall.EXAMPLES, seed=0)
-    passages = recall.repeated_passages(model, test, distances, recall.EXAMPLES, seed=0)
-    return {
-        "pairs": sum(row.among * row.queries for row in pairs) / sum(row.queries for row in pairs),
-        "passages": statistics.fmean(row.gain for row in passages),
-    }
+    asked = (distances, recall.EXAMPLES, 0)
+    found = [
+        *recall.associative_recall(model, test, special, *asked),
+        *recall.repeated_passages(model, test, *asked),
+    ]
+    means = {metric.name: sum(metric.numerators) / sum(metric.denominators) for metric in found}
+    return {"pairs": means["recall of pairs"], "passages": means["gain on repeated passages"]}
 
 
 def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
@@ -239,7 +240,7 @@ def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
     length = max(PROMPT_TOKENS, config.attention_window if config.attention_layers else 0)
     prompt = torch.from_numpy(blocks.reshape(-1)[:length].astype("int64"))[None].to(model.device)
     with torch.inference_mode():
-        cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     return measure.state_bytes(cache)
 
 

@@ -2,26 +2,22 @@
 
 import json
 import math
+import runpy
 import sys
-from dataclasses import astuple
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import scavenger
-from test_eval import command
+from conftest import ROOT, command, scavenger
 from torch import nn
+from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from scavenger import data, measure
+from scavenger.evaluation import recall
+from scavenger.evaluation.models import Evaluated
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import load_recipe
-
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "eval"))  # as for a command of that folder, which finds its neighbours
-import recall  # noqa: E402
 
 
 VOCABULARY = 311
@@ -31,110 +27,46 @@ TEXT = np.random.default_rng(5).permutation(np.arange(1, VOCABULARY))
 
 
 class Oracle(nn.Module):
-    """What followed the current token where it last occurred in the last `window` tokens; else every token alike."""
+    """What followed the last `match` tokens where they last occurred in the last `window`; else every token alike."""
 
-    def __init__(self, window=10_000):
+    def __init__(self, window=10_000, match=1):
         super().__init__()
-        self.window = window
+        self.window, self.match, self.read = window, match, []
         self.place = nn.Parameter(torch.zeros(()))
 
-    def forward(self, input_ids, use_cache):
+    def logits(self, ids):
+        logits, last = torch.zeros(len(ids), VOCABULARY), {}
+        for t in range(self.match - 1, len(ids)):
+            piece = tuple(ids[t - self.match + 1 : t + 1])
+            if piece in last and t - last[piece] < self.window:
+                logits[t, ids[last[piece] + 1]] = 40.0
+            last[piece] = t
+        return logits
+
+    def forward(self, input_ids, use_cache, logits_to_keep):
         assert use_cache is False
-        logits = torch.zeros(*input_ids.shape, VOCABULARY)
-        for row, ids in enumerate(input_ids.tolist()):
-            last = {}
-            for t, token in enumerate(ids):
-                if token in last and t - last[token] < self.window:
-                    logits[row, t, ids[last[token] + 1]] = 40.0
-                last[token] = t
-        return CausalLMOutputWithPast(logits=logits)
+        self.read += input_ids.tolist()
+        logits = torch.stack([self.logits(ids) for ids in input_ids.tolist()])
+        return CausalLMOutputWithPast(logits=logits[:, logits_to_keep])
 
 
-def pairs_of(model, distances=DISTANCES, examples=11, seed=3):
-    return recall.associative_recall(model, TEXT.reshape(10, 31), [], distances, examples, seed)
+class Forgetful(Oracle):
+    """An oracle that only follows tokens whose number three does not divide."""
 
-
-def passages_of(model, distances=DISTANCES, examples=11, seed=3):
-    return recall.repeated_passages(model, TEXT.reshape(10, 31), distances, examples, seed)
-
-
-def test_a_model_that_copies_recalls_everything():
-    pairs, passages = pairs_of(Oracle()), passages_of(Oracle())
-    assert [row.distance for row in pairs] == [row.distance for row in passages] == DISTANCES
-    assert sum(row.queries for row in pairs) == 11 * (76 // 4)
-    for row in pairs:
-        assert row.top_1 == row.among == 1
-        assert row.log_probability == pytest.approx(0, abs=1e-6)
-        assert row.gain == pytest.approx(40, rel=1e-6)  # the oracle's logit for what followed; 0 for all else
-    for row in passages:
-        assert row.second_top_1 == 1 and row.first_top_1 == 0 and row.tokens == 11 * 15
-        assert row.first_loss == pytest.approx(math.log(VOCABULARY), rel=1e-6)
-        assert row.gain == pytest.approx(row.first_loss, rel=1e-6)
-
-
-def test_a_model_that_knows_nothing_is_at_chance():
-    for row in pairs_of(Oracle(window=0)):
-        assert row.top_1 == 0 and row.gain == pytest.approx(0, abs=1e-6)
-        assert row.log_probability == pytest.approx(-math.log(VOCABULARY), rel=1e-6)
-    overall = pairs_of(Oracle(window=0), distances=[76])
-    # Where all are alike the first is named: right once in each sequence.
-    assert overall[0].queries == 11 * 19 and overall[0].among == pytest.approx(1 / 19)
-    for row in passages_of(Oracle(window=0)):
-        assert row.first_loss == row.second_loss == pytest.approx(math.log(VOCABULARY), rel=1e-6)
-        assert row.second_top_1 == row.gain == 0
-
-
-@pytest.mark.parametrize("furthest", DISTANCES[:3])
-def test_a_window_forgets_what_lies_further_back(furthest):
-    """A token `furthest` back is seen in a window of one more."""
-    model = Oracle(window=furthest + 1)
-    for row in pairs_of(model):
-        assert row.top_1 == (1 if row.distance <= furthest else 0), row
-        assert (abs(row.gain) < 1e-6) == (row.distance > furthest), row
-    for row in passages_of(model):
-        assert row.second_top_1 == (1 if row.distance <= furthest else 0), row
-    # One token less, and the passage that far back is out of sight.
-    assert [row.second_top_1 for row in passages_of(Oracle(window=furthest), distances=[furthest])] == [0]
-
-
-def test_sequences_follow_from_the_seed(monkeypatch):
-    for measured in (pairs_of, passages_of):
-        model = Noise()
-        first = [astuple(row) for row in measured(model)]
-        assert first == [astuple(row) for row in measured(model)]
-        assert first != [astuple(row) for row in measured(model, seed=4)]
-        with monkeypatch.context() as patch:
-            patch.setattr(recall, "BATCH_TOKENS", 150)  # one or two sequences at once
-            for row, other in zip(first, measured(model), strict=True):
-                assert astuple(other) == pytest.approx(row, rel=1e-6)
-
-
-def test_a_model_of_two_tokens_gains_nothing():
-    """After the same token it says the same, whatever was before: at both readings of a passage."""
-    model = Noise()
-    log_p = model.table.detach().log_softmax(-1).numpy()
-    _, passages = recall._passages(TEXT, max(DISTANCES), 11, 3)
-    expected = -np.mean([log_p[before, token] for row in passages for before, token in zip(row, row[1:], strict=False)])
-    for row in passages_of(model):
-        assert row.first_loss == pytest.approx(expected, rel=1e-6)
-        assert row.second_loss == pytest.approx(expected, rel=1e-6)
+    def logits(self, ids):
+        logits = super().logits(ids)
+        logits[[token % 3 == 0 for token in ids]] = 0.0
+        return logits
 
 
 class Bag(Oracle):
     """Every token read so far alike, and all others much less: it knows what occurred, and nothing of the order."""
 
-    def forward(self, input_ids, use_cache):
-        read = torch.zeros(*input_ids.shape, VOCABULARY)
-        for row, ids in enumerate(input_ids.tolist()):
-            for t, token in enumerate(ids):
-                read[row, t:, token] = 9.0
-        return CausalLMOutputWithPast(logits=read)
-
-
-def test_what_occurred_in_no_order_is_no_recall_of_pairs():
-    for row in pairs_of(Bag()):
-        assert row.gain == pytest.approx(0, abs=1e-6)
-    assert all(row.gain > 1 for row in passages_of(Bag())), "of passages it cannot be told apart, and the text says so"
+    def logits(self, ids):
+        read = torch.zeros(len(ids), VOCABULARY)
+        for t, token in enumerate(ids):
+            read[t:, token] = 9.0
+        return read
 
 
 class Noise(nn.Module):
@@ -144,14 +76,186 @@ class Noise(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(2)))
 
-    def forward(self, input_ids, use_cache):
-        return CausalLMOutputWithPast(logits=self.table[input_ids])
+    def forward(self, input_ids, use_cache, logits_to_keep):
+        return CausalLMOutputWithPast(logits=self.table[input_ids][:, logits_to_keep])
+
+
+def pairs_of(model, distances=DISTANCES, examples=11, seed=3):
+    return recall.associative_recall(model, TEXT.reshape(10, 31), [], distances, examples, seed)
+
+
+def copies_of(model, distances=DISTANCES, examples=11, seed=3):
+    return recall.copying(model, TEXT.reshape(10, 31), [], distances, examples, seed)
+
+
+def keys_of(model, distances=DISTANCES, examples=11, seed=3):
+    return recall.passkeys(model, TEXT.reshape(10, 31), [], distances, examples, seed)
+
+
+def passages_of(model, distances=DISTANCES, examples=11, seed=3):
+    return recall.repeated_passages(model, TEXT.reshape(10, 31), distances, examples, seed)
+
+
+PARTS = {"pairs": pairs_of, "copying": copies_of, "passkey": keys_of, "passages": passages_of}
+
+
+def value(found, name):
+    """A metric by its name."""
+    (metric,) = [metric for metric in found if metric.name == name]
+    return sum(metric.numerators) / sum(metric.denominators)
+
+
+def curve(found, group):
+    """Values of a group by distance."""
+    return {int(metric.x): value([metric], metric.name) for metric in found if metric.group == group}
+
+
+def test_a_model_that_copies_recalls_everything():
+    pairs, copies, passages = pairs_of(Oracle()), copies_of(Oracle()), passages_of(Oracle())
+    keys = keys_of(Oracle(match=2))
+    for group, found in {"pairs": pairs, "copying": copies, "passkey": keys}.items():
+        assert curve(found, group) == dict.fromkeys(DISTANCES, 1.0), group
+    for name, found in {
+        "recall of pairs": pairs,
+        "recall of pairs among all tokens": pairs,
+        "copying": copies,
+        "passkey": keys,
+        "passkey tokens": keys,
+        "right tokens of passages read again": passages,
+    }.items():
+        assert value(found, name) == 1, name
+    # The oracle's logit for what followed; 0 for all else.
+    assert curve(pairs, "pairs gain") == pytest.approx(dict.fromkeys(DISTANCES, 40), rel=1e-6)
+    every = math.log(VOCABULARY)
+    assert value(passages, "loss of passages read first") == pytest.approx(every, rel=1e-6)
+    assert value(passages, "loss of passages read again") == pytest.approx(0, abs=1e-6)
+    for group, found in {"passages": passages, "copying gain": copies}.items():
+        assert curve(found, group) == pytest.approx(dict.fromkeys(DISTANCES, every), rel=1e-6), group
+    # Of another key's two tokens it is sure that the first comes, and after that knows nothing.
+    assert curve(keys, "passkey gain") == pytest.approx(dict.fromkeys(DISTANCES, (40 + every) / 2), rel=1e-6)
+
+
+def test_a_model_that_knows_nothing_is_at_chance():
+    pairs, copies, keys, passages = (measured(Oracle(window=0)) for measured in PARTS.values())
+    for name, found in {
+        "recall of pairs among all tokens": pairs,
+        "gain of pairs": pairs,
+        "copying": copies,
+        "gain of copying": copies,
+        "passkey": keys,
+        "passkey tokens": keys,
+        "gain of passkey": keys,
+        "gain on repeated passages": passages,
+        "right tokens of passages read again": passages,
+    }.items():
+        assert value(found, name) == pytest.approx(0, abs=1e-6), name
+    assert value(passages, "loss of passages read again") == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    # Where all are alike the first is named: right once in each sequence.
+    assert value(pairs, "recall of pairs") == pytest.approx(1 / 19)
+    assert [sum(m.denominators) for m in pairs if m.name == "recall of pairs"] == [11 * 19]
+
+
+@pytest.mark.parametrize("furthest", DISTANCES[:3])
+def test_a_window_forgets_what_lies_further_back(furthest):
+    """A token `furthest` back is seen in a window of one more."""
+    seen = {distance: float(distance <= furthest) for distance in DISTANCES}
+    model = Oracle(window=furthest + 1)
+    assert curve(copies_of(model), "copying") == seen
+    assert curve(keys_of(Oracle(window=furthest + 1, match=2)), "passkey") == seen
+    pairs, passages = curve(pairs_of(model), "pairs gain"), curve(passages_of(model), "passages")
+    for distance in DISTANCES:
+        assert pairs[distance] == pytest.approx(40 * seen[distance], abs=1e-4)
+        assert passages[distance] == pytest.approx(math.log(VOCABULARY) * seen[distance], abs=1e-4)
+    # One token less, and what lies that far back is out of sight.
+    for group, measured in PARTS.items():
+        if group != "pairs":
+            model = Oracle(window=furthest, match=2 if group == "passkey" else 1)
+            assert curve(measured(model, [furthest]), group)[furthest] == pytest.approx(0, abs=1e-6), group
+
+
+def test_a_whole_key_is_what_greedy_decoding_writes():
+    model = Forgetful(match=2)
+    found = keys_of(model, [40], examples=29)
+    (whole,) = [metric.numerators for metric in found if metric.name == "passkey at 40"]
+    shown = model.read[:29]  # before the controls
+    for ids, right in zip(shown, whole, strict=True):
+        written = ids[: -recall.KEY]
+        for _ in range(recall.KEY):
+            written = [*written, int(model.logits(written)[-1].argmax())]
+        assert right == (written == ids)
+    assert 0 < sum(whole) < 29 and 0 < value(found, "passkey") < value(found, "passkey tokens") < 1
+
+
+def test_keys_lie_behind_a_marker_at_their_distance():
+    model = Oracle(match=2)
+    keys_of(model, [40], examples=7)
+    shown, controls = np.array(model.read).reshape(2, 7, -1)
+    assert shown.shape[1] == 32 + 40 + 4 + 2
+    assert (shown[:, 32:38] == shown[:, -6:]).all() and (controls[:, 32:36] == controls[:, -6:-2]).all()
+    assert ((shown == controls).all(0) == [not 36 <= place < 38 for place in range(78)]).all()
+    assert (shown[:, 36:38] != controls[:, 36:38]).all()
+    follows = dict(zip(TEXT, np.roll(TEXT, -1), strict=True))
+    for ids in shown:
+        text = [*ids[:32], *ids[38:-6]]
+        assert all(follows[a] == b for a, b in zip(text, text[1:], strict=False))
+    assert len({tuple(ids) for ids in shown[:, 32:36]}) == 7, "each sequence has a marker of its own"
+
+
+def test_losses_of_a_copy_are_those_of_a_plain_loop():
+    model = Forgetful()
+    found = copies_of(model, [17, 40], examples=5)
+    gains, right = [], []
+    for ids in model.read:
+        count = len(ids) // 2
+        assert ids[:count] == ids[count:] and len(set(ids)) == count
+        loss = F.cross_entropy(model.logits(ids)[:-1], torch.tensor(ids[1:]), reduction="none")
+        gains.append((loss[: count - 1] - loss[count:]).mean().item())
+        right.append(np.mean([ids[t + 1] == int(model.logits(ids)[t].argmax()) for t in range(count, len(ids) - 1)]))
+    for name, expected in {"gain of copying": gains, "copying": right}.items():
+        assert value(found, f"{name} at 17") == pytest.approx(np.mean(expected[:5]), rel=1e-6)
+        assert value(found, f"{name} at 40") == pytest.approx(np.mean(expected[5:]), rel=1e-6)
+        assert value(found, name) == pytest.approx(np.mean(expected), rel=1e-6)
+    assert 0.3 < value(found, "copying") < 0.9
+    assert model.read[0][:17] == model.read[5][:17], "a shorter sequence begins as a longer one"
+
+
+def test_sequences_follow_from_the_seed(monkeypatch):
+    for group, measured in PARTS.items():
+        model = Forgetful(match=2 if group == "passkey" else 1)
+        first = [metric.numerators for metric in measured(model)]
+        assert first == [metric.numerators for metric in measured(model)]
+        assert first != [metric.numerators for metric in measured(model, seed=4)]
+        with monkeypatch.context() as patch:
+            patch.setattr(recall, "BATCH_TOKENS", 150)  # one or two sequences at once
+            for numerators, metric in zip(first, measured(model), strict=True):
+                assert metric.numerators == pytest.approx(numerators, rel=1e-6, abs=1e-6)
+
+
+def test_a_model_of_two_tokens_gains_nothing():
+    """After the same token it says the same, whatever was before: at both readings, and of any key."""
+    model = Noise()
+    log_p = model.table.detach().log_softmax(-1).numpy()
+    _, passages = recall._passages(TEXT, 32 + max(DISTANCES) - 16, 11, 3)
+    expected = -np.mean([log_p[before, token] for row in passages for before, token in zip(row, row[1:], strict=False)])
+    found = passages_of(model)
+    for reading in ("first", "again"):
+        assert value(found, f"loss of passages read {reading}") == pytest.approx(expected, rel=1e-6)
+    assert value(copies_of(model), "gain of copying") == pytest.approx(0, abs=1e-6)
+    assert value(keys_of(model), "gain of passkey") == pytest.approx(0, abs=1e-6)
+
+
+def test_what_occurred_in_no_order_is_no_recall_of_pairs():
+    assert curve(pairs_of(Bag()), "pairs gain") == pytest.approx(dict.fromkeys(DISTANCES, 0), abs=1e-6)
+    copies, keys, passages = copies_of(Bag()), keys_of(Bag()), passages_of(Bag())
+    assert value(copies, "copying") < 0.1 and value(keys, "passkey") == 0
+    for found, group in ((copies, "copying gain"), (keys, "passkey gain"), (passages, "passages")):
+        assert min(curve(found, group).values()) > 1, "here it cannot be told apart, and the text says so"
 
 
 def test_pairs_are_of_frequent_ordinary_tokens():
     text = np.concatenate([np.repeat(np.arange(80), 3), np.arange(80, 310)])
     special = [4, 7]
-    drawn, order = recall._pair_sequences(recall._frequent_tokens(text, special, 8), 8, 29, 0)
+    drawn, order = recall._pair_sequences(recall._frequent_tokens(text, special, [33]), 8, 29, 0)
     assert set(drawn.ravel()) == set(range(66)) - set(special)  # 8 for each pair, all of which occur in 29 sequences
     for ids, places in zip(drawn, order, strict=True):
         shown, asked = ids.reshape(2, 8, 2)
@@ -160,40 +264,68 @@ def test_pairs_are_of_frequent_ordinary_tokens():
 
 
 def test_passages_and_what_is_between_are_different_places():
-    other, passages = recall._passages(TEXT, 76, 400, 0)
-    assert other.shape == (400, 32 + 76 - 16) and passages.shape == (400, 16)
+    other, passages = recall._passages(TEXT, 92, 400, 0)
+    assert other.shape == (400, 92) and passages.shape == (400, 16)
     assert all(not set(before) & set(passage) for before, passage in zip(other, passages, strict=True))
     assert len({passage[0] for passage in passages}) > 200
     follows = dict(zip(TEXT, np.roll(TEXT, -1), strict=True))
     assert all(follows[a] == b for row in (*other, *passages) for a, b in zip(row, row[1:], strict=False))
 
 
-def test_a_bin_without_queries_has_no_row():
+def test_a_bin_without_queries_has_no_metric():
     """Distances between a key and its return are even."""
-    assert [row.distance for row in pairs_of(Oracle(), distances=[16, 17, 40])] == [16, 40]
+    assert list(curve(pairs_of(Oracle(), distances=[16, 17, 40]), "pairs")) == [16, 40]
 
 
-def test_recall_command(finished, workshop, tmp_path):
+@pytest.mark.parametrize(
+    ("context", "distances"), [(64, (16,)), (79, (16,)), (80, (16, 32)), (255, (16, 32, 64)), (256, (16, 32, 64, 128))]
+)
+def test_distances_double_as_far_as_they_fit(context, distances):
+    assert recall.settings_for([], context_length=context).distances == distances
+    assert recall.settings_for([], [300, 31, 16], context).distances == ((16,) if context == 64 else (16, 31))
+
+
+def test_result_has_every_part_and_its_chance(workshop):
+    model = Evaluated.parsed(f"teacher={workshop / 'teacher'}")
+    stream = np.tile(np.arange(320), 9)
+    settings = recall.settings_for([model], [16, 40], context_length=100, examples=3)  # past its 63 positions
+    found = recall.run(model, stream, settings)
+    assert recall.described(settings) == {"distances": (16, 40), "context_length": 100, "examples": 3, "seed": 0}
+    headlines = [metric["name"] for metric in found["metrics"] if metric.get("headline")]
+    assert headlines == ["recall of pairs", "copying", "passkey", "gain on repeated passages"]
+    assert found["pairs_shown"] == 10 and found["tokens_drawn_from"] == 80
+    chance = {"pairs": 1 / 10, "copying": 1 / 80, "passkey": 1 / 6400, "passkey tokens": 1 / 80}
+    gains = dict.fromkeys(("pairs gain", "copying gain", "passkey gain", "passages"), 0)
+    assert found["chance"] == pytest.approx(chance | gains)
+    groups = {metric["group"]: metric["x"] for metric in found["metrics"] if "group" in metric}
+    assert groups == dict.fromkeys([*found["chance"], "passages loss"], 40.0)
+    assert {len(metric["numerators"]) for metric in found["metrics"]} == {3}
+
+
+def test_recall_command(finished, workshop, tmp_path, monkeypatch, capsys):
     lines = (workshop / "text.jsonl").read_text().splitlines()[:3]
     (tmp_path / "text.txt").write_text("\n".join(json.loads(line)["text"] for line in lines))
     words = ["eval/recall.py", workshop / "teacher", finished / "recurrence", "--text", tmp_path / "text.txt"]
-    done = command(*words, "--context-length", 70, "--distances", 64, 19, "--examples", 5)
+    longer = ["--context-length", 70, "--distances", 64, 19]
+    done = command(*words, *longer, "--examples", 5)
     assert done.returncode == 0, done.stderr
     assert "distances 64: left out" in done.stderr
     first, second = json.loads(done.stdout.splitlines()[-1])
-    for found in (first, second):
-        assert [row["distance"] for row in found["pairs"]] == [row["distance"] for row in found["passages"]] == [19]
-    assert first["pairs_shown"] == 4 and first["passages"] != second["passages"]
+    assert first["settings"] == second["settings"] and first["settings"]["distances"] == [19]
+    for name in ("pairs at ≤ 19", "copying at 19", "passkey at 19", "passages at 19"):
+        assert first["metrics"][name]["items"] == 5 and any(line.startswith(name) for line in done.stdout.splitlines())
+    assert first["pairs_shown"] == 4 and first["metrics"] != second["metrics"]
     for change, message in {
-        ("--text", tmp_path / "nothing.txt"): "nothing.txt cannot be read",
+        (*longer, "--text", tmp_path / "nothing.txt"): "nothing.txt is not there",
         ("--distances", 7): "found a distance of 7; expected 16 or more",
-        ("--examples", 0): "found 0 examples",
+        (*longer, "--examples", 0): "--examples: found 0",
         # The shorter of 63 (the teacher's positions) and 48 (the student's training examples).
         (): "found a context of 48 tokens; expected 64 or more",
     }.items():
-        done = command(*words, *change)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("recall: error:") and message in done.stderr
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (*words, *change)])
+        assert runpy.run_path(str(ROOT / words[0]))["main"]() == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("recall: error:") and message in lines[-1], lines
 
 
 @pytest.fixture(scope="module")
