@@ -34,10 +34,12 @@ class SlidingPerplexity(evaluate.Metric):
     def _compute(self, predictions, model_id, context_length=None, stride=None):
         model = Evaluated(model_id, model_id)
         settings = perplexity.settings_for([model], context_length, stride)
-        found = perplexity.of_text(model, Text("predictions", "", predictions), settings)
+        found = perplexity.of(model, Text("predictions", "", predictions), settings)
         rows = command.summary(found)["metrics"]
-        return {name.replace(" ", "_"): rows[name]["value"] for name in ("perplexity", "bits per byte")} | {
-            "intervals": rows
+        return {
+            "perplexity": rows["perplexity"]["value"],
+            "interval": [rows["perplexity"]["low"], rows["perplexity"]["high"]],
+            "bits_per_byte": rows["bits per byte"]["value"],
         }
 
 
@@ -58,7 +60,7 @@ def measure(args, results) -> list[dict]:
     for model in models:
         record = perplexity.described(settings) | text.settings
         found.append(
-            results.of("perplexity", model, record, lambda model=model: perplexity.of_text(model, text, settings))
+            results.of("perplexity", model, record, lambda model=model: perplexity.of(model, text, settings))
         )
         model.close()
     return found

@@ -1,8 +1,7 @@
-"""What the pipeline and the reports measure on a model: loss and agreement on held-out text, speed and state."""
+"""What the pipeline measures on a model: loss and agreement on held-out text, filters, and state."""
 
 import copy
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 
 
 BATCH_TOKENS = 8192  # tokens of one evaluation batch; bounds the logits in memory
-TIMED_STEPS = 32  # tokens timed after a prompt: in so many, exact decoding does its share of the rarer, larger steps
 
 
 @dataclass(frozen=True)
@@ -82,41 +80,8 @@ def filter_taps(filter: nn.Module, length: int) -> torch.Tensor:
     return copy.deepcopy(filter).double()(length)
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One sequence, after a prompt of `context_length` tokens."""
-
-    context_length: int
-    prefill_seconds: float
-    tokens_per_second: float
-    state_bytes: int  # what is kept between tokens
-
-
-@torch.inference_mode()
-def generation(model: nn.Module, prompt: torch.Tensor) -> Generation:
-    """Time greedy steps after a prompt (1, length), with the model's own cache."""
-    device = next(model.parameters()).device
-    prompt = prompt.to(device)
-    model(input_ids=prompt[:, :2], use_cache=True)  # the first call pays for start-up
-    began = _now(device)
-    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    prefill = _now(device) - began
-    held = state_bytes(out.cache)
-    out = model(input_ids=out.logits[:, -1:].argmax(-1), cache=out.cache, use_cache=True)
-    began = _now(device)  # the token after a prompt also settles what the prompt left to later
-    for _ in range(TIMED_STEPS):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), cache=out.cache, use_cache=True)
-    return Generation(prompt.shape[1], prefill, TIMED_STEPS / (_now(device) - began), held)
-
-
 def state_bytes(cache) -> int:
     """Bytes that a cache keeps between tokens: a HyenaCache, or the keys and values of transformers' own."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
-
-
-def _now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -116,10 +116,10 @@ def text(recipe: Recipe, planned: list[PlannedStage], processes: int = 1) -> str
         most = f"{settings.max_state_size} modes or fewer"
         lines.append(f"Then each filter becomes a recurrence of {most} ({settings.method}): {aim}.")
     if recipe.report:
-        contexts = " and ".join(f"{length:,}" for length in recipe.report.context_lengths)
+        contexts = ", ".join(f"{length:,}" for length in recipe.report.context_lengths)
         lines.append(
-            f"Then all models are measured on {recipe.data.evaluation_tokens:,} held-out tokens, and in generation "
-            f"after {contexts} tokens."
+            f"Then all models are measured on {recipe.data.evaluation_tokens:,} held-out tokens, in recall, in what "
+            f"they write, and in speed after {contexts} tokens."
         )
     if recipe.hub:
         private = ", private" if recipe.hub.private else ""

@@ -383,17 +383,33 @@ class Recurrence:
 class Report:
     """What is measured when everything is made."""
 
-    context_lengths: tuple[int, ...] = (256, 2048)  # where generation is timed
-    sample_tokens: int = 96
+    context_lengths: tuple[int, ...] = (256, 2048)  # after which the speed and state of one sequence are measured
+    cases: tuple[str, ...] = ()  # BATCHxPROMPT+NEW, as 64x512+256, whose throughput is measured too
+    rounds: int = 2  # of all timings, in turn
+    examples: int = 64  # sequences of each kind of recall, at each distance
+    prompts: int = 16  # held-out beginnings from which every model goes on
+    sample_tokens: int = 96  # by so many tokens
+    tasks: tuple[str, ...] = ()  # of lm-eval (the extra `eval`); their documents come from the Hub,
+    tasks_path: str | None = None  # or from below this folder,
+    task_files: tuple[str, ...] = ()  # where these folders have task files that read them, as eval/tasks
+    task_limit: int | None = None  # questions of each task; None: all
 
     def __post_init__(self):
         _require(
-            len(self.context_lengths) > 0 and min(self.context_lengths) > 0,
+            len(self.context_lengths) > 0 and min(self.context_lengths) > 1,
             "context_lengths",
             list(self.context_lengths),
-            "a list of positive lengths",
+            "a list of lengths of 2 tokens or more",
         )
-        _require(self.sample_tokens > 0, "sample_tokens", self.sample_tokens, "a positive number of tokens")
+        for case in self.cases:
+            right = "BATCHxPROMPT+NEW with prompts of 2 tokens or more, such as 64x512+256"
+            found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", case)
+            batch, prompt, new = map(int, found.groups()) if found else (0, 0, 0)
+            _require(batch > 0 and prompt > 1 and new > 0, "cases", case, right)
+        for key in ("rounds", "examples", "prompts", "task_limit"):
+            value = getattr(self, key)
+            _require(value is None or value > 0, key, value, "a positive number")
+        _require(self.sample_tokens >= 4, "sample_tokens", self.sample_tokens, "4 or more, to look for repetitions")
 
 
 @dataclass(frozen=True)
@@ -751,7 +767,9 @@ def _describe(hint):
         return "one of " + ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
-        return _describe(kind) + ", or a list of them" if dataclasses.is_dataclass(kind) else "a list of whole numbers"
+        if dataclasses.is_dataclass(kind):
+            return _describe(kind) + ", or a list of them"
+        return "a list of words" if kind is str else "a list of whole numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[hint]
 
 

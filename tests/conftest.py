@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +17,20 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.model.attention import WindowedAttention
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*words):
+    """A command of eval/, as a person would type it."""
+    return subprocess.run(
+        [sys.executable, *(str(word) for word in words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +145,7 @@ transfer:
   logits: {{steps: 10, batch_size: 4, learning_rate: 1e-2}}
 baseline: {{learning_rate: 3e-3}}
 recurrence: {{tolerance: 1e-3, max_state_size: 40}}
-report: {{context_lengths: [20, 60], sample_tokens: 5}}
+report: {{context_lengths: [20, 60], sample_tokens: 5, prompts: 2, examples: 3, rounds: 1}}
 """)
     return folder
 

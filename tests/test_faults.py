@@ -247,7 +247,7 @@ def test_warned_elsewhere(workshop, tmp_path):
         assert not (program.run / stage).exists()
     program = Program(tmp_path, workshop / "recipe.yaml", *words)
     assert program.end() == 0, program.err
-    assert (program.run / "report/report.html").is_file() and not list(program.run.rglob("*.partial"))
+    assert (program.run / "report/index.html").is_file() and not list(program.run.rglob("*.partial"))
 
 
 def test_two_processes_are_warned(workshop, tmp_path):

@@ -100,8 +100,8 @@ def test_report(finished):
     assert first["state_bytes"] == second["state_bytes"] > 0
     first, second = figures["models"]["teacher"]["generation"]
     assert second["state_bytes"] - first["state_bytes"] == (60 - 20) * 2 * 3 * 30 * 4
-    page = (finished / "report/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 8 == len(list((finished / "report").glob("*.png")))
+    page = (finished / "report/index.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 13 == len(list((finished / "report/plots").glob("*.svg")))
     for name in figures["models"]:
         assert name in page
     rows = {row["name"]: row for row in figures["trainings"]}
@@ -134,7 +134,7 @@ def test_a_finished_run_is_not_run_again(finished, workshop, capsys):
 def scavenger_output(recipe, capsys):
     scavenger(recipe)
     out = capsys.readouterr().out
-    assert "(complete)" in out and "× teacher" in out and "report.html" in out
+    assert "(complete)" in out and "× teacher" in out and "report/index.html" in out
 
 
 def test_another_recipe_is_refused(finished, workshop):
@@ -216,7 +216,7 @@ def test_full_recurrence_with_a_layer_of_whole_attention(workshop, tmp_path):
     figures = read_json(run / "report/report.json")
     first, second = figures["models"]["recurrent"]["generation"]
     assert second["state_bytes"] - first["state_bytes"] == (60 - 20) * (2 * 30 * 4 + 1)
-    assert "more with every token" in (run / "report/report.html").read_text()
+    assert "more with every token" in (run / "report/index.html").read_text()
 
 
 @pytest.mark.parametrize("how", ["accelerate", "configured", "module", "scavenger", "python", "program"])
@@ -251,7 +251,7 @@ def test_two_processes_are_one(finished, workshop, tmp_path):
         np.testing.assert_allclose(curve(tmp_path / "run", stage), curve(finished, stage), rtol=2e-3)
     assert done.stdout.count("× teacher") == 1
     assert read_json(tmp_path / "run/recurrence/certificate.json")["filters"] == 15
-    assert (tmp_path / "run/report/report.html").is_file()
+    assert (tmp_path / "run/report/index.html").is_file()
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(workshop, monkeypatch):

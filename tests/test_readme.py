@@ -52,7 +52,7 @@ def quickstart(tmp_path_factory):
 
 def test_quickstart(quickstart):
     folder, printed = quickstart
-    assert (folder / "report/report.html").is_file() and "recurrent" in printed
+    assert (folder / "report/index.html").is_file() and "recurrent" in printed
     models = read_json(folder / "report/report.json")["models"]
     assert models["teacher"]["tokens_seen"] >= 20e6
     assert models["teacher"]["perplexity"] < models["distilled"]["perplexity"] < models["pre-trained"]["perplexity"]

@@ -31,6 +31,7 @@ class Metric:
     group: str = ""  # metrics of a group are one curve over x
     x: float | None = None  # distance or position, tokens
     headline: bool = False  # whether the table of a comparison has a row for it
+    relative: bool = False  # nearness to a reference, which of the reference itself says nothing
 
 
 @dataclass(frozen=True)

@@ -28,25 +28,29 @@ class Evaluated:
     label: str
     path: str
     dtype: str = "float32"
-    loader: Callable[[], nn.Module] | None = None  # where the path alone does not say which weights
+    revision: str | None = None  # of a Hub name
+    loader: Callable[[], nn.Module] | None = None  # where the weights are read in another way
 
     @classmethod
     def parsed(cls, word: str, dtype: str = "float32"):
-        """From `FOLDER` or `LABEL=FOLDER`."""
+        """From `FOLDER`, `NAME` or `NAME@REVISION`, or one of these behind `LABEL=`."""
         label, equals, path = word.partition("=")
         if equals and not (label and path):
             raise ValueError(f"found {word}; expected FOLDER or LABEL=FOLDER")
-        return cls(label, path or label, dtype)
+        path, revision = path or label, None
+        if "@" in path and not Path(path).is_dir():
+            path, _, revision = path.rpartition("@")
+        return cls(label, path, dtype, revision)
 
     @functools.cached_property
     def config(self):
         with _named(self.path):
-            return AutoConfig.from_pretrained(self.path)
+            return AutoConfig.from_pretrained(self.path, revision=self.revision)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         with _named(self.path):
-            found = AutoTokenizer.from_pretrained(self.path)
+            found = AutoTokenizer.from_pretrained(self.path, revision=self.revision)
             if found.eos_token_id is None:
                 raise ValueError("its tokenizer has no end-of-text token; expected one, to begin documents with")
         return found
@@ -59,12 +63,14 @@ class Evaluated:
                 model = self.loader()
             else:
                 dtype = getattr(torch, self.dtype)
-                model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, use_safetensors=True)
-        return model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path, revision=self.revision, dtype=dtype, use_safetensors=True
+                )
+        return model.eval().requires_grad_(False).to(self.device)
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def is_student(self) -> bool:
@@ -90,7 +96,7 @@ class Evaluated:
             files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
             facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         else:
-            facts = [self.path, getattr(self.config, "_commit_hash", None)]
+            facts = [self.path, self.revision, getattr(self.config, "_commit_hash", None)]
         return hashlib.sha256(json.dumps([*facts, self.dtype]).encode()).hexdigest()[:16]
 
     def close(self):

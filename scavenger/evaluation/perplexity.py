@@ -11,14 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from scavenger import measure
 from scavenger.evaluation import metrics
 from scavenger.evaluation.metrics import Metric
 from scavenger.evaluation.models import Evaluated
-from scavenger.evaluation.text import Text
+from scavenger.evaluation.text import Blocks, Text
+from scavenger.measure import BATCH_TOKENS
 
 
 BEYOND = 4  # contexts that positions are measured in, as a multiple of the window: past every training length of ours
+AGREEMENT = "same most likely token"
+DIVERGENCE = "KL from the reference"
 LONG_CONTEXTS = 32  # of them at most: 32 times 1,024 tokens tell positions apart by a few per cent
 
 
@@ -45,41 +47,44 @@ def settings_for(models: list[Evaluated], context_length=None, stride=None, long
     return Settings(length, stride or max(1, length // 2), longest or BEYOND * length)
 
 
-def of_text(model: Evaluated, text: Text, settings: Settings) -> dict:
-    """Sliding-window perplexity of documents, each on its own behind an end-of-text token, and of positions.
-
-    A window reads `context_length` tokens and predicts each next one; those that no earlier window predicted count:
-    all of the first, `stride` of the following ones. Every token of a document is predicted once, so that nats per
-    byte compare models of different tokenizers (stride = context_length is lm-eval's rolling log-likelihood).
-    """
-    documents = text.ids(model.tokenizer)
-    losses = sliding(model.model, documents, settings.context_length, settings.stride, model.tokenizer.eos_token_id)
-    sizes = [len(document.encode(errors="replace")) for document in text.documents]
-    found = _metrics(losses, [len(ids) - 1 for ids in documents], sizes)
-    stream = np.concatenate([np.array(ids, dtype=np.int64) for ids in documents])
+def of(model: Evaluated, text: Text | Blocks, settings: Settings, reference: Evaluated | None = None) -> dict:
+    """Perplexity, how near the model is to a reference that reads the same tokens, and perplexity by position."""
+    measure_all = of_blocks if isinstance(text, Blocks) else of_documents
+    found = measure_all(model, text, settings, reference)
+    stream = text.stream(model.tokenizer)
     return {"metrics": [metrics.packed(metric) for metric in found + by_position(model, stream, settings)]}
 
 
-def of_blocks(model: Evaluated, blocks: np.ndarray, settings: Settings) -> dict:
-    """Perplexity of a run's held-out blocks (block, length), each read on its own, its first token context only.
+def of_documents(model: Evaluated, text: Text, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
+    """In a sliding window, each document on its own behind an end-of-text token.
+
+    A window reads `context_length` tokens and predicts each next one; those that no earlier window predicted count:
+    all of the first, `stride` of the following ones. Every token of a document is predicted once, so that bits per
+    byte compare models of different tokenizers (stride = context_length is lm-eval's rolling log-likelihood).
+    """
+    documents = text.ids(model.tokenizer)
+    sums = sliding(model, documents, settings.context_length, settings.stride, reference)
+    sizes = [len(document.encode(errors="replace")) for document in text.documents]
+    return _metrics(sums, [len(ids) - 1 for ids in documents], sizes)
+
+
+def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
+    """Of a run's held-out blocks (block, length), each read on its own, its first token context only.
 
     Items are documents, which an end-of-text token begins; a document's part of a block counts to it.
     """
-    loss = block_losses(model.model, blocks)
-    end = model.tokenizer.eos_token_id
+    blocks, end = np.asarray(text.blocks).astype(np.int64), model.tokenizer.eos_token_id
     document = np.cumsum(blocks.reshape(-1) == end).reshape(blocks.shape)[:, 1:]
-    document -= document.min()
-    sums, counts = np.bincount(document.reshape(-1), loss.reshape(-1)), np.bincount(document.reshape(-1))
-    sizes = np.zeros(len(sums))
-    for rows, places in zip(blocks, document, strict=True):
-        for place in np.unique(places):
-            own = rows[1:][places == place]
-            sizes[place] += len(model.tokenizer.decode(own[own != end]).encode())
-    seen = counts > 0
-    found = _metrics(sums[seen], counts[seen], sizes[seen])
-    return {
-        "metrics": [metrics.packed(metric) for metric in found + by_position(model, blocks.reshape(-1), settings)]
-    }
+    count, places = document.max() + 1, document.reshape(-1)
+    found = predictions(model.model, blocks, reference and reference.model)
+    sums = np.stack([np.bincount(places, each.reshape(-1), count) for each in found])
+    tokens, sizes = np.bincount(places, minlength=count), np.zeros(count)
+    for ids, own in zip(blocks[:, 1:], document, strict=True):
+        for number in np.unique(own):
+            part = ids[own == number]
+            sizes[number] += len(model.tokenizer.decode(part[part != end]).encode())
+    seen = tokens > 0
+    return _metrics(sums[:, seen], tokens[seen], sizes[seen])
 
 
 def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> list[Metric]:
@@ -89,13 +94,14 @@ def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> lis
     """
     longest = min(settings.longest, len(stream))
     count = min(LONG_CONTEXTS, len(stream) // longest)
-    loss = block_losses(model.model, stream[: count * longest].reshape(count, longest))
+    loss = predictions(model.model, stream[: count * longest].reshape(count, longest))[0]
     position = np.arange(1, longest)  # tokens read before the one that is predicted
     found = []
     for power in range(int(math.log2(longest - 1)) + 1):
         inside = (position >= 2**power) & (position < 2 ** (power + 1))
         sums, counts = loss[:, inside].sum(1), [int(inside.sum())] * count
-        name = f"perplexity at {2**power:,}–{min(2 ** (power + 1), longest) - 1:,}"
+        first, last = 2**power, min(2 ** (power + 1), longest) - 1
+        name = f"perplexity at {first:,}" + (f"–{last:,}" if last > first else "")
         found.append(Metric(name, sums.tolist(), counts, "", "lower", True, "position", float(2**power)))
     past = position >= settings.context_length
     if past.any():
@@ -113,38 +119,53 @@ def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> lis
     return found
 
 
-def sliding(model: nn.Module, documents: list[list[int]], length: int, stride: int, filler: int) -> list[float]:
-    """Σ -log p of all tokens of each document but its first, in nats."""
+def sliding(
+    model: Evaluated, documents: list[list[int]], length: int, stride: int, reference: Evaluated | None = None
+) -> np.ndarray:
+    """Sums over all tokens of each document but its first of what `predictions` gives, (kind, document)."""
     windows = [
         (number, begin, first, end)
         for number, ids in enumerate(documents)
         for begin, first, end in _windows(len(ids) - 1, length, stride)
     ]
     windows.sort(key=lambda window: window[1] - window[3])  # the longest first: equal lengths share a batch
-    sums = np.zeros(len(documents))
-    rows = max(1, measure.BATCH_TOKENS // length)
+    sums = np.zeros((3 if reference else 1, len(documents)))
+    rows = max(1, BATCH_TOKENS // length)
     for start in tqdm(range(0, len(windows), rows), desc="perplexity", unit="batch", leave=False, dynamic_ncols=True):
         batch = windows[start : start + rows]
         width = batch[0][3] - batch[0][1]
-        ids = np.full((len(batch), width + 1), filler)  # filled at the end, where a causal model does not look
+        # Filled up at the end, where a causal model does not look.
+        ids = np.full((len(batch), width + 1), model.tokenizer.eos_token_id)
         for row, (number, begin, _, end) in zip(ids, batch, strict=True):
             row[: end - begin + 1] = documents[number][begin : end + 1]
-        loss = block_losses(model, ids)
-        for own, (number, begin, first, end) in zip(loss, batch, strict=True):
-            sums[number] += own[first - begin : end - begin].sum()
-    return sums.tolist()
+        found = predictions(model.model, ids, reference and reference.model)
+        for row, (number, begin, first, end) in enumerate(batch):
+            sums[:, number] += found[:, row, first - begin : end - begin].sum(-1)
+    return sums
 
 
 @torch.inference_mode()
-def block_losses(model: nn.Module, blocks: np.ndarray) -> np.ndarray:
-    """-log p of each token but the first of each block, (block, length - 1) float64, nats."""
+def predictions(model: nn.Module, blocks: np.ndarray, reference: nn.Module | None = None) -> np.ndarray:
+    """Of each token of blocks but the first -log p, (1, block, length - 1) float64, nats.
+
+    With a reference, (3, …): as well whether the most likely token is the reference's, and KL(reference || model).
+    """
     device = next(model.parameters()).device
-    rows, found = max(1, measure.BATCH_TOKENS // blocks.shape[1]), []
+    rows, found = max(1, BATCH_TOKENS // blocks.shape[1]), []
     for start in range(0, len(blocks), rows):
         ids = torch.from_numpy(blocks[start : start + rows].astype(np.int64)).to(device)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
-        found.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().cpu())
-    return torch.cat(found).numpy()
+        log_p = _log_probabilities(model, ids)
+        own = [-log_p.gather(2, ids[:, 1:, None])[..., 0]]
+        if reference is not None:
+            log_q = _log_probabilities(reference, ids)
+            own += [log_p.argmax(-1) == log_q.argmax(-1), (log_q.exp() * (log_q - log_p)).sum(-1)]
+        found.append(torch.stack([each.double() for each in own]).cpu())
+    return torch.cat(found, dim=1).numpy()
+
+
+def _log_probabilities(model, ids):
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
 def _windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -155,13 +176,20 @@ def _windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, 
         first, end = end, min(end + stride, tokens)
 
 
-def _metrics(losses, tokens, sizes) -> list[Metric]:
-    losses, tokens, sizes = (list(map(float, each)) for each in (losses, tokens, sizes))
+def _metrics(sums, tokens, sizes) -> list[Metric]:
+    losses, *nearness = (np.asarray(each, dtype=float).tolist() for each in sums)
+    tokens, sizes = (np.asarray(each, dtype=float).tolist() for each in (tokens, sizes))
     bits = [loss / math.log(2) for loss in losses]
-    return [
+    found = [
         Metric("perplexity", losses, tokens, "", "lower", exponential=True, headline=True),
         Metric("bits per byte", bits, sizes, "bits", "lower", headline=True),
     ]
+    if nearness:
+        agreed, divergence = nearness
+        near = {"headline": True, "relative": True}
+        found.append(Metric(AGREEMENT, agreed, tokens, "share", "higher", **near))
+        found.append(Metric(DIVERGENCE, divergence, tokens, "nats", "lower", **near))
+    return found
 
 
 def described(settings: Settings) -> dict:

@@ -61,3 +61,21 @@ def read(
     digest = hashlib.sha256("\0".join(documents).encode(errors="surrogatepass")).hexdigest()[:16]
     name = where if path and not named else f"{where}, {split} split"
     return Text(name, digest, documents)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A run's held-out blocks of tokens (block, length), each read on its own."""
+
+    name: str
+    blocks: np.ndarray
+
+    def stream(self, tokenizer) -> np.ndarray:
+        """All blocks end to end."""
+        return np.asarray(self.blocks).reshape(-1).astype(np.int64)
+
+    @property
+    def settings(self) -> dict:
+        """For the record of a measurement."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.blocks)).hexdigest()[:16]
+        return {"text": self.name, "text_sha256": digest, "tokens": int(self.blocks.size)}

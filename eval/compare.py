@@ -1,0 +1,93 @@
+"""Two or more models on everything: perplexity, recall, generation, tasks and speed; one table, one page, one JSON.
+
+    python eval/compare.py teacher=scavenger/assets/teacher-stdlib recurrent=runs/quickstart/recurrence --to comparison
+    python eval/compare.py EleutherAI/pythia-70m runs/neox70m/recurrence --dataset NAME --measure perplexity tasks
+
+The first model is the reference: differences to it are paired by document, question or sequence, with bootstrap
+intervals. What is measured is kept in DIR/results, one file for each measurement of each model: a command that was
+stopped goes on, and another model is added without measuring the others again (but for speeds, which are taken side by
+side). DIR/index.html is the page, DIR/compare.json has every figure of it; the last line is the verdict as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from scavenger.evaluation import command, compare, generation, harness, perplexity, recall, sections, speed
+from scavenger.evaluation.results import Results
+from scavenger.recipe import RecipeError
+
+
+MEASUREMENTS = ("perplexity", "recall", "generation", "tasks", "speed")
+OWN_TASKS = str(Path(__file__).with_name("tasks"))
+
+
+def main() -> int:
+    made = command.parser(__doc__)
+    command.add_text(made)
+    made.add_argument("--to", type=Path, default=Path("comparison"), metavar="DIR", help="the folder (comparison)")
+    made.add_argument(
+        "--measure",
+        nargs="+",
+        choices=MEASUREMENTS,
+        default=["perplexity", "recall", "generation", "speed"],
+        help="what is measured (all but tasks, which need the extra `eval` and the Hub or --local)",
+    )
+    made.add_argument("--context-length", type=int, help="tokens (the shortest training context)")
+    made.add_argument("--stride", type=int, help="of perplexity, tokens (half a context)")
+    made.add_argument("--examples", type=int, default=recall.EXAMPLES, help="sequences of each kind of recall")
+    made.add_argument("--prompts", type=int, default=generation.Settings.prompts, help="that every model goes on from")
+    made.add_argument("--tasks", help="names with commas between them (the paper's and Pythia's)")
+    made.add_argument("--local", metavar="DIR", help="a folder with the tasks' documents, instead of the Hub")
+    made.add_argument("--task-limit", type=int, metavar="N", help="questions of each task (all)")
+    made.add_argument("--cases", nargs="+", metavar="BATCHxPROMPT+NEW", help="whose speed is measured")
+    made.add_argument("--contexts", type=int, nargs="+", help="after which the speed of one sequence is measured")
+    made.add_argument("--rounds", type=int, default=speed.Settings.rounds, help="of all timings, in turn")
+    args = made.parse_args()
+    try:
+        found = measure(args)
+        page = sections.write(found, args.to)
+    except (OSError, ValueError, RecipeError) as error:
+        print(f"compare: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ncompare: interrupted; {args.to} keeps what is measured, the same command goes on", file=sys.stderr)
+        return 130
+    print(compare.text_table(found))
+    print(f"\npage: {page}")
+    print(json.dumps({"verdict": compare.verdict(found), "figures": str(args.to / "compare.json")}))
+    return 0
+
+
+def measure(args) -> dict:
+    """Every measurement that was asked for, of every model."""
+    command.positive(args, "context_length", "stride", "examples", "prompts", "task_limit", "rounds")
+    models, text = command.models_of(args), command.text_of(args)
+    length, asked = args.context_length, set(args.measure)
+    timings = {"rounds": args.rounds, "seed": args.seed}
+    if args.cases:
+        timings["cases"] = tuple(map(speed.Case.parsed, args.cases))
+    if args.contexts:
+        timings["contexts"] = tuple(args.contexts)
+    tasks = {
+        "tasks": tuple(args.tasks.split(",")) if args.tasks else (),
+        "limit": args.task_limit,
+        "seed": args.seed,
+        "local": args.local,
+        "include": (OWN_TASKS,) if args.local else (),
+    }
+    settings = compare.Settings(
+        args.seed,
+        perplexity.settings_for(models, length, args.stride) if "perplexity" in asked else None,
+        recall.settings_for(models, context_length=length, examples=args.examples, seed=args.seed)
+        if "recall" in asked
+        else None,
+        generation.Settings(args.prompts, seed=args.seed) if "generation" in asked else None,
+        harness.settings_for(models, length, **tasks) if "tasks" in asked else None,
+        speed.Settings(**timings) if "speed" in asked else None,
+    )
+    return compare.run(models, text, settings, Results(args.to / "results"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Several models on everything: differences that can be checked, one page, nothing measured twice."""
+
+import html
+import json
+import math
+import shutil
+
+import pytest
+from conftest import command
+from transformers import PreTrainedTokenizerFast
+
+from scavenger.checkpoint import read_json
+from scavenger.evaluation import compare, metrics, perplexity
+from scavenger.evaluation.metrics import Metric
+from scavenger.evaluation.models import Evaluated
+
+
+SMALL = ["--context-length", "64", "--examples", "3", "--prompts", "5"]
+SMALL += ["--cases", "2x20+6", "--contexts", "20", "40", "--rounds", "1"]
+
+
+@pytest.fixture(scope="module")
+def compared(finished, workshop, tmp_path_factory):
+    """The command on four models, one of them the reference again under another name."""
+    folder = tmp_path_factory.mktemp("compared")
+    models = {
+        "teacher": workshop / "teacher",
+        "again": workshop / "teacher",
+        "distilled": finished / "transfer",
+        "recurrent": finished / "recurrence",
+    }
+    words = [*(f"{label}={path}" for label, path in models.items()), "--text", workshop / "text.jsonl", "--limit", "40"]
+    words += ["--to", folder / "out", *SMALL]
+    done = command("eval/compare.py", *words)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", words, done.stdout
+
+
+def test_one_table_one_page_one_json(compared):
+    folder, _, printed = compared
+    found = read_json(folder / "compare.json")
+    assert found["labels"] == ["teacher", "again", "distilled", "recurrent"] and found["reference"] == "teacher"
+    assert {row["measurement"] for row in found["rows"]} == {"perplexity", "recall", "generation", "speed"}
+    page = html.unescape((folder / "index.html").read_text())
+    for row in found["rows"]:
+        assert row["metric"] in page, row["metric"]
+    last = json.loads(printed.splitlines()[-1])
+    assert last["verdict"] in page and last["verdict"].count("Beside teacher, ") == 3
+    for word in ("recall of pairs", "documents 40", "examples 3", "seed 0", "greedy agreement"):
+        assert word in printed, word
+    assert found["versions"]["torch"] and found["seed"] == 0
+
+
+def test_a_model_beside_itself_differs_in_nothing(compared):
+    """Nothing is better or worse, and all that is near to the reference is as near as can be."""
+    rows = read_json(compared[0] / "compare.json")["rows"]
+    for row in rows:
+        if row["measurement"] != "speed" and not row["metric"].startswith(("KL", "same", "top-1", "greedy", "tokens")):
+            own, other = row["models"]["again"], row["models"]["teacher"]
+            assert own == other, row["metric"]
+            difference = row["differences"]["again"]
+            assert difference["value"] == (1 if row["exponential"] else 0) and difference["verdict"] is None
+    by_name = {row["metric"]: row["models"] for row in rows}
+    assert by_name[perplexity.AGREEMENT]["again"]["value"] == by_name["greedy agreement"]["again"]["value"] == 1
+    assert abs(by_name[perplexity.DIVERGENCE]["again"]["value"]) < 1e-6
+    assert "teacher" not in by_name[perplexity.AGREEMENT], "of itself that says nothing"
+
+
+def test_differences_are_those_of_the_results(compared):
+    """From the kept sums, by hand."""
+    folder, _, _ = compared
+    row = next(row for row in read_json(folder / "compare.json")["rows"] if row["metric"] == "perplexity")
+    sums = {}
+    for label in ("teacher", "distilled"):
+        kept = read_json(folder / "results" / f"perplexity-{label}.json")
+        sums[label] = next(m for m in kept["metrics"] if m["name"] == "perplexity")
+        loss = sum(sums[label]["numerators"]) / sum(sums[label]["denominators"])
+        assert row["models"][label]["value"] == pytest.approx(math.exp(loss))
+        assert row["models"][label]["items"] == 40
+    found = metrics.difference(Metric(**sums["distilled"]), Metric(**sums["teacher"]))
+    assert row["differences"]["distilled"]["value"] == pytest.approx(found.value)
+    assert [row["differences"]["distilled"][end] for end in ("low", "high")] == pytest.approx([found.low, found.high])
+
+
+def test_nothing_is_measured_twice(compared, tmp_path):
+    """Neither after the end nor after a stop: what is missing is measured, and the figures are the same."""
+    folder, words, _ = compared
+    shutil.copytree(folder, tmp_path / "out")
+    words = [tmp_path / "out" if word == folder else word for word in words]
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/results").iterdir()}
+    gone = tmp_path / "out/results/recall-distilled.json"
+    gone.unlink()
+    done = command("eval/compare.py", *words)
+    assert done.returncode == 0, done.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/results").iterdir()}
+    assert {name for name in after if after[name] != before[name]} == {gone.name}
+    one, other = (read_json(path / "compare.json") for path in (folder, tmp_path / "out"))
+    assert one["rows"] == other["rows"]
+
+
+def test_models_of_other_tokens_are_compared_by_byte(finished, workshop, tmp_path):
+    """Where tokens are not the same, perplexities per token and sequences of tokens do not compare: a dash."""
+    shutil.copytree(workshop / "teacher", tmp_path / "other")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(workshop / "teacher")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"] = state["model"]["merges"][:-20]
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(state))
+    order = list(state["model"]["vocab"])
+    state["model"]["vocab"] = {token: number for number, token in enumerate([*order[:-2], order[-1], order[-2]])}
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(state))
+    words = [workshop / "teacher", tmp_path / "other", "--text", workshop / "text.jsonl", "--limit", "9"]
+    done = command("eval/compare.py", *words, "--to", tmp_path / "out", "--measure", "perplexity", "recall", *SMALL)
+    assert done.returncode == 0, done.stderr
+    rows = {row["metric"]: row for row in read_json(tmp_path / "out/compare.json")["rows"]}
+    assert rows["bits per byte"]["differences"] and not rows["perplexity"]["differences"]
+    assert not rows["recall of pairs"]["differences"] and len(rows["recall of pairs"]["models"]) == 2
+    assert "generation" not in {row["measurement"] for row in rows.values()}
+
+
+def test_worse_and_better():
+    metric = Metric("m", [1.0], [1.0], better="lower", exponential=True)
+    judged = [compare._judged(metrics.Estimate(*each, 9), metric) for each in ((1.2, 1.1, 1.3), (0.9, 0.8, 0.95))]
+    assert judged == ["worse", "better"]
+    share = Metric("m", [1.0], [1.0], better="higher")
+    judged = [compare._judged(metrics.Estimate(*each, 9), share) for each in ((0.2, 0.1, 0.3), (0.2, -0.1, 0.3))]
+    assert judged == ["better", None]
+    assert compare._judged(metrics.Estimate(2.0, 1.5, 2.5, 9), Metric("m", [1.0], [1.0])) is None, "neither is better"
+
+
+def test_a_name_may_have_a_revision(tmp_path, monkeypatch):
+    found = Evaluated.parsed("base=EleutherAI/pythia-70m@step1000")
+    assert (found.label, found.path, found.revision) == ("base", "EleutherAI/pythia-70m", "step1000")
+    (tmp_path / "a@b").mkdir()
+    found = Evaluated.parsed(str(tmp_path / "a@b"))
+    assert found.path == found.label == str(tmp_path / "a@b") and found.revision is None
+
+
+def test_mistakes_are_one_line(finished, tmp_path):
+    for words, part in (
+        (["--cases", "1x1+1"], "--cases: found 1x1+1"),
+        (["--measure", "recall", "--context-length", "20"], "found a context of 20 tokens; expected 64 or more"),
+        (["--text", tmp_path / "none"], "is not there"),
+    ):
+        done = command("eval/compare.py", finished / "transfer", "--to", tmp_path / "out", *words)
+        assert done.returncode == 2 and part in done.stderr.splitlines()[-1], done.stderr
+        assert done.stderr.splitlines()[-1].startswith("compare: error: ") and "Traceback" not in done.stderr
