@@ -80,6 +80,7 @@ def run(recipe, plan_only=False) -> int:
         return 0
     if recipe.hub:
         hub.require_token()
+    report.require_harness(recipe)
     accelerator = processes.start(recipe)
     planned = plan.stages(recipe, accelerator.num_processes)
     accelerator.print(plan.text(recipe, planned, accelerator.num_processes) + "\n")

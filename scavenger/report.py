@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import html
+import importlib.util
 import statistics
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from scavenger.evaluation.models import Evaluated
 from scavenger.evaluation.results import Results
 from scavenger.evaluation.text import Blocks
 from scavenger.page import Section
-from scavenger.recipe import Recipe
+from scavenger.recipe import Recipe, RecipeError
 
 
 NAMES = ("teacher", "pre-trained", "distilled", "recurrent")
@@ -46,12 +47,21 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
     return folder
 
 
+def require_harness(recipe: Recipe):
+    """Refuse tasks where nothing can ask them; said before any training."""
+    if recipe.report and recipe.report.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError("report.tasks: lm_eval is not installed; expected pip install 'scavenger[eval]', or no tasks")
+
+
 def measure_run(recipe: Recipe, run_dir: Path, results: Results) -> dict:
     """Every figure of the report, from the folders of the run."""
     models = evaluated(recipe, run_dir)
     test = data.blocks(run_dir / "data", "test")
     text = Blocks(f"test split of {Path(recipe.run_dir).name}", test)
-    found = compare.run(models, text, settings(recipe, models, test), results)
+    try:
+        found = compare.run(models, text, settings(recipe, models, test), results)
+    except ValueError as error:  # a task's documents that are not there, text that is too short
+        raise RecipeError(f"report: {error}; what is measured is kept: mend it, and the same command goes on") from error
     read = checkpoint.read_json
     recurrence = run_dir / "recurrence" / "certificate.json"
     return {
