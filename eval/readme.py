@@ -44,14 +44,14 @@ def main() -> int:
 def taken(figures: dict) -> dict:
     """What the README shows of a report."""
     found = figures["comparison"]
-    timings = found["details"]["speed"].values()
+    timings = list(found["details"]["speed"].values())
     return {
         "seed": figures["seed"],
         "test_tokens": figures["test_tokens"],
         "models": figures["models"],
         "comparison": {key: found[key] for key in ("reference", "labels", "level", "settings", "versions", "published")}
         | {"rows": [row for row in found["rows"] if row["headline"]]},
-        "speed": [*speed.verdicts(list(timings)), *speed.break_even_lines(list(timings))],
+        "speed": [*speed.verdicts(timings), *speed.break_even_lines([timings[0], timings[-1]])],
         "data": {key: value for key, value in figures["data"].items() if not isinstance(value, dict)},
         "minutes": sum(row["seconds"] for row in figures["trainings"]) / 60,
         "environment": figures["environment"],
@@ -72,7 +72,7 @@ def results(figures: dict) -> str:
     found, text = figures["comparison"], figures["data"]
     perplexity = next(row for row in found["rows"] if row["metric"] == "perplexity")
     documents = perplexity["models"][found["reference"]]["items"]
-    source = f"the {text['source']} of Python {text['python']}" if "python" in text else text.get("path") or text["name"]
+    source = text.get("path") or text.get("name") or f"the {text['source']} of Python {text['python']}"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return "\n".join(
         [
@@ -80,12 +80,12 @@ def results(figures: dict) -> str:
             "",
             report.verdict(figures),
             "",
-            f"What it kept and lost, with intervals ({100 * found['level']:.0f} %) over the {documents} documents of the test "
-            f"split ({figures['test_tokens']:,} tokens), the sequences of recall, and the prompts:",
+            f"What it kept and lost, with intervals ({100 * found['level']:.0f} %) over the {documents} documents of "
+            f"the test split ({figures['test_tokens']:,} tokens), the sequences of recall, and the prompts:",
             "",
             *markdown(["", *header[1:]], rows),
             "",
-            compare.verdict(found),
+            compare.verdict(found, found["labels"][-1:]),
             "",
             " ".join(figures["speed"]),
             "",

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HTTPError  # of whichever HTTP library it use
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from scavenger import checkpoint, report
+from scavenger.evaluation import compare
 from scavenger.model import HyenaNeoXConfig
 from scavenger.recipe import EMBEDDED_TEACHER, Hub, Recipe, RecipeError
 
@@ -130,7 +131,7 @@ def model_card(run_dir: Path, target: Hub) -> ModelCard:
         f"# {data.model_name}",
         _what_it_is(recipe, config),
         _how_to_load(target),
-        _comparison(recipe, figures),
+        _comparison(recipe, figures, _kind(folder)),
         _certificate(folder),
         _limits(recipe, config, figures),
         _licence_text(licence),
@@ -211,7 +212,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```"""
 
 
-def _comparison(recipe, figures):
+def _comparison(recipe, figures, label):
     if figures is None:
         return "## What it reaches\n\nThe run made no report: nothing was measured or compared."
     header, rows = report.cells(figures)
@@ -227,6 +228,7 @@ def _comparison(recipe, figures):
             f"Held-out text: {figures['test_tokens']:,} predicted tokens of the test split of {_text_name(recipe)}. "
             "Agreement is the share of positions where the most likely token is the teacher's. "
             f"Seed {figures['seed']}; speeds are of one run on the machine that made the model.",
+            *(["", compare.verdict(figures["comparison"], [label])] if "comparison" in figures else []),  # newer reports
         ]
     )
 

@@ -61,7 +61,7 @@ def measure_run(recipe: Recipe, run_dir: Path, results: Results) -> dict:
     try:
         found = compare.run(models, text, settings(recipe, models, test), results)
     except ValueError as error:  # a task's documents that are not there, text that is too short
-        raise RecipeError(f"report: {error}; what is measured is kept: mend it, and the same command goes on") from error
+        raise RecipeError(f"report: {error}; what is measured is kept, the same command goes on") from error
     read = checkpoint.read_json
     recurrence = run_dir / "recurrence" / "certificate.json"
     return {
@@ -324,6 +324,16 @@ def _trainings_section(figures):
         header, *rows = figures["energy"]
         body += page.paragraph("Energy and CO2 by stage, of the first process's machine.")
         body += page.table(header, rows)
+    else:
+        body += page.paragraph("Energy was not measured (training.energy).", "note")
+    found = figures["comparison"]
+    taken = {
+        name: [f"{own[label]['seconds']:,.0f}" for label in found["labels"]]
+        for name, own in found["details"].items()
+        if all("seconds" in own.get(label, {}) for label in found["labels"])
+    }
+    body += page.paragraph("Seconds that the measurements of this report took.")
+    body += page.table(["", *found["labels"]], [[name, *cells] for name, cells in taken.items()])
     return Section("Cost", body)
 
 

@@ -20,6 +20,10 @@ from scavenger.model.attention import WindowedAttention
 
 
 ROOT = Path(__file__).parents[1]
+ARC = "".join(  # questions as they are found in files, for arc_easy.jsonl
+    json.dumps({"query": f"Question: Which is {word}?", "choices": ["grass", f"the {word}", "coal"], "gold": 1}) + "\n"
+    for word in ("sky", "sea", "sun", "ice", "fog", "dew", "ash")
+)
 
 
 def command(*words):
@@ -163,3 +167,16 @@ def finished(workshop):
     """The run folder of the workshop's recipe, all stages done."""
     scavenger(workshop / "recipe.yaml")
     return workshop / "run"
+
+
+@pytest.fixture(scope="session")
+def evaluated(workshop, finished):
+    """The workshop's teacher, and its distilled and its recurrent student, as evaluations take them."""
+    from scavenger.evaluation.models import Evaluated
+
+    folders = {
+        "teacher": workshop / "teacher",
+        "distilled": finished / "transfer",
+        "recurrent": finished / "recurrence",
+    }
+    return [Evaluated(label, str(folder)) for label, folder in folders.items()]

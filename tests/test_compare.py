@@ -6,7 +6,7 @@ import math
 import shutil
 
 import pytest
-from conftest import command
+from conftest import ARC, command
 from transformers import PreTrainedTokenizerFast
 
 from scavenger.checkpoint import read_json
@@ -115,6 +115,27 @@ def test_models_of_other_tokens_are_compared_by_byte(finished, workshop, tmp_pat
     assert rows["bits per byte"]["differences"] and not rows["perplexity"]["differences"]
     assert not rows["recall of pairs"]["differences"] and len(rows["recall of pairs"]["models"]) == 2
     assert "generation" not in {row["measurement"] for row in rows.values()}
+
+
+def test_tasks_stand_beside_what_was_published(finished, workshop, tmp_path):
+    """A folder called pythia-70m is taken for that model; a task without documents is a row of dashes."""
+    shutil.copytree(workshop / "teacher", tmp_path / "pythia-70m")
+    (tmp_path / "arc_easy.jsonl").write_text(ARC)
+    words = [tmp_path / "pythia-70m", f"student={finished / 'recurrence'}", "--measure", "tasks", "--local", tmp_path]
+    words += ["--text", workshop / "text.jsonl", "--task-limit", 5, "--to", tmp_path / "o"]
+    done = command("eval/compare.py", *words)
+    assert done.returncode == 0, done.stderr
+    found = read_json(tmp_path / "o/compare.json")
+    header, rows, _ = compare.headline(found)
+    assert header[-1] == f"{tmp_path / 'pythia-70m'}, published"
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["arc_easy acc (first 5)"][2] == "37.4 %", "as EleutherAI published"
+    assert cells["piqa acc (first 5)"][:2] == ["–", "–"] and cells["piqa acc (first 5)"][2] == "59.5 %"
+    assert cells["hellaswag acc_norm (first 5)"] == ["–", "–", "–"]
+    (own,) = [row for row in found["rows"] if row["metric"] == "arc_easy acc"]
+    assert own["models"]["student"]["items"] == 5 and own["differences"]["student"]["low"] is not None
+    page = (tmp_path / "o/index.html").read_text()
+    assert "Zero-shot tasks." in page and (tmp_path / "o/plots/tasks.svg").is_file()
 
 
 def test_worse_and_better():

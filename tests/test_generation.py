@@ -39,17 +39,11 @@ def read_again(model, prompt, count):
 
 
 @pytest.fixture(scope="module")
-def trio(workshop, finished):
+def trio(workshop, evaluated):
     """The teacher and its two students, and a text's tokens."""
-    folders = {
-        "teacher": workshop / "teacher",
-        "distilled": finished / "transfer",
-        "recurrent": finished / "recurrence",
-    }
-    models = [Evaluated(label, str(folder)) for label, folder in folders.items()]
     text = json.loads((workshop / "text.jsonl").read_text().splitlines()[50])["text"]
-    stream = np.array(models[0].tokenizer(text)["input_ids"])[:400]
-    return models, stream
+    stream = np.array(evaluated[0].tokenizer(text)["input_ids"])[:400]
+    return evaluated, stream
 
 
 @torch.no_grad()

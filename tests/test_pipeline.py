@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import scavenger
+from conftest import ARC, scavenger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
-from scavenger import data, measure, teacher, training
+from scavenger import data, measure, report, teacher, training
 from scavenger.checkpoint import read_json
 from scavenger.recipe import RecipeError, load_recipe
 
@@ -114,6 +114,41 @@ def test_report(finished):
         shares = [row[f"time_in_{what}"] for what in ("teacher", "student", "data", "checkpoints")]
         assert sum(shares) == pytest.approx(1) and row["skipped"] == 0 and name in page
         assert (row["time_in_teacher"] < 0.05) == (name == "baseline"), "the baseline has no teacher"
+
+
+@pytest.fixture
+def before_report(finished, tmp_path):
+    """A run that lacks nothing but its report."""
+    run = tmp_path / "run"
+    for name in ("data", "transfer", "baseline", "recurrence"):
+        shutil.copytree(finished / name, run / name)
+    return run
+
+
+def test_a_report_with_tasks(before_report, workshop, tmp_path):
+    """Documents that are not there end in a line; once they are, the same command goes on with what it has."""
+    asked = ["report.tasks=[arc_easy]", f"report.task_files=[{ROOT / 'eval/tasks'}]", "report.task_limit=3"]
+    asked += [f"run_dir={before_report}", f"report.tasks_path={tmp_path}"]
+    with pytest.raises(RecipeError, match="report: .*arc_easy.*; what is measured is kept, the same command goes on"):
+        scavenger(workshop / "recipe.yaml", *asked)
+    assert not (before_report / "report").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in (before_report / "report.partial/results").iterdir()}
+    assert "perplexity-teacher.json" in kept
+    (tmp_path / "arc_easy.jsonl").write_text(ARC)
+    scavenger(workshop / "recipe.yaml", *asked)
+    results = before_report / "report/results"
+    assert {name: (results / name).stat().st_mtime_ns for name in kept} == kept, "nothing was measured twice"
+    rows = {row["metric"]: row for row in read_json(before_report / "report/report.json")["comparison"]["rows"]}
+    assert [row["items"] for row in rows["arc_easy acc"]["models"].values()] == [3, 3, 3, 3]
+    assert "Zero-shot tasks." in (before_report / "report/index.html").read_text()
+
+
+def test_tasks_without_the_harness_are_refused_at_once(workshop, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    recipe = load_recipe(str(workshop / "recipe.yaml"), ["report.tasks=[arc_easy]"])
+    with pytest.raises(RecipeError, match="report.tasks: lm_eval is not installed; expected pip install"):
+        report.require_harness(recipe)
+    report.require_harness(load_recipe(str(workshop / "recipe.yaml")))
 
 
 def test_held_out_figures_are_the_models_own(finished, workshop):

@@ -1,7 +1,9 @@
 """The README's commands run, and its tree is the disk's."""
 
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,11 @@ SMALL = [
     "baseline.warmup_steps=2",
     "data.evaluation_tokens=2048",
     "report.context_lengths=[16, 64]",
+    "report.cases=[2x16+4]",
     "report.sample_tokens=8",
+    "report.examples=4",
+    "report.prompts=3",
+    "report.rounds=1",
 ]
 
 
@@ -104,6 +110,31 @@ def test_file_tree_is_the_disk():
     assert named == entries - {"__init__.py"}
     top = {line.split()[0] for line in tree if not line.startswith("  ")}
     assert all((ROOT / name).exists() for name in top)
+
+
+def test_the_results_are_those_of_the_figures(tmp_path, monkeypatch, capsys):
+    """The command says so, and says which line is not."""
+    assert run([sys.executable, "eval/readme.py", "--check"]).returncode == 0, "python eval/readme.py makes them anew"
+    made = runpy.run_path(str(ROOT / "eval/readme.py"))
+    figures = read_json(ROOT / "eval/quickstart.json")
+    assert made["with_results"](README, figures) == README
+    shown = f"{figures['models']['recurrent']['perplexity']:.3f}"
+    assert shown in README
+    figures["models"]["recurrent"]["perplexity"] += 0.1
+    assert made["with_results"](README, figures) != README
+    with pytest.raises(ValueError, match="no place for results"):
+        made["with_results"]("# scavenger", figures)
+
+
+def test_a_run_gives_its_figures(quickstart):
+    """From a report, what the README shows of it: every model, and no sums over items."""
+    folder, _ = quickstart
+    made = runpy.run_path(str(ROOT / "eval/readme.py"))
+    figures = made["taken"](read_json(folder / "report/report.json"))
+    text = made["results"](figures)
+    for name in ("teacher", "pre-trained", "distilled", "recurrent", "recall of pairs", "greedy agreement", "torch "):
+        assert name in text, name
+    assert len(json.dumps(figures)) < 100_000
 
 
 def test_links_in_the_readme_exist():

@@ -23,15 +23,9 @@ QUICK = Settings(cases=(Case(1, 10, 5), Case(2, 30, 9)), contexts=(20, 70), roun
 
 
 @pytest.fixture(scope="module")
-def trio(workshop, finished):
+def trio(evaluated):
     """Teacher, distilled and recurrent student of the workshop, measured together."""
-    folders = {
-        "teacher": workshop / "teacher",
-        "distilled": finished / "transfer",
-        "recurrent": finished / "recurrence",
-    }
-    models = [Evaluated(label, str(folder)) for label, folder in folders.items()]
-    return models, speed.run(models, QUICK, progress=False)
+    return evaluated, speed.run(evaluated, QUICK, progress=False)
 
 
 def rows_of(results, key="rows"):

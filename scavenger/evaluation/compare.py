@@ -1,9 +1,8 @@
 """Two or more models on everything: one table with intervals, one page, one JSON; differences are paired."""
 
 import functools
-import importlib.metadata
-import platform
 from dataclasses import dataclass
+from platform import machine
 
 import torch
 from tqdm import tqdm
@@ -12,11 +11,10 @@ from scavenger.certificate import aligned
 from scavenger.evaluation import command, generation, harness, metrics, perplexity, recall, speed
 from scavenger.evaluation.metrics import Estimate, Metric
 from scavenger.evaluation.models import Evaluated, same_tokenizer
-from scavenger.evaluation.results import Results
+from scavenger.evaluation.results import Results, versions
 from scavenger.evaluation.text import Blocks, Text
 
 
-PACKAGES = ("torch", "transformers", "lm-eval")
 # Measured by document or question in units of text, so that models of different tokenizers compare.
 OF_TEXT = ("bits per byte",)
 @dataclass(frozen=True)
@@ -108,8 +106,12 @@ def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Set
             own = {label: by_model[label][metric_name] for label in by_model if metric_name in by_model[label]}
             if next(iter(own.values())).relative:
                 own.pop(labels[0], None)
+            if not own:
+                continue
             rows.append(_row(name, metric_name, own, labels[0], settings.seed, alike or name == "harness"))
-        rows += [_unmeasured(name, metric_name) for metric_name in results[0].get("unmeasured", [])]
+        rows += [_plain_row(name, metric_name, "share", {}) for metric_name in results[0].get("unmeasured", [])]
+    if "speed" in found:
+        rows.append(_state_row(found["speed"]))
     return {
         "reference": labels[0],
         "labels": labels,
@@ -124,16 +126,14 @@ def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Set
         "published": {model.label: scores for model in models if (scores := harness.published_of(model))},
         "seed": settings.seed,
         "level": metrics.LEVEL,
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in PACKAGES if _installed(package)}
-        | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()},
+        "versions": versions() | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else machine()},
     }
 
 
-def verdict(found: dict) -> str:
-    """What each model lost and gained beside the reference, in a sentence for each."""
+def verdict(found: dict, labels: list[str] | None = None) -> str:
+    """What models, all if none is named, lost and gained beside the reference, in a sentence for each."""
     sentences = []
-    for label in found["labels"][1:]:
+    for label in labels or found["labels"][1:]:
         said = {"worse": [], "better": [], "alike": []}
         for row in found["rows"]:
             if row["headline"] and label in row["differences"]:
@@ -164,19 +164,17 @@ def text_table(found: dict) -> str:
 def headline(found: dict) -> tuple[list[str], list[list[str]], dict[tuple[int, int], str]]:
     """Header, a row for each headline metric, and which cells differ from the reference beyond their interval."""
     header = [f"{100 * found['level']:.0f} % intervals", *found["labels"]]
-    published = {label: name for label in found["published"] for name in [f"{label}, published"]}
-    header += list(published.values())
+    header += [f"{label}, published" for label in found["published"]]
     rows, classes = [], {}
     for row in (row for row in found["rows"] if row["headline"]):
-        limit = _limited(found["settings"].get(row["measurement"], {}))
-        cells = [f"{row['metric']}{limit}"]
+        cells = [row["metric"] + _limited(row["measurement"], found["settings"])]
         for column, label in enumerate(found["labels"], 1):
             cells.append(shown(row, label))
             kind = row["differences"].get(label, {}).get("verdict")
             if kind:
                 classes[len(rows), column] = kind
-        for label in published:
-            value = found["published"][label].get(row["metric"])
+        for scores in found["published"].values():
+            value = scores.get(row["metric"])
             cells.append("–" if value is None else metrics.show(Estimate(value, None, None, 0), row["unit"]))
         rows.append(cells)
     return header, rows, classes
@@ -206,10 +204,23 @@ def _row(measurement, name, own, reference, seed, comparable):
     }
 
 
-def _unmeasured(measurement, name):
-    """A row of dashes: what there was nothing to measure on."""
-    shared = {"unit": "share", "better": "", "exponential": False, "group": "", "x": None, "headline": True}
-    return {"measurement": measurement, "metric": name, **shared, "models": {}, "differences": {}}
+def _state_row(results):
+    """What each model keeps for a sequence after the longest prompt that was read, with its smallest cache."""
+    read = [(row["prompt"], row["state_bytes"]) for result in results for row in result["rows"] + result["contexts"]]
+    longest = max((prompt for prompt, state in read if state is not None), default=0)
+    kept = {}
+    for result in results:
+        rows = [row for row in result["rows"] + result["contexts"] if row["prompt"] == longest]
+        sizes = [row["state_bytes"] / 1024 for row in rows if row["state_bytes"] is not None]
+        if sizes:
+            kept[result["model"]] = _plain(Estimate(min(sizes), None, None, 1))
+    return _plain_row("speed", f"KiB kept after {longest:,} tokens", "", kept)
+
+
+def _plain_row(measurement, name, unit, values):
+    """A row without intervals; of values that were not measured, without values."""
+    shared = {"unit": unit, "better": "", "exponential": False, "group": "", "x": None, "headline": True}
+    return {"measurement": measurement, "metric": name, **shared, "models": values, "differences": {}}
 
 
 def _judged(found, metric):
@@ -239,17 +250,11 @@ def shown_difference(row: dict, label: str) -> str:
     return metrics.show(Estimate(**found), row["unit"], signed=True, exponential=row["exponential"])
 
 
-def _limited(settings):
-    return f" (first {settings['limit']})" if settings.get("limit") else ""
+def _limited(measurement, settings):
+    """What is said where not all documents, or not all questions, were read."""
+    limit = settings[measurement].get("limit") if measurement in ("perplexity", "harness") else None
+    return f" (first {limit})" if limit else ""
 
 
 def _without_metrics(result):
     return {key: value for key, value in result.items() if key != "metrics"}
-
-
-def _installed(package):
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

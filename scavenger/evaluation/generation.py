@@ -241,9 +241,7 @@ def _by_position(divergence):
         inside = divergence[:, low - 1 : last]
         name = f"KL at new token {low:,}" if low == last else f"KL at new tokens {low:,}–{last:,}"
         sums, counts = inside.sum(1).tolist(), [float(inside.shape[1])] * len(inside)
-        found.append(
-            Metric(name, sums, counts, "nats", "lower", group="divergence", x=float(last), relative=True)
-        )
+        found.append(Metric(name, sums, counts, "nats", "lower", group="divergence", x=float(last), relative=True))
         low, high = high + 1, 2 * high
     return found
 

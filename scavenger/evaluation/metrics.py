@@ -100,13 +100,13 @@ def show(found: Estimate, unit: str, signed: bool = False, exponential: bool = F
     """An estimate for people, as 19.29 [18.90, 19.71]; of shares in percent; a dash for what is not a number."""
     if not math.isfinite(found.value):
         return "–"
-    scale, digits = (100, 1) if unit == "share" else (1, 3)
+    scale, digits = (100, 1) if unit == "share" else (1, 3 if abs(found.value) < 100 else 1)
     sign = "+" if signed else ""
     prefix = "× " if signed and exponential else ""
-    shown = f"{prefix}{scale * found.value:{'' if prefix else sign}.{digits}f}{' %' if unit == 'share' else ''}"
+    shown = f"{prefix}{scale * found.value:{'' if prefix else sign},.{digits}f}{' %' if unit == 'share' else ''}"
     if found.low is None:
         return shown
-    return f"{shown} [{', '.join(f'{scale * end:.{digits}f}' for end in (found.low, found.high))}]"
+    return f"{shown} [{', '.join(f'{scale * end:,.{digits}f}' for end in (found.low, found.high))}]"
 
 
 def _sums(metric):

@@ -213,7 +213,7 @@ def copying(
 def passkeys(
     model: nn.Module, blocks: np.ndarray, special: list[int], distances, examples: int, seed: int
 ) -> list[Metric]:
-    """LEAD tokens of text, a marker, a key, text that goes on up to the distance, and the marker: the share of keys that follow.
+    """LEAD tokens of text, a marker, a key, text that goes on up to the distance, the marker: does the key follow?
 
     A key counts where each of its tokens is the most likely one after the marker and the key's tokens before it. That
     is greedy decoding: what it feeds back is the key's own token, as long as all were right. gain: log-probability of
@@ -254,7 +254,8 @@ def repeated_passages(model: nn.Module, blocks: np.ndarray, distances, examples:
 
     A sequence is LEAD tokens, the passage, distance - PASSAGE tokens that go on from the first ones, and the passage
     again; the same passages at each distance, their first token left out. The gain is also positive for a memory of
-    which tokens occurred, in no order.
+    which tokens occurred, in no order; past a model's training context it is less by what the model loses there (the
+    embedded teacher, trained on 256 tokens, gains -2.6 nats at 1,024).
     """
     other, passages = _passages(blocks, LEAD + max(distances) - PASSAGE, examples, seed)
     first, again, right = [], [], []

@@ -1,6 +1,8 @@
 """Results on disk: one file for each measurement of each model, so that what was measured is not measured again."""
 
+import importlib.metadata
 import json
+import platform
 import re
 import time
 from collections.abc import Callable
@@ -8,6 +10,9 @@ from pathlib import Path
 
 from scavenger import checkpoint
 from scavenger.evaluation.models import Evaluated
+
+
+PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")
 
 
 class Results:
@@ -21,7 +26,7 @@ class Results:
     def of(self, measurement: str, model: Evaluated, settings: dict, measure: Callable[[], dict]) -> dict:
         """What the folder holds of a measurement with these settings and weights, else what `measure` finds.
 
-        With it stand what was measured, its settings, and the seconds it took.
+        With it stand what was measured, its settings, versions, and the seconds it took.
         """
         what = {"measurement": measurement, "model": model.label, "path": model.path, "weights": model.weights}
         what |= {"settings": json.loads(json.dumps(settings))}
@@ -32,7 +37,7 @@ class Results:
                 return found
         began = time.perf_counter()
         found = json.loads(json.dumps(measure()))  # as it would be read again
-        found = what | found | {"seconds": time.perf_counter() - began}
+        found = what | {"versions": versions()} | found | {"seconds": time.perf_counter() - began}
         if path is not None:
             checkpoint.write_text(path, json.dumps(found) + "\n")
         return found
@@ -41,3 +46,14 @@ class Results:
         """Where a measurement of a model is kept."""
         name = re.sub(r"[^\w.=-]+", "-", f"{measurement} {model.label}").strip("-")
         return None if self.folder is None else self.folder / f"{name}.json"
+
+
+def versions() -> dict[str, str]:
+    """What figures depend on, beside the weights and the settings."""
+    installed = {distribution.metadata["Name"].lower(): distribution.version for distribution in _distributions()}
+    return {"python": platform.python_version()} | installed
+
+
+def _distributions():
+    for package in PACKAGES:
+        yield from importlib.metadata.distributions(name=package)

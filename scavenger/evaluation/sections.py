@@ -4,7 +4,8 @@ import html
 from pathlib import Path
 
 from scavenger import checkpoint, page
-from scavenger.evaluation import command, compare, speed
+from scavenger.evaluation import command, compare, metrics, speed
+from scavenger.evaluation.metrics import Metric
 from scavenger.page import Figure, Section
 
 
@@ -206,11 +207,19 @@ def _powers_of_two(axes):
 
 
 def _all_figures(found, measurement):
-    """Every metric of a measurement, a click away."""
+    """Every metric of a measurement, a click away; of what models write, beside the text that really follows."""
     name = {"by position": "perplexity"}.get(measurement, measurement)
     rows = [row for row in found["rows"] if row["measurement"] == name]
-    cells = [[row["metric"], *(compare.shown(row, label) for label in found["labels"])] for row in rows]
-    return f"<details><summary>all figures</summary>{page.table(['', *found['labels']], cells)}</details>"
+    header, cells = ["", *found["labels"]], []
+    reference = found["details"][name].get(found["reference"], {})
+    follows = {entry["name"]: Metric(**entry) for entry in reference.get("held_out", [])}
+    for row in rows:
+        cells.append([row["metric"], *(compare.shown(row, label) for label in found["labels"])])
+        if follows:
+            own = follows.get(row["metric"])
+            cells[-1].append("–" if own is None else metrics.show(metrics.estimate(own, found["seed"]), own.unit))
+    header += ["held-out text"] if follows else []
+    return f"<details><summary>all figures</summary>{page.table(header, cells)}</details>"
 
 
 def _end(value, end):

@@ -640,7 +640,7 @@ def _metrics(case, rows):
         return []
     seconds = best["generation_seconds"]
     tokens = [float(case.batch * case.new)] * len(seconds)
-    return [Metric(f"new tokens/s at {case}", tokens, seconds, better="higher", group="speed")]
+    return [Metric(f"new tokens/s at {case}", tokens, seconds, better="higher", group="speed", headline=True)]
 
 
 def _by_case(results, key):

@@ -12,11 +12,12 @@ from scavenger.recipe import Data
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and what the tables call them; `digest` changes with the text."""
+    """Documents, and what the tables call them; `digest` changes with the text. With a limit there would be more."""
 
     name: str
     digest: str
     documents: list[str]
+    limit: int | None = None
 
     def ids(self, tokenizer) -> list[list[int]]:
         """Token ids of each document, the tokenizer's end-of-text token in front: what training reads before one."""
@@ -30,7 +31,8 @@ class Text:
     @property
     def settings(self) -> dict:
         """For the record of a measurement."""
-        return {"text": self.name, "text_sha256": self.digest, "documents": len(self.documents)}
+        found = {"text": self.name, "text_sha256": self.digest, "documents": len(self.documents)}
+        return found | ({"limit": self.limit} if self.limit is not None else {})
 
 
 def read(
@@ -60,7 +62,7 @@ def read(
         raise ValueError(f"{where}: found no text in the {split} split; expected at least one document")
     digest = hashlib.sha256("\0".join(documents).encode(errors="surrogatepass")).hexdigest()[:16]
     name = where if path and not named else f"{where}, {split} split"
-    return Text(name, digest, documents)
+    return Text(name, digest, documents, limit)
 
 
 @dataclass(frozen=True)
