@@ -59,9 +59,7 @@ def measure(args, results) -> list[dict]:
     found = []
     for model in models:
         record = perplexity.described(settings) | text.settings
-        found.append(
-            results.of("perplexity", model, record, lambda model=model: perplexity.of(model, text, settings))
-        )
+        found.append(results.of("perplexity", model, record, lambda model=model: perplexity.of(model, text, settings)))
         model.close()
     return found
 

@@ -1,8 +1,8 @@
 """The README's results, made from the figures of the quickstart.
 
-    python eval/readme.py --run runs/quickstart     takes the figures of a finished run into eval/quickstart.json
-    python eval/readme.py                           writes the README's results from that file
-    python eval/readme.py --check                   says whether they are current (exit code 1: they are not)
+python eval/readme.py --run runs/quickstart     takes the figures of a finished run into eval/quickstart.json
+python eval/readme.py                           writes the README's results from that file
+python eval/readme.py --check                   says whether they are current (exit code 1: they are not)
 """
 
 import argparse

@@ -37,8 +37,8 @@ def quality(figures: dict) -> Figure:
     for label in dict.fromkeys(label for label, _, _ in points):
         own = [(tokens, value) for name, tokens, value in points if name == label]
         axes.plot(*zip(*own, strict=True), "o-", markersize=3, color=COLOURS[label], label=label)
-    teachers = figures["models"]["teacher"]["perplexity"]
-    axes.axhline(teachers, color=COLOURS["teacher"], linestyle=":", label="teacher, test split")
+    teachers = float(np.exp(figures["teacher_held_out_loss"]))
+    axes.axhline(teachers, color=COLOURS["teacher"], linestyle=":", label="teacher")
     axes.axvline(first, color="#bbbbbb", linewidth=0.8, label="from activations to logits")
     axes.set(xlabel="tokens seen", ylabel="held-out perplexity", yscale="log")
     axes.legend(fontsize=7)
@@ -47,7 +47,8 @@ def quality(figures: dict) -> Figure:
         "quality",
         f"Quality against tokens: perplexity on {transfer.HELD_OUT} sequences of the validation split.",
         ["", "tokens", "perplexity"],
-        [[label, f"{tokens:,.0f}", f"{value:.3f}"] for label, tokens, value in points],
+        [["teacher", "–", f"{teachers:.3f}"]]
+        + [[label, f"{tokens:,.0f}", f"{value:.3f}"] for label, tokens, value in points],
     )
 
 
@@ -112,8 +113,9 @@ def _errors(figures):
                 s=14,
                 label=f"layer {index}",
             )
-    low, high = (pick(*axes.get_xlim(), *axes.get_ylim()) for pick in (min, max))
-    axes.plot([max(low, least), high], [max(low, least), high], color="#888888", linewidth=0.8)
+    floors = [max(least, f["floor"]) for layer in layers for f in layer["filters"]]
+    ends = [min(floors), max(floors)]
+    axes.plot(ends, ends, color="#888888", linewidth=0.8)
     axes.set(xlabel="proven floor", ylabel="relative error", xscale="log", yscale="log")
     axes.xaxis.set_minor_formatter(NullFormatter())  # less than a decade would have labels upon labels
     axes.legend(fontsize=7)

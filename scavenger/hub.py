@@ -228,7 +228,7 @@ def _comparison(recipe, figures, label):
             f"Held-out text: {figures['test_tokens']:,} predicted tokens of the test split of {_text_name(recipe)}. "
             "Agreement is the share of positions where the most likely token is the teacher's. "
             f"Seed {figures['seed']}; speeds are of one run on the machine that made the model.",
-            *(["", compare.verdict(figures["comparison"], [label])] if "comparison" in figures else []),  # newer reports
+            *(["", compare.verdict(figures["comparison"], [label])] if "comparison" in figures else []),
         ]
     )
 

@@ -26,7 +26,7 @@ STYLE = {
 }
 CSS = """
 :root { color-scheme: light }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 0 1rem 4rem; color: #222;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 0 1rem 4rem; color: #222;
        background: #fff }
 h1 { font-size: 1.5rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem }
@@ -36,8 +36,8 @@ nav { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ddd;
 nav a { color: #2d5fa2; text-decoration: none } section { scroll-margin-top: 2.6rem }
 .verdict { font-size: 1.08rem; background: #f3f6fa; border-left: 4px solid #2d6fc2; padding: .7rem 1rem }
 .wide { overflow-x: auto; max-width: 100% }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; font-size: .92rem }
-th, td { padding: .28rem .65rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; font-size: .8rem }
+th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th { vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
 td.better { color: #1b7a45 } td.worse { color: #a8322d }
@@ -50,7 +50,7 @@ pre { background: #f6f6f4; padding: .8rem; white-space: pre-wrap; overflow-wrap:
       margin: .3rem 0 }
 pre .given { color: #777 } pre .same { background: #dff0e4 }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .2rem 1rem }
-@media (max-width: 40rem) { th, td { padding: .25rem .4rem; font-size: .82rem }
+@media (max-width: 40rem) { th, td { padding: .25rem .4rem }
   th:first-child, td:first-child { max-width: 8rem; white-space: normal } pre { font-size: .74rem } }
 @media print { nav { display: none } body { max-width: none; font-size: 11px } figure, tr { break-inside: avoid }
   details::details-content { content-visibility: visible; height: auto } .wide { overflow: visible } }

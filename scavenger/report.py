@@ -1,7 +1,6 @@
 """Teacher, pre-trained, distilled and recurrent student side by side: a table, a page of plots, and one JSON."""
 
 import dataclasses
-import functools
 import html
 import importlib.util
 import statistics
@@ -70,6 +69,7 @@ def measure_run(recipe: Recipe, run_dir: Path, results: Results) -> dict:
         "student": dataclasses.asdict(recipe.student),
         "test_tokens": len(test) * (test.shape[1] - 1),
         "models": rows(found, recipe, run_dir),
+        "teacher_held_out_loss": transfer.held_out_loss(models[0].model, run_dir)["held_out_loss"],
         "comparison": found,
         "history": {
             name: read(path)
@@ -97,7 +97,7 @@ def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
             "teacher",
             str(recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)),
             revision=recipe.teacher.revision,
-            loader=functools.partial(teacher.load, recipe, run_dir),
+            loader=lambda: teacher.load(recipe, run_dir).float(),  # as the students: a speed is of one dtype
         )
     ]
     folders = {"pre-trained": "baseline", "distilled": "transfer", "recurrent": "recurrence"}

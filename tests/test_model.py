@@ -304,9 +304,7 @@ def test_caches_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("shape", SHAPES[:-1])
 def test_state_is_as_large_as_the_configuration_says_at_any_length(shape):
     model = tiny_student(modal=True, **shape).float()
-    sizes = {
-        model(input_ids=torch.randint(0, 97, (2, n)), use_cache=True).cache.nbytes for n in (1, 5, 63, 200)
-    }
+    sizes = {model(input_ids=torch.randint(0, 97, (2, n)), use_cache=True).cache.nbytes for n in (1, 5, 63, 200)}
     assert sizes == {2 * model.config.state_bytes}
     per_token = 2 * 4 * 3 * 30  # keys and values of the teacher's three layers
     length = model.config.break_even_length

@@ -73,8 +73,10 @@ def test_it_fits_the_screen(seen):
     opened, _, _ = seen
     widths = opened.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert widths[0] == widths[1], "the page scrolls sideways"
-    small = opened.evaluate("[...document.querySelectorAll('p, td, summary')].filter(e => e.offsetParent)"
-                            ".map(e => parseFloat(getComputedStyle(e).fontSize))")
+    small = opened.evaluate(
+        "[...document.querySelectorAll('p, td, summary')].filter(e => e.offsetParent)"
+        ".map(e => parseFloat(getComputedStyle(e).fontSize))"
+    )
     assert min(small) >= 11
 
 

@@ -44,9 +44,7 @@ def text_of(args: argparse.Namespace) -> text.Text:
         raise ValueError(f"--text: {args.text} is not there; expected a file or folder of text")
     if args.text is not None and args.dataset is not None:
         raise ValueError("found --text and --dataset; expected one of them")
-    return text.read(
-        args.text, args.dataset, args.subset, args.revision, args.split, args.text_column, args.limit
-    )
+    return text.read(args.text, args.dataset, args.subset, args.revision, args.split, args.text_column, args.limit)
 
 
 def models_of(args: argparse.Namespace) -> list[Evaluated]:

@@ -17,6 +17,8 @@ from scavenger.evaluation.text import Blocks, Text
 
 # Measured by document or question in units of text, so that models of different tokenizers compare.
 OF_TEXT = ("bits per byte",)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is measured; None: not."""

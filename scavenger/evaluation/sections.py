@@ -55,12 +55,14 @@ def sections(found: dict) -> list[Section]:
     settings = page.table(
         ["measured with", ""], [[name, command.described(own)] for name, own in found["settings"].items()]
     )
+    in_words = "".join(page.paragraph(compare.verdict(found, [label])) for label in found["labels"][1:-1])
     made = [
         Section(
             "Comparison",
-            page.paragraph(compare.verdict(found))
+            page.paragraph(compare.verdict(found, found["labels"][-1:]))
             + page.table(header, rows, classes)
             + note
+            + (f"<details><summary>the other models in words</summary>{in_words}</details>" if in_words else "")
             + f"<details><summary>differences, with intervals</summary>{apart}</details>"
             + f"<details><summary>settings</summary>{settings}</details>",
         )
@@ -156,7 +158,7 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
         ("step", "step_seconds", 1e3, "tokens", "ms a step", "Time of a step after a context"),
         ("state", "state_bytes", 2**-10, "bytes", "KiB", "What one sequence keeps between tokens"),
     ):
-        figure, axes = page.plot()
+        figure, axes = page.plot(6.4, 3.0)
         for colour, result in zip(page.PALETTE, results, strict=False):
             caches = dict.fromkeys(row["cache"] for row in result["contexts"])
             for style, cache in zip(("-", "--"), caches, strict=False):
@@ -170,7 +172,7 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
                 axes.annotate(f" {place:,}", (place, 0.96), **where)
         axes.set(xlabel="context, tokens", ylabel=label, yscale="log")
         _powers_of_two(axes)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         caption = f"{caption}; dotted: from there on better than {results[0]['model']}'s."
         made.append(page.drawn(figure, name, caption, header, rows))
     return tuple(made)

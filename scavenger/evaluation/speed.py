@@ -124,9 +124,7 @@ def run(
     return found
 
 
-def kept(
-    models: list[Evaluated], settings: Settings, results: Results, stream: np.ndarray | None = None
-) -> list[dict]:
+def kept(models: list[Evaluated], settings: Settings, results: Results, stream: np.ndarray | None = None) -> list[dict]:
     """What `run` finds, as one record: ratios are of one run, so all models and the machine are among its settings."""
     record = described(settings) | machine(models[0].device, models[0].dtype)
     record |= {f"weights of {model.label}": model.weights for model in models}

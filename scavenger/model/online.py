@@ -43,9 +43,7 @@ class ExactCacheLayer:
     def admit(self):
         """Refuse what would lose gradients in silence."""
         if self.graph or (torch.is_grad_enabled() and self.convolutions[0].read):
-            raise ValueError(
-                "cache of implicit filters hold no gradients; expected torch.no_grad() throughout"
-            )
+            raise ValueError("cache of implicit filters hold no gradients; expected torch.no_grad() throughout")
         self.graph = torch.is_grad_enabled()
 
     def taps_for(self, filter, length: int) -> Tensor:  # (filter, tokens so far and `length` more, or more)
