@@ -4,9 +4,10 @@
     python eval/compare.py EleutherAI/pythia-70m runs/neox70m/recurrence --dataset NAME --measure perplexity tasks
 
 The first model is the reference: differences to it are paired by document, question or sequence, with bootstrap
-intervals. What is measured is kept in DIR/results, one file for each measurement of each model: a command that was
-stopped goes on, and another model is added without measuring the others again (but for speeds, which are taken side by
-side). DIR/index.html is the page, DIR/compare.json has every figure of it; the last line is the verdict as JSON.
+intervals. What is measured is kept in DIR/results, or where --results says, one file for each measurement of each
+model: a command that was stopped goes on, and another model is added without measuring the others again (but for
+speeds, which are taken side by side). DIR/index.html is the page, DIR/compare.json has every figure of it; the last
+line is the verdict as JSON.
 """
 
 import json
@@ -86,7 +87,7 @@ def measure(args) -> dict:
         harness.settings_for(models, length, **tasks) if "tasks" in asked else None,
         speed.Settings(**timings) if "speed" in asked else None,
     )
-    return compare.run(models, text, settings, Results(args.to / "results"))
+    return compare.run(models, text, settings, Results(args.results or args.to / "results"))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def sections(found: dict) -> list[Section]:
     reference = found["reference"]
     note = page.paragraph(
         f"▲ and ▼: better and worse than {reference}, beyond the interval of the difference, which is paired by "
-        "document, question or sequence (bootstrap). A dash was not measured.",
+        "document, question or sequence (bootstrap); of models that are alike one mark in twenty stands by chance. "
+        "A dash was not measured.",
         "note",
     )
     differing = [row for row in found["rows"] if row["headline"] and row["differences"]]
