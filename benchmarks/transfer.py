@@ -103,7 +103,8 @@ class Shape:
         self.layers = [layer for layer in range(config.num_hidden_layers) if layer not in kept]
         (folder / "data").mkdir()
         text = np.random.default_rng(0).integers(config.vocab_size, size=(4 * self.batch_size, self.length))
-        np.save(folder / "data/train.npy", text.astype(np.uint16))
+        for split in ("train", "validation"):  # of the second, what is looked at with every checkpoint
+            np.save(folder / f"data/{split}.npy", text.astype(np.uint16))
         student.from_teacher(self.recipe, self.frozen).save_pretrained(folder / "between")
         checkpoint.write_json(folder / "between/turns.json", [])
         (folder / "transfer").mkdir()

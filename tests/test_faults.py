@@ -238,7 +238,7 @@ def test_warned_elsewhere(workshop, tmp_path):
     """SIGTERM where nothing trains: at once, and the same command goes on to the end."""
     words = [
         *("transfer.activations.steps=2", "transfer.logits.steps=2", "baseline=null"),
-        *("report.context_lengths=[20]", "report.sample_tokens=3"),
+        *("report.context_lengths=[20]", "report.sample_tokens=4"),
     ]
     for stage in ("data", "recurrence", "report"):
         program = Program(tmp_path, workshop / "recipe.yaml", *words, hold=f"/{stage}.partial")

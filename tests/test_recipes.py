@@ -169,7 +169,12 @@ def test_the_whole_way_scaled_down(workshop, texts, tmp_path, size, kind, kept):
         "baseline.warmup_steps=1",
         "recurrence.state_bytes=30_000",
         "report.context_lengths=[10]",
-        "report.sample_tokens=3",
+        "report.sample_tokens=4",
+        "report.cases=[2x10+4]",
+        "report.tasks=[]",
+        "report.examples=3",
+        "report.prompts=2",
+        "report.rounds=1",
     )
     turns = read_json(run / "transfer/turns.json")
     assert [turn["name"] for turn in turns] == ["activations", "activations, jointly", "logits"]
