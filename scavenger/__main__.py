@@ -38,8 +38,8 @@ def main() -> int:
         how = f" ({stopped})" if str(stopped) else ""
         print(f"\nscavenger: ended by SIGTERM{how}; the same command goes on", file=sys.stderr)
         return interruption.EXIT_CODE
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        # Threads of its process groups outlive Python's end and now and then abort it, when all is done.
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("WORLD_SIZE", "1") != "1":
+        # Threads of process groups outlive Python's end and now and then abort it, when all is done.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
