@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from scavenger import page, transfer
 from scavenger.model import HyenaNeoXForCausalLM
@@ -41,6 +41,8 @@ def quality(figures: dict) -> Figure:
     axes.axhline(teachers, color=COLOURS["teacher"], linestyle=":", label="teacher")
     axes.axvline(first, color="#bbbbbb", linewidth=0.8, label="from activations to logits")
     axes.set(xlabel="tokens seen", ylabel="held-out perplexity", yscale="log")
+    page.plain_ticks(axes.yaxis)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(fontsize=7)
     return page.drawn(
         figure,
@@ -71,6 +73,7 @@ def logits(figures: dict) -> Figure:
     figure, axes = page.plot()
     axes.plot(*_curve(history, key), color=COLOURS["distilled"])
     axes.set(xlabel="step of the logits stage", ylabel="KL to the teacher (nats)", yscale="log")
+    page.plain_ticks(axes.yaxis)
     return page.drawn(
         figure,
         "logits",

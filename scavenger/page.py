@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files, no window
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 
 PALETTE = ("#333333", "#c26d2d", "#2d6fc2", "#2f9e62", "#8a4fbe", "#b03030", "#00838f", "#7a6a00")
@@ -42,18 +43,20 @@ th { vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
 td.better { color: #1b7a45 } td.worse { color: #a8322d }
 td.better::after { content: " ▲" } td.worse::after { content: " ▼" }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .5rem 1.5rem }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: .5rem 1.5rem }
 figure { margin: .4rem 0; min-width: 0; max-width: 40rem } figure img { width: 100%; height: auto }
 figcaption, .note { font-size: .86rem; color: #555 } details { font-size: .9rem; margin: .2rem 0 .6rem }
 summary { cursor: pointer; color: #2d5fa2 }
 pre { background: #f6f6f4; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem;
       margin: .3rem 0 }
 pre .given { color: #777 } pre .same { background: #dff0e4 }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .2rem 1rem }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .2rem 1rem }
+.columns pre { max-height: 16rem; overflow: auto }
 @media (max-width: 40rem) { th, td { padding: .25rem .4rem }
   th:first-child, td:first-child { max-width: 8rem; white-space: normal } pre { font-size: .74rem } }
 @media print { nav { display: none } body { max-width: none; font-size: 11px } figure, tr { break-inside: avoid }
-  details::details-content { content-visibility: visible; height: auto } .wide { overflow: visible } }
+  details::details-content { content-visibility: visible; height: auto } .wide { overflow: visible }
+  .columns pre { max-height: none } }
 """
 
 
@@ -134,10 +137,22 @@ def paragraph(text: str, kind: str = "") -> str:
     return f"<p{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{html.escape(text)}</p>"
 
 
+def points(lines: list[str]) -> str:
+    """Sentences beneath each other."""
+    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+
+
 def plot(width: float = 4.8, height: float = 3.0, rows: int = 1, **options):
     """Figure and axes of a plot in this page's style; to be closed by `drawn`."""
     plt.rcParams.update(STYLE)
     return plt.subplots(rows, 1, figsize=(width, height), **options)
+
+
+def plain_ticks(axis):
+    """Numbers as one writes them on a logarithmic axis, and not too many of them."""
+    axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter(lambda x, _: f"{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def drawn(figure, name: str, caption: str, header=(), rows=()) -> Figure:

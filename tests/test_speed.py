@@ -127,7 +127,8 @@ def test_break_even_of_measured_bytes_is_the_configurations(trio):
     assert found["distilled"]["bytes"] is None and found["distilled"]["state_bytes"] is None
     assert found["recurrent"]["longest"] == 70
     lines = speed.break_even_lines(results)
-    assert f"from {config.break_even_length:,} tokens on" in lines[2] and "no break-even length" in lines[0]
+    assert lines[0].startswith("distilled: keeps more with every token")
+    assert f"no more than teacher's dynamic cache from {config.break_even_length:,} tokens on" in lines[1]
 
 
 def made(model, speeds, contexts, constant=True, state=1000, cache="Decoder"):
@@ -191,13 +192,12 @@ def test_break_even():
     assert against({64: 0.5, 128: 0.5, 256: 0.5, 512: 4.0})["tokens"] is None, "a tie is no gain"
     assert against({64: 0.5, 128: 0.5, 256: None})["tokens"] == 64 and against({})["tokens"] is None
     student = made("student", {"c": (1, 1, 1)}, {64: 3.0, 128: 2.0, 256: 9.0})
-    lines = speed.break_even_lines([teacher, student])
-    assert (
-        lines[0].startswith("Bytes: student keeps 1,000 for a sequence of any length") and "from 16 tokens" in lines[0]
-    )
-    assert lines[1].endswith("at 256 tokens, the longest measured: no break-even within them.")
+    (line,) = speed.break_even_lines([teacher, student])
+    assert line.startswith("student: keeps 1,000 bytes for a sequence of any length") and "from 16 tokens on" in line
+    assert line.endswith("at 256 tokens, the longest measured.")
     student["contexts"] = student["contexts"][:2]
-    assert "from 128 tokens on (up to 128 measured)" in speed.break_even_lines([teacher, student])[1]
+    (line,) = speed.break_even_lines([teacher, student])
+    assert "from 128 tokens on (up to 128 measured)" in line
 
 
 def test_what_was_not_measured_is_a_dash(trio, monkeypatch):
@@ -277,7 +277,7 @@ def test_command(workshop, finished, tmp_path, monkeypatch, capsys):
     found = json.loads(done.stdout.splitlines()[-1])
     assert [result["model"] for result in found] == ["teacher", "recurrent"]
     assert found[0]["metrics"]["new tokens/s at 3x12+2"]["items"] == 2 and found[0]["machine"]["threads"] == 1
-    for said in ("4 rows in each of 2 cases", "batch in 16 GiB, computed", "At 1x10+3 ", "Bytes: recurrent keeps"):
+    for said in ("4 rows in each of 2 cases", "batch in 16 GiB, computed", "At 1x10+3 ", "recurrent: keeps"):
         assert said in done.stdout
     monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, words)])
     monkeypatch.setattr(speed, "run", None)

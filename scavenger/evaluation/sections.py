@@ -108,6 +108,7 @@ def curves(found: dict, group: str) -> Figure | None:
     _powers_of_two(axes)
     if rows[0]["exponential"] or group == "divergence":
         axes.set_yscale("log")
+        page.plain_ticks(axes.yaxis)
     contexts = {found["models"][label]["training_context"] for label in found["labels"]}
     if len(contexts) == 1 and max(row["x"] for row in rows) >= max(contexts):
         axes.axvline(max(contexts), color="#888888", linewidth=0.8, linestyle="--", label="training context")
@@ -144,8 +145,7 @@ def tasks_plot(found: dict) -> Figure:
 def speed_section(found: dict) -> Section:
     """Throughput, latency and memory, where the student's pays and where the teacher's does."""
     results = list(found["details"]["speed"].values())
-    lines = [*speed.verdicts(results), *speed.break_even_lines(results)]
-    body = "".join(page.paragraph(line) for line in lines)
+    body = page.points([*speed.verdicts(results), *speed.break_even_lines(results)])
     if results[0]["rows"]:
         body += page.table(*speed.table(results)) + _all_figures(found, "speed")
     return Section("Speed and memory", body, speed_plots(results))
@@ -159,7 +159,7 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
         ("step", "step_seconds", 1e3, "tokens", "ms a step", "Time of a step after a context"),
         ("state", "state_bytes", 2**-10, "bytes", "KiB", "What one sequence keeps between tokens"),
     ):
-        figure, axes = page.plot(6.4, 3.0)
+        figure, axes = page.plot(4.8, 3.6)
         for colour, result in zip(page.PALETTE, results, strict=False):
             caches = dict.fromkeys(row["cache"] for row in result["contexts"])
             for style, cache in zip(("-", "--"), caches, strict=False):
@@ -172,8 +172,9 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
                 where = {"xycoords": ("data", "axes fraction"), "fontsize": 7, "color": colour}
                 axes.annotate(f" {place:,}", (place, 0.96), **where)
         axes.set(xlabel="context, tokens", ylabel=label, yscale="log")
+        page.plain_ticks(axes.yaxis)
         _powers_of_two(axes)
-        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # beneath the curves
         caption = f"{caption}; dotted: from there on better than {results[0]['model']}'s."
         made.append(page.drawn(figure, name, caption, header, rows))
     return tuple(made)

@@ -411,27 +411,30 @@ def break_even(results: list[dict]) -> dict:
 
 
 def break_even_lines(results: list[dict]) -> list[str]:
-    """Break-even lengths in words."""
+    """Break-even lengths in words, a line for each student."""
     reference, lines = results[0]["model"], []
     for label, found in break_even(results).items():
+        said = []
         if found["bytes"] is not None:
-            lines.append(
-                f"Bytes: {label} keeps {found['state_bytes']:,} for a sequence of any length; {reference}'s dynamic "
-                f"cache keeps as much or more from {found['bytes']:,} tokens on."
+            said.append(
+                f"keeps {found['state_bytes']:,} bytes for a sequence of any length, no more than {reference}'s "
+                f"dynamic cache from {found['bytes']:,} tokens on"
             )
         elif found["state_bytes"] is None:
-            lines.append(f"Bytes: {label} keeps more with every token; there is no break-even length.")
-        if found["longest"] is None:
-            continue
-        if found["tokens"] is None:
-            where = f"Time: a step of {label} is not quicker than one of {reference}, each with its best cache, "
-            lines.append(f"{where}at {found['longest']:,} tokens, the longest measured: no break-even within them.")
-        else:
-            least = ", the shortest measured" if found["tokens"] == found["shortest"] else ""
-            lines.append(
-                f"Time: a step of {label} is quicker than one of {reference}, each with its best cache, from "
-                f"{found['tokens']:,} tokens on{least} (up to {found['longest']:,} measured)."
+            said.append("keeps more with every token")
+        if found["longest"] is not None and found["tokens"] is None:
+            said.append(
+                f"a step is not quicker than {reference}'s, each with its best cache, at {found['longest']:,} tokens, "
+                "the longest measured"
             )
+        elif found["longest"] is not None:
+            least = ", the shortest measured" if found["tokens"] == found["shortest"] else ""
+            said.append(
+                f"a step is quicker than {reference}'s, each with its best cache, from {found['tokens']:,} tokens "
+                f"on{least} (up to {found['longest']:,} measured)"
+            )
+        if said:
+            lines.append(f"{label}: {'; '.join(said)}.")
     return lines
 
 
