@@ -36,6 +36,7 @@ from scavenger.evaluation.speed import (
     Decoded,
     DynamicTeacher,
     Exact,
+    PackedTeacher,
     StaticTeacher,
     Steps,
     begin_peak,
@@ -46,7 +47,7 @@ from scavenger.evaluation.speed import (
 )
 from scavenger.measure import state_bytes
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
-from scavenger.model.decoding import Decoder, PackedLinear
+from scavenger.model.decoding import Decoder, PackedLinear, packed
 from scavenger.model.filters import ImplicitFilter, WideFilter
 from scavenger.model.modal import ChannelState, HeadState, ring_places
 from scavenger.model.online import NEAR
@@ -156,7 +157,7 @@ def rows(args, found):
     if args.dtype == "float32" and not torch.cuda.is_available():
         # The Decoder packs its linear layers here, so the better teacher may too.
         dynamic, static = (entry["generation"] for entry in found)
-        yield PackedDynamicTeacher if dynamic < static else PackedStaticTeacher, None
+        yield PackedDynamicTeacher if dynamic < static else PackedTeacher, None
     if args.compile:
         yield CompiledTeacher, None
     for mixer in args.mixers:
@@ -179,24 +180,7 @@ class PackedDynamicTeacher(DynamicTeacher):
     name = "dynamic cache, packed"
 
     def __init__(self, model, case):
-        super().__init__(pack(model, case.batch), case)
-
-
-class PackedStaticTeacher(StaticTeacher):
-    name = "static cache, packed"
-
-    def __init__(self, model, case):
-        super().__init__(pack(model, case.batch), case)
-
-
-def pack(model, rows):
-    """The model with linear layers as the Decoder has them, its own weights kept beside theirs as there."""
-    if model.device.type == "cpu" and model.dtype == torch.float32:
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, PackedLinear(child, rows))
-    return model
+        super().__init__(packed(model, case.batch), case)
 
 
 class CompiledTeacher(StaticTeacher):

@@ -81,7 +81,8 @@ def results(figures: dict) -> str:
             report.verdict(figures),
             "",
             f"What it kept and lost, with intervals ({100 * found['level']:.0f} %) over the {documents} documents of "
-            f"the test split ({figures['test_tokens']:,} tokens), the sequences of recall, and the prompts:",
+            f"the test split ({figures['test_tokens']:,} tokens), the sequences of recall, the prompts and the rounds "
+            "of timing:",
             "",
             *markdown(["", *header[1:]], rows),
             "",

@@ -46,8 +46,8 @@ def measure(args: argparse.Namespace, results) -> list[dict]:
     print("\n" + "\n".join([*speed.verdicts(found), *speed.break_even_lines(found)]))
     print(
         f"\n{command.described(found[0]['machine'])}\n"
-        "above: medians over rounds; peak: growth while a row runs, weights not included\n"
-        "below: of each model's best cache, all rounds together, intervals over rounds\n"
+        "above: speeds of all rounds together, other times medians; peak: growth while a row runs, without weights\n"
+        "below: of each model's best cache; intervals over rounds\n"
     )
     return found
 

@@ -49,7 +49,7 @@ figcaption, .note { font-size: .86rem; color: #555 } details { font-size: .9rem;
 summary { cursor: pointer; color: #2d5fa2 }
 pre { background: #f6f6f4; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem;
       margin: .3rem 0 }
-pre .given { color: #777 } pre .same { background: #dff0e4 }
+pre.given { color: #777 } pre .same { background: #dff0e4 }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .2rem 1rem }
 .columns pre { max-height: 16rem; overflow: auto }
 @media (max-width: 40rem) { th, td { padding: .25rem .4rem }
@@ -146,6 +146,11 @@ def plot(width: float = 4.8, height: float = 3.0, rows: int = 1, **options):
     """Figure and axes of a plot in this page's style; to be closed by `drawn`."""
     plt.rcParams.update(STYLE)
     return plt.subplots(rows, 1, figsize=(width, height), **options)
+
+
+def named(label: str) -> str:
+    """A label for a legend, which would read $ as mathematics and leave out what begins with an underscore."""
+    return label.replace("$", r"\$") if not label.startswith("_") else named(f" {label}")
 
 
 def plain_ticks(axis):

@@ -385,7 +385,7 @@ class Report:
 
     context_lengths: tuple[int, ...] = (256, 2048)  # after which the speed and state of one sequence are measured
     cases: tuple[str, ...] = ()  # BATCHxPROMPT+NEW, as 64x512+256, whose throughput is measured too
-    rounds: int = 2  # of all timings, in turn
+    rounds: int = 5  # of all timings, in turn
     examples: int = 64  # sequences of each kind of recall, at each distance
     prompts: int = 16  # held-out beginnings from which every model goes on
     sample_tokens: int = 96  # by so many tokens

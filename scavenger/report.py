@@ -223,7 +223,7 @@ def verdict(figures: dict) -> str:
             f"As a recurrence it changes by {100 * change:+.2f} % and keeps "
             f"{_bytes(row['generation'][0]['state_bytes'])} between tokens"
             + (
-                f", whatever the length: less than the teacher's cache from {length:,} tokens on"
+                f", whatever the length: no more than the teacher's cache from {length:,} tokens on"
                 if length
                 else ", and its kept attention more with every token"
                 if "break_even_length" in row
@@ -259,16 +259,20 @@ def cells(figures: dict) -> tuple[list[str], list[list[str]]]:
                 f"{row['perplexity']:.3f}",
                 f"{row['ratio_to_teacher']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else ""),
                 f"{100 * row['agreement']:.1f} %",
-                *(f"{row['generation'][place]['tokens_per_second']:.0f}" for place in ends),
+                *(_rate(row["generation"][place]["tokens_per_second"]) for place in ends),
                 *(_bytes(row["generation"][place]["state_bytes"]) for place in ends),
             ]
         )
     return header, rows
 
 
+def _rate(tokens_per_second):
+    return "–" if tokens_per_second is None else f"{tokens_per_second:.0f}"
+
+
 def _bytes(count):
-    if count is None:
-        return "none"
+    if count is None:  # for want of memory
+        return "–"
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
@@ -394,6 +398,10 @@ def _facts_section(figures):
 def _quickest(contexts, length):
     """Speed after a context with the model's quickest cache, and state with its smallest."""
     own = [row for row in contexts if row["prompt"] == length and row["step_seconds"] is not None]
+    if not own:  # for want of memory
+        return {"context_length": length} | dict.fromkeys(
+            ("cache", "prefill_seconds", "tokens_per_second", "state_bytes")
+        )
     best = min(own, key=lambda row: row["step_seconds"])
     return {
         "context_length": length,

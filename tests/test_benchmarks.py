@@ -130,7 +130,7 @@ def test_decoding_errors(decoding, words, said, monkeypatch, capsys):
 
 @pytest.mark.parametrize("mixer", ["hyena", "multihyena"])
 @pytest.mark.parametrize(
-    "rows", [("DynamicTeacher", "StaticTeacher", "PackedStaticTeacher"), ("Exact",), ("Steps", "Decoded")]
+    "rows", [("DynamicTeacher", "StaticTeacher", "PackedTeacher"), ("Exact",), ("Steps", "Decoded")]
 )
 @torch.inference_mode()
 def test_every_cache_gives_what_reading_again_gives(decoding, rows, mixer):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from conftest import ARC, command
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from scavenger.checkpoint import read_json
 from scavenger.evaluation import compare, metrics, perplexity
@@ -117,6 +117,21 @@ def test_models_of_other_tokens_are_compared_by_byte(finished, workshop, tmp_pat
     assert "generation" not in {row["measurement"] for row in rows.values()}
 
 
+def test_a_vocabulary_that_is_padded_further(workshop, tmp_path):
+    """As those of larger models of Pythia: the same tokens, so losses are paired, but not as many probabilities."""
+    model = AutoModelForCausalLM.from_pretrained(workshop / "teacher")
+    model.resize_token_embeddings(352)
+    model.save_pretrained(tmp_path / "padded")
+    for path in (workshop / "teacher").glob("token*"):
+        shutil.copy(path, tmp_path / "padded")
+    words = [workshop / "teacher", tmp_path / "padded", "--text", workshop / "text.jsonl", "--limit", "9", *SMALL]
+    measure = ["--measure", "perplexity", "generation"]
+    done = command("eval/compare.py", *words, "--to", tmp_path / "out", *measure)
+    assert done.returncode == 0, done.stderr
+    rows = {row["metric"]: row for row in read_json(tmp_path / "out/compare.json")["rows"]}
+    assert rows["perplexity"]["differences"] and perplexity.AGREEMENT not in rows and "greedy agreement" not in rows
+
+
 def test_tasks_stand_beside_what_was_published(finished, workshop, tmp_path):
     """A folder called pythia-70m is taken for that model; a task without documents is a row of dashes."""
     shutil.copytree(workshop / "teacher", tmp_path / "pythia-70m")
@@ -152,8 +167,10 @@ def test_a_name_may_have_a_revision(tmp_path, monkeypatch):
     found = Evaluated.parsed("base=EleutherAI/pythia-70m@step1000")
     assert (found.label, found.path, found.revision) == ("base", "EleutherAI/pythia-70m", "step1000")
     (tmp_path / "a@b").mkdir()
-    found = Evaluated.parsed(str(tmp_path / "a@b"))
-    assert found.path == found.label == str(tmp_path / "a@b") and found.revision is None
+    (tmp_path / "rate=0.1").mkdir()
+    for name in ("a@b", "rate=0.1"):
+        found = Evaluated.parsed(str(tmp_path / name))
+        assert found.path == found.label == str(tmp_path / name) and found.revision is None
 
 
 def test_mistakes_are_one_line(finished, tmp_path):

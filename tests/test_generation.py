@@ -76,7 +76,10 @@ def test_greedy_continuations_are_those_of_a_loop_that_reads_everything_again(mo
     assert generation.continuations(model, prompts, SETTINGS).tolist() == expected
     # No token ends it, and what the model's folder asks of generation is not asked here.
     model.generation_config.update(eos_token_id=expected[0][2], repetition_penalty=1.5, no_repeat_ngram_size=1)
+    model.generation_config.update(suppress_tokens=[expected[0][0]], bad_words_ids=[[expected[1][0]]], min_p=0.5)
+    own = model.generation_config
     assert generation.continuations(model, prompts, SETTINGS).tolist() == expected
+    assert model.generation_config is own
 
 
 def test_samples_follow_from_the_seed_and_from_the_most_likely_tokens():
@@ -234,7 +237,7 @@ def foreign(workshop, tmp_path_factory):
 
 def test_models_of_other_tokens_are_refused(trio, foreign):
     (teacher, *_), stream = trio
-    with pytest.raises(ValueError, match="^foreign and teacher read text as different tokens; expected .*$"):
+    with pytest.raises(ValueError, match="^foreign and teacher have different tokens; expected .*$"):
         generation.run(Evaluated("foreign", str(foreign)), teacher, stream, SETTINGS)
 
 
@@ -260,7 +263,7 @@ def test_generation_command(finished, workshop, foreign, tmp_path, monkeypatch, 
         (*words, *options, "--prompts", 5000): "expected 110000 or more, for 5000 prompts",
         (*words, *options, "--new-tokens", 3): "found 3 new tokens; expected 4 or more",
         (*words, *options, "--temperature", 0): "temperature 0.0",
-        (*words, foreign, *options): f"{foreign} and teacher read text as different tokens",
+        (*words, foreign, *options): f"{foreign} and teacher have different tokens",
         (*words, tmp_path, *options): "cannot be loaded",
     }.items():
         monkeypatch.setattr(sys, "argv", [str(word) for word in change])

@@ -124,18 +124,40 @@ def test_blocks_are_what_the_pipeline_measures(models, finished):
 def test_positions(models):
     """Bins of the positions of contexts that are read on their own, and what lies past the window."""
     model = models["student"]
-    stream = np.random.default_rng(8).integers(0, VOCABULARY, 3 * 23 + 5)
+    stream = np.random.default_rng(8).integers(1, VOCABULARY, 3 * 23 + 5)
+    stream[[0, 20, 40]] = model.tokenizer.eos_token_id  # three documents, in three contexts
     found = {m.name: m for m in perplexity.by_position(model, stream, perplexity.Settings(7, 7, 23))}
     loss = perplexity.predictions(model.model, stream[: 3 * 23].reshape(3, 23))[0]
     assert list(found) == [
         *("perplexity at 1", "perplexity at 2–3", "perplexity at 4–7", "perplexity at 8–15", "perplexity at 16–22"),
         "perplexity past 7, up to 23",
     ]
-    np.testing.assert_allclose(found["perplexity at 4–7"].numerators, loss[:, 3:7].sum(1))
-    np.testing.assert_allclose(found["perplexity at 16–22"].numerators, loss[:, 15:].sum(1))
-    np.testing.assert_allclose(found["perplexity past 7, up to 23"].numerators, loss[:, 6:].sum(1))
-    assert found["perplexity past 7, up to 23"].denominators == [16.0] * 3
+    for name, first, last in (("at 4–7", 4, 7), ("at 16–22", 16, 22), ("past 7, up to 23", 7, 22)):
+        sums, counts = np.zeros(4), np.zeros(4)
+        for context in range(3):
+            for place in range(first, last + 1):
+                document = int(np.searchsorted([0, 20, 40], context * 23 + place, side="right"))
+                sums[document] += loss[context, place - 1]
+                counts[document] += 1
+        np.testing.assert_allclose(found[f"perplexity {name}"].numerators, sums)
+        assert found[f"perplexity {name}"].denominators == counts.tolist() and counts[0] == 0
     assert sum(sum(found[name].denominators) for name in list(found)[:-1]) == loss.size
+
+
+def test_characters_that_a_block_cuts_are_counted_once(models, workshop):
+    """Each is three bytes, and three tokens of this tokenizer: the ends of eight blocks cut some."""
+    model = models["teacher"]
+    ids = np.array([model.tokenizer.eos_token_id, *model.tokenizer("\N{HIRAGANA LETTER A}" * 60)["input_ids"]])
+    blocks = np.lib.stride_tricks.sliding_window_view(ids, 21)[::20]
+    found = perplexity.of_blocks(model, Blocks("", blocks), None)[1]
+    assert found.name == "bits per byte" and sum(found.denominators) == pytest.approx(3 * 60, abs=len(blocks))
+
+
+def test_nothing_to_predict_is_said(models):
+    with pytest.raises(ValueError, match="nothing: found no token to predict; expected some text"):
+        perplexity.of_documents(models["teacher"], Text("nothing", "", ["", ""]), perplexity.Settings(13, 13, 13))
+    with pytest.raises(ValueError, match="contexts of 1 tokens for positions; expected 2 or more"):
+        perplexity.Settings(13, 13, 1)
 
 
 def test_text_has_splits_of_its_own_or_none(workshop, tmp_path):

@@ -14,7 +14,17 @@ from conftest import tiny_student, tiny_teacher
 
 from scavenger.evaluation import speed
 from scavenger.evaluation.models import Evaluated
-from scavenger.evaluation.speed import Case, Decoded, DynamicTeacher, Exact, Settings, StaticTeacher, Steps
+from scavenger.evaluation.results import Results
+from scavenger.evaluation.speed import (
+    Case,
+    Decoded,
+    DynamicTeacher,
+    Exact,
+    PackedTeacher,
+    Settings,
+    StaticTeacher,
+    Steps,
+)
 
 
 COMMAND = Path(__file__).parents[1] / "eval/speed.py"
@@ -66,7 +76,8 @@ def test_every_cache_generates_what_the_model_does(make, contenders):
 
 def test_all_contenders_of_a_model(trio):
     models, results = trio
-    assert [speed.kinds(model) for model in models] == [[DynamicTeacher, StaticTeacher], [Exact], [Steps, Decoded]]
+    teachers = [DynamicTeacher, StaticTeacher, PackedTeacher]
+    assert [speed.kinds(model) for model in models] == [teachers, [Exact], [Steps, Decoded]]
     assert [result["model"] for result in results] == ["teacher", "distilled", "recurrent"]
     for result, model in zip(results, models, strict=True):
         names = [kind.name for kind in speed.kinds(model)]
@@ -107,6 +118,14 @@ def test_bytes_are_those_of_keys_values_modes_and_inputs(trio):
     assert exact[0]["state_bytes_last"] > exact[0]["state_bytes"]
 
 
+def test_results_are_their_models_in_any_order(trio, tmp_path):
+    models, _ = trio
+    settings = Settings(cases=(Case(1, 5, 4),), contexts=(), rounds=1)
+    for order in (models, [models[0], models[2], models[1]]):
+        found = speed.kept(order, settings, Results(tmp_path))
+        assert [(result["model"], result["path"]) for result in found] == [(m.label, m.path) for m in order]
+
+
 def test_largest_batch(trio):
     _, results = trio
     assert speed.largest_batch(1.0, 2**29, 1000) == 2**29 // 1000
@@ -133,7 +152,7 @@ def test_break_even_of_measured_bytes_is_the_configurations(trio):
 
 def made(model, speeds, contexts, constant=True, state=1000, cache="Decoder"):
     """A result by hand; speeds: {case: (low, median, high)}, contexts: {length: seconds of a step}."""
-    empty = dict.fromkeys(speed.ROW) | {"rounds": 3, "timed": 9, "cache": cache}
+    empty = dict.fromkeys(speed.ROW) | {"rounds": 5, "timed": 9, "cache": cache}
     keys = ("tokens_per_second_low", "tokens_per_second", "tokens_per_second_high")
     return {
         "model": model,
@@ -194,7 +213,7 @@ def test_break_even():
     student = made("student", {"c": (1, 1, 1)}, {64: 3.0, 128: 2.0, 256: 9.0})
     (line,) = speed.break_even_lines([teacher, student])
     assert line.startswith("student: keeps 1,000 bytes for a sequence of any length") and "from 16 tokens on" in line
-    assert line.endswith("at 256 tokens, the longest measured.")
+    assert line.endswith("at 256 tokens, the longest at which both were measured.")
     student["contexts"] = student["contexts"][:2]
     (line,) = speed.break_even_lines([teacher, student])
     assert "from 128 tokens on (up to 128 measured)" in line
@@ -216,8 +235,8 @@ def test_what_was_not_measured_is_a_dash(trio, monkeypatch):
     row = rows_of(results)["recurrent", Steps.name, "2x10+5"]
     assert row["rounds"] == row["timed"] == 0 and all(row[key] is None for key in speed.ROW)
     header, cells = speed.table(results)
-    assert len(header) == len(cells[0]) and "out of memory" in cells[2]
-    assert cells[2].count("–") == len(header) - 4 and cells[0][header.index("peak MiB")] == "–"
+    assert len(header) == len(cells[0]) and "out of memory" in cells[3]
+    assert cells[3].count("–") == len(header) - 4 and cells[0][header.index("peak MiB")] == "–"
     assert speed.context_table(results)[1] == [] and speed.break_even(results)["recurrent"]["tokens"] is None
     assert len(speed.verdicts(results)) == 1
 
@@ -277,7 +296,7 @@ def test_command(workshop, finished, tmp_path, monkeypatch, capsys):
     found = json.loads(done.stdout.splitlines()[-1])
     assert [result["model"] for result in found] == ["teacher", "recurrent"]
     assert found[0]["metrics"]["new tokens/s at 3x12+2"]["items"] == 2 and found[0]["machine"]["threads"] == 1
-    for said in ("4 rows in each of 2 cases", "batch in 16 GiB, computed", "At 1x10+3 ", "recurrent: keeps"):
+    for said in ("5 rows in each of 2 cases", "batch in 16 GiB, computed", "At 1x10+3 ", "recurrent: keeps"):
         assert said in done.stdout
     monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, words)])
     monkeypatch.setattr(speed, "run", None)

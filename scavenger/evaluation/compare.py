@@ -2,15 +2,13 @@
 
 import functools
 from dataclasses import dataclass
-from platform import machine
 
-import torch
 from tqdm import tqdm
 
 from scavenger.certificate import aligned
 from scavenger.evaluation import command, generation, harness, metrics, perplexity, recall, speed
 from scavenger.evaluation.metrics import Estimate, Metric
-from scavenger.evaluation.models import Evaluated, same_tokenizer
+from scavenger.evaluation.models import Evaluated, same_outputs, same_tokenizer
 from scavenger.evaluation.results import Results, versions
 from scavenger.evaluation.text import Blocks, Text
 
@@ -48,7 +46,7 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
     def questions():
         return harness.questions_of(settings.tasks)
 
-    alike = same_tokenizer(models)
+    alike, outputs = same_tokenizer(models), same_outputs(models)
     found, bar = {}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
     for model in bar:
         bar.set_postfix_str(model.label)
@@ -58,14 +56,14 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
 
         measured("model", {}, functools.partial(facts, model))
         if settings.perplexity:
-            beside = reference if alike and model is not reference else None
+            beside = reference if outputs and model is not reference else None
             own = perplexity.described(settings.perplexity) | record
             own |= {"reference": beside and beside.weights}
             measured("perplexity", own, functools.partial(perplexity.of, model, text, settings.perplexity, beside))
         if settings.recall:
             own = recall.described(settings.recall) | record
             measured("recall", own, lambda model=model: recall.run(model, stream(model), settings.recall))
-        if settings.generation and alike:
+        if settings.generation and outputs:
             own = generation.described(settings.generation) | record | {"reference": reference.weights}
             measured(
                 "generation",
@@ -91,7 +89,7 @@ def facts(model: Evaluated) -> dict:
         "metrics": [],
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
         "kind": "recurrent" if model.is_recurrent else "convolution" if model.is_student else model.config.model_type,
-        "training_context": getattr(model.config, "context_length", None) or model.training_context,
+        "training_context": model.stated_context,
         "state_bytes": model.config.state_bytes if model.is_recurrent else None,
         "break_even_length": model.config.break_even_length if model.is_student else None,
     }
@@ -118,7 +116,11 @@ def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Set
         "reference": labels[0],
         "labels": labels,
         "models": {result["model"]: _without_metrics(result) for result in found["model"]},
-        "settings": {name: results[0]["settings"] for name, results in found.items() if name != "model"},
+        "settings": {
+            name: {key: value for key, value in results[0]["settings"].items() if key != "reference"}
+            for name, results in found.items()
+            if name != "model"
+        },
         "rows": rows,
         "details": {
             name: {result["model"]: _without_metrics(result) for result in results}
@@ -128,7 +130,7 @@ def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Set
         "published": {model.label: scores for model in models if (scores := harness.published_of(model))},
         "seed": settings.seed,
         "level": metrics.LEVEL,
-        "versions": versions() | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else machine()},
+        "versions": versions() | {"device": speed.device_name(models[0].device)},
     }
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from scavenger import losses, measure
 from scavenger.evaluation import metrics
 from scavenger.evaluation.metrics import Metric
-from scavenger.evaluation.models import Evaluated, same_tokenizer
+from scavenger.evaluation.models import Evaluated, same_outputs
 
 
 SAMPLES = 3  # prompts whose continuations are shown
@@ -27,8 +28,6 @@ COLUMNS = 160  # characters of them side by side
 NGRAM = 4  # as in arXiv:1908.04319
 LOOP_READINGS = 3  # a list's lines begin alike twice soon enough
 LOOP_TOKENS = 16  # less is a ruler of dashes, an indentation or an ellipsis
-# Whatever a model's own generation configuration asks for; an end-of-text token goes on like any other.
-PLAIN = {"eos_token_id": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "use_cache": True}
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,10 @@ def prepare(reference: Evaluated, stream: np.ndarray, settings: Settings) -> Pre
 
 def comparable(model: Evaluated, reference: Evaluated):
     """ValueError where two models' tokens are not the same."""
-    if not same_tokenizer([model, reference]) or model.config.vocab_size != reference.config.vocab_size:
+    if not same_outputs([model, reference]):
         raise ValueError(
-            f"{model.label} and {reference.label} read text as different tokens; expected models of one tokenizer"
+            f"{model.label} and {reference.label} have different tokens; expected models of one tokenizer and one "
+            "size of vocabulary"
         )
 
 
@@ -137,22 +137,26 @@ def continuations(
     model: nn.Module, prompts: np.ndarray, settings: Settings, what: str = "continuations", sampled: bool = False
 ) -> np.ndarray:
     """The model's greedy or sampled continuations of prompts (prompt, length), (prompt, new_tokens)."""
-    drawn = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": 1.0} if sampled else {}
+    drawn = {"temperature": settings.temperature, "top_k": settings.top_k} if sampled else {}
+    # The model's own may ask for anything, and fills in what a call leaves open. An end-of-text token is one of many.
+    own, model.generation_config = model.generation_config, GenerationConfig()
     rows, found = max(1, measure.BATCH_TOKENS // (prompts.shape[1] + settings.new_tokens)), []
     batches = torch.from_numpy(prompts.astype(np.int64)).split(rows)
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(settings.seed)
-        for batch in tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True):
-            ids = model.generate(
-                batch.to(model.device),
-                attention_mask=torch.ones_like(batch, device=model.device),
-                max_new_tokens=settings.new_tokens,
-                do_sample=sampled,
-                pad_token_id=0,  # for nothing: all are of one length
-                **PLAIN,
-                **drawn,
-            )
-            found.append(ids[:, prompts.shape[1] :].cpu())
+    try:
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(settings.seed)
+            for batch in tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True):
+                ids = model.generate(
+                    batch.to(model.device),
+                    attention_mask=torch.ones_like(batch, device=model.device),
+                    max_new_tokens=settings.new_tokens,
+                    do_sample=sampled,
+                    pad_token_id=0,  # for nothing: all are of one length
+                    **drawn,
+                )
+                found.append(ids[:, prompts.shape[1] :].cpu())
+    finally:
+        model.generation_config = own
     return torch.cat(found).numpy()
 
 

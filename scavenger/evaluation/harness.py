@@ -66,7 +66,6 @@ class Settings:
     tasks: tuple[str, ...] = ()
     limit: int | None = None  # questions of each task, the first ones
     seed: int = 0
-    num_fewshot: int = 0
     local: str | None = None
     text: str | None = None
     include: tuple[str, ...] = ()  # folders of task files, which come before the harness' own
@@ -81,7 +80,7 @@ class Settings:
     @property
     def shown(self) -> dict:
         """What the tables say."""
-        names = ("limit", "num_fewshot", "context_length", "seed")
+        names = ("limit", "context_length", "seed")
         sources = [source for source in (self.local, self.text) if source is not None]
         return {name: getattr(self, name) for name in names} | {"documents": " and ".join(sources) or "Hub"}
 
@@ -133,7 +132,7 @@ def questions_of(settings: Settings) -> Questions:
     if not loaded:
         raise ValueError(f"found no documents of {', '.join(missing)}; expected those of one task at least")
     for task in loaded.values():
-        task.set_config("num_fewshot", settings.num_fewshot)
+        task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(settings.seed)
     digests = {name: _digest(task, settings.limit) for name, task in loaded.items()}
     return Questions(loaded, digests, missing)
@@ -274,8 +273,10 @@ def _imported(module):
 
 
 def _digest(task, limit):
-    """Of texts, choices and answers, whatever else the documents have."""
+    """Of what the task asks for and how, of texts, choices and answers, whatever else the documents have."""
     asked = hashlib.sha256()
+    how = {key: task.get_config(key) for key in ("description", "output_type", "metric_list", "num_fewshot")}
+    asked.update(json.dumps(how, default=repr, sort_keys=True).encode())
     for document in itertools.islice(task.eval_docs, limit):
         parts = [task.doc_to_text(document), task.doc_to_target(document)]
         if task.get_config("doc_to_choice") is not None:

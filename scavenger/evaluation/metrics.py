@@ -11,6 +11,7 @@ from scipy import stats
 
 LEVEL = 0.95  # of every interval
 RESAMPLES = 2000  # an end of an interval is then good to about a fiftieth of its width
+LEAST_ITEMS = 5  # of four even the whole range misses the middle of what they were drawn from one time in eight
 BATCH = 100  # resamples drawn at once: 5,000 items take 8 MB
 
 
@@ -25,7 +26,7 @@ class Metric:
     name: str
     numerators: list[float]
     denominators: list[float]
-    unit: Literal["", "share", "nats", "bits"] = ""  # a share is shown in percent
+    unit: Literal["", "share", "nats", "bits", "rate"] = ""  # a share is shown in percent
     better: Literal["higher", "lower", ""] = ""
     exponential: bool = False  # a perplexity: two of them are compared by their ratio
     group: str = ""  # metrics of a group are one curve over x
@@ -45,14 +46,14 @@ class Estimate:
 
 
 def estimate(metric: Metric, seed: int = 0) -> Estimate:
-    """The metric and its percentile interval over items.
+    """The metric and its percentile interval over items, of LEAST_ITEMS or more.
 
     Where all items of a share say the same, resampling knows no doubt: Wilson's interval for so many items instead.
     """
     sums = _sums(metric)
     value = float(_ratio(*sums, exponential=metric.exponential))
     count = int((sums[1] > 0).sum())
-    if count < 2:
+    if count < LEAST_ITEMS:
         return Estimate(value, None, None, count)
     if metric.unit == "share" and value in (0.0, 1.0):
         wilson = stats.binomtest(int(value) * count, count).proportion_ci(LEVEL, "wilson")
@@ -78,7 +79,7 @@ def difference(metric: Metric, reference: Metric, seed: int = 0) -> Estimate:
         return np.exp(mine - other) if metric.exponential else mine - other
 
     value, count = float(apart(*pairs)), int((pairs[1] > 0).sum())
-    if count < 2:
+    if count < LEAST_ITEMS:
         return Estimate(value, None, None, count)
     return Estimate(value, *_bootstrap(pairs, apart, seed), count)
 
@@ -97,13 +98,15 @@ def packed(metric: Metric) -> dict:
 
 
 def show(found: Estimate, unit: str, signed: bool = False, exponential: bool = False) -> str:
-    """An estimate for people, as 19.29 [18.90, 19.71]; of shares in percent; a dash for what is not a number."""
+    """An estimate for people, as 19.29 [18.90, 19.71]; of shares in percent, of what divides two shares in points."""
     if not math.isfinite(found.value):
-        return "–"
-    scale, digits = (100, 1) if unit == "share" else (1, 3 if abs(found.value) < 100 else 1)
-    sign = "+" if signed else ""
-    prefix = "× " if signed and exponential else ""
-    shown = f"{prefix}{scale * found.value:{'' if prefix else sign},.{digits}f}{' %' if unit == 'share' else ''}"
+        return "∞" if found.value > 0 else "not a number"
+    scale, digits = (100, 1) if unit == "share" else (1, 1 if unit == "rate" or abs(found.value) >= 100 else 3)
+    if 0 < scale * abs(found.value) < 0.01:
+        digits = 5  # a KL between a student and its recurrence
+    ratio = signed and exponential
+    of = "" if unit != "share" else " points" if signed else " %"
+    shown = f"{'× ' if ratio else ''}{scale * found.value:{'+' if signed and not ratio else ''},.{digits}f}{of}"
     if found.low is None:
         return shown
     return f"{shown} [{', '.join(f'{scale * end:,.{digits}f}' for end in (found.low, found.high))}]"
@@ -118,6 +121,18 @@ def _ratio(numerators, denominators, axis=-1, exponential=False):
     return np.exp(ratio) if exponential else ratio
 
 
+def _expanded(weights):
+    """The level at which a percentile interval over few items holds what is said to be at LEVEL.
+
+    `1 - 2 Φ(-sqrt(n / (n - 1)) t)`, t the quantile of Student's distribution with n - 1 degrees of freedom: Hesterberg,
+    arXiv:1411.5279, "expanded percentile". n is `(Σ w)² / Σ w²`: nine documents, two of which have four fifths of the
+    tokens, are not nine.
+    """
+    freedom = max(0.1, weights.sum() ** 2 / (weights**2).sum() - 1)
+    quantile = stats.t.ppf((1 + LEVEL) / 2, freedom)
+    return 1 - 2 * stats.norm.cdf(-math.sqrt((freedom + 1) / freedom) * quantile)
+
+
 def _bootstrap(samples, statistic, seed):
     counted = np.all(samples[1::2], axis=0)  # a draw of none that count would have no ratio
     found = stats.bootstrap(
@@ -126,7 +141,7 @@ def _bootstrap(samples, statistic, seed):
         paired=True,
         vectorized=True,
         method="percentile",
-        confidence_level=LEVEL,
+        confidence_level=_expanded(samples[1][counted]),
         n_resamples=RESAMPLES,
         batch=BATCH,
         rng=np.random.default_rng(seed),

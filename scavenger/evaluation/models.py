@@ -34,7 +34,7 @@ class Evaluated:
     @classmethod
     def parsed(cls, word: str, dtype: str = "float32"):
         """From `FOLDER`, `NAME` or `NAME@REVISION`, or one of these behind `LABEL=`."""
-        label, equals, path = word.partition("=")
+        label, equals, path = (word, "", "") if Path(word).is_dir() else word.partition("=")
         if equals and not (label and path):
             raise ValueError(f"found {word}; expected FOLDER or LABEL=FOLDER")
         path, revision = path or label, None
@@ -81,11 +81,16 @@ class Evaluated:
         return self.is_student and self.config.filter == "modal"
 
     @property
+    def stated_context(self) -> int | None:
+        """Tokens that it was trained to read at once, where its configuration says so."""
+        stated = (getattr(self.config, key, None) for key in ("context_length", "max_position_embeddings"))
+        return next((length for length in stated if length is not None), None)
+
+    @property
     def training_context(self) -> int:
-        """Tokens that it was trained to read at once, as its configuration says."""
-        for key in ("context_length", "max_position_embeddings"):
-            if getattr(self.config, key, None) is not None:
-                return getattr(self.config, key)
+        """The same; ValueError where it does not."""
+        if self.stated_context is not None:
+            return self.stated_context
         raise ValueError(f"{self.path}: the configuration names no training context; expected --context-length")
 
     @functools.cached_property
@@ -93,7 +98,7 @@ class Evaluated:
         """What changes when the model does: of a folder the names, sizes and times of files, of the Hub the commit."""
         folder = Path(self.path)
         if folder.is_dir():
-            files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+            files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
             facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         else:
             facts = [self.path, self.revision, getattr(self.config, "_commit_hash", None)]
@@ -111,6 +116,11 @@ def same_tokenizer(models: list[Evaluated]) -> bool:
     """Whether all models read text as the same tokens."""
     vocabularies = [model.tokenizer.get_vocab() for model in models]
     return all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+def same_outputs(models: list[Evaluated]) -> bool:
+    """Whether, besides, all give probabilities to as many tokens: some models' vocabularies are padded further."""
+    return same_tokenizer(models) and len({model.config.vocab_size for model in models}) == 1
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ class Settings:
             raise ValueError(
                 f"found a stride of {self.stride}; expected 1 to {self.context_length}, the length of a window"
             )
+        if self.longest < 2:
+            raise ValueError(f"found contexts of {self.longest} tokens for positions; expected 2 or more")
 
 
 def settings_for(models: list[Evaluated], context_length=None, stride=None, longest=None) -> Settings:
@@ -63,6 +65,8 @@ def of_documents(model: Evaluated, text: Text, settings: Settings, reference: Ev
     byte compare models of different tokenizers (stride = context_length is lm-eval's rolling log-likelihood).
     """
     documents = text.ids(model.tokenizer)
+    if all(len(ids) < 2 for ids in documents):
+        raise ValueError(f"{text.name}: found no token to predict; expected some text")
     sums = sliding(model, documents, settings.context_length, settings.stride, reference)
     sizes = [len(document.encode(errors="replace")) for document in text.documents]
     return _metrics(sums, [len(ids) - 1 for ids in documents], sizes)
@@ -82,7 +86,7 @@ def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Eva
     for ids, own in zip(blocks[:, 1:], document, strict=True):
         for number in np.unique(own):
             part = ids[own == number]
-            sizes[number] += len(model.tokenizer.decode(part[part != end]).encode())
+            sizes[number] += _bytes(model.tokenizer.decode(part[part != end]))
     seen = tokens > 0
     return _metrics(sums[:, seen], tokens[seen], sizes[seen])
 
@@ -90,26 +94,33 @@ def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Eva
 def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> list[Metric]:
     """Perplexity by position, in contexts of `longest` tokens (or the most there are of), each read on its own.
 
-    Positions are in bins that double, 1, 2-3, 4-7, …; the last metric is of those past the window.
+    Positions are in bins that double, 1, 2-3, 4-7, …; the last metric is of those past the window. Items are the
+    documents that the contexts are of, as in `of_blocks`: contexts of one document are much alike.
     """
     longest = min(settings.longest, len(stream))
     count = min(LONG_CONTEXTS, len(stream) // longest)
-    loss = predictions(model.model, stream[: count * longest].reshape(count, longest))[0]
+    ids = stream[: count * longest].reshape(count, longest)
+    loss = predictions(model.model, ids)[0]
+    document = np.cumsum(ids.reshape(-1) == model.tokenizer.eos_token_id).reshape(ids.shape)[:, 1:]
     position = np.arange(1, longest)  # tokens read before the one that is predicted
     found = []
+
+    def of_places(inside):
+        own = document[:, inside].reshape(-1)
+        sums = np.bincount(own, loss[:, inside].reshape(-1), document.max() + 1)
+        return sums.tolist(), np.bincount(own, minlength=len(sums)).astype(float).tolist()
+
     for power in range(int(math.log2(longest - 1)) + 1):
         inside = (position >= 2**power) & (position < 2 ** (power + 1))
-        sums, counts = loss[:, inside].sum(1), [int(inside.sum())] * count
         first, last = 2**power, min(2 ** (power + 1), longest) - 1
         name = f"perplexity at {first:,}" + (f"–{last:,}" if last > first else "")
-        found.append(Metric(name, sums.tolist(), counts, "", "lower", True, "position", float(2**power)))
+        found.append(Metric(name, *of_places(inside), "", "lower", True, "position", float(2**power)))
     past = position >= settings.context_length
     if past.any():
         found.append(
             Metric(
                 f"perplexity past {settings.context_length:,}, up to {longest:,}",
-                loss[:, past].sum(1).tolist(),
-                [int(past.sum())] * count,
+                *of_places(past),
                 "",
                 "lower",
                 exponential=True,
@@ -130,7 +141,7 @@ def sliding(
     ]
     windows.sort(key=lambda window: window[1] - window[3])  # the longest first: equal lengths share a batch
     sums = np.zeros((3 if reference else 1, len(documents)))
-    rows = max(1, BATCH_TOKENS // length)
+    rows = max(1, BATCH_TOKENS // (length + 1))
     for start in tqdm(range(0, len(windows), rows), desc="perplexity", unit="batch", leave=False, dynamic_ncols=True):
         batch = windows[start : start + rows]
         width = batch[0][3] - batch[0][1]
@@ -166,6 +177,11 @@ def predictions(model: nn.Module, blocks: np.ndarray, reference: nn.Module | Non
 def _log_probabilities(model, ids):
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def _bytes(text):
+    """In UTF-8; a character that a block's edge cuts is one byte on either side, about what each has of it."""
+    return len(text.replace("\ufffd", "?").encode())
 
 
 def _windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -1,6 +1,7 @@
 """The page of a comparison, and its part in a run's report: tables, curves with intervals, tasks, speed, samples."""
 
 import html
+import itertools
 from pathlib import Path
 
 from scavenger import checkpoint, page
@@ -15,7 +16,7 @@ GROUPS = {  # curves over x: title, axis
     "copying": ("Copying: tokens right at the second reading", "distance, tokens"),
     "passkey": ("Passkey: the whole key right", "distance to the key, tokens"),
     "passages": ("Gain in loss when a passage is read again", "distance, tokens"),
-    "divergence": ("KL to the reference along its own text", "tokens written before"),
+    "divergence": ("KL to the reference along its own text", "place among the new tokens (of a bin the last)"),
 }
 
 
@@ -43,7 +44,8 @@ def sections(found: dict) -> list[Section]:
     reference = found["reference"]
     note = page.paragraph(
         f"▲ and ▼: better and worse than {reference}, beyond the interval of the difference, which is paired by "
-        "document, question or sequence (bootstrap); of models that are alike one mark in twenty stands by chance. "
+        "document, question, sequence, prompt or round (bootstrap, wider where they are few or unequal, none for "
+        f"fewer than {metrics.LEAST_ITEMS}); of models that are alike about one mark in twenty stands by chance. "
         "A dash was not measured.",
         "note",
     )
@@ -74,8 +76,8 @@ def sections(found: dict) -> list[Section]:
         ("Generation", ["divergence"]),
     ):
         figures = tuple(figure for group in groups if (figure := curves(found, group)))
-        if figures:
-            body = samples(found) if title == "Generation" else ""
+        body = samples(found) if title == "Generation" else ""
+        if figures or body:
             made.append(Section(title, _all_figures(found, title.lower()) + body, figures))
     if "harness" in found["details"]:
         made.append(Section("Tasks", _all_figures(found, "harness"), (tasks_plot(found),)))
@@ -92,13 +94,13 @@ def curves(found: dict, group: str) -> Figure | None:
     title, axis = GROUPS[group]
     figure, axes = page.plot()
     percent = 100 if rows[0]["unit"] == "share" else 1
-    for number, (colour, label) in enumerate(zip(page.PALETTE, found["labels"], strict=False)):
+    for number, (colour, label) in enumerate(zip(itertools.cycle(page.PALETTE), found["labels"], strict=False)):
         own = [(row["x"], row["models"][label]) for row in rows if label in row["models"]]
         if not own:
             continue
         x = [place for place, _ in own]
         style = {"linestyle": page.LINES[number % len(page.LINES)], "marker": "o", "markersize": 3, "color": colour}
-        axes.plot(x, [percent * value["value"] for _, value in own], label=label, **style)
+        axes.plot(x, [percent * value["value"] for _, value in own], label=page.named(label), **style)
         low, high = ([percent * _end(value, end) for _, value in own] for end in ("low", "high"))
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     chance = _chance(found, group)
@@ -110,7 +112,7 @@ def curves(found: dict, group: str) -> Figure | None:
         axes.set_yscale("log")
         page.plain_ticks(axes.yaxis)
     contexts = {found["models"][label]["training_context"] for label in found["labels"]}
-    if len(contexts) == 1 and max(row["x"] for row in rows) >= max(contexts):
+    if len(contexts) == 1 and None not in contexts and max(row["x"] for row in rows) >= max(contexts):
         axes.axvline(max(contexts), color="#888888", linewidth=0.8, linestyle="--", label="training context")
     axes.set_ylabel({"share": "%", "nats": "nats per token"}.get(rows[0]["unit"], "perplexity"))
     axes.legend(fontsize=7)
@@ -120,9 +122,11 @@ def curves(found: dict, group: str) -> Figure | None:
 
 def tasks_plot(found: dict) -> Figure:
     """Every task's headline share with its interval, and what was published."""
-    rows = [row for row in found["rows"] if row["measurement"] == "harness" and row["headline"]]
-    figure, axes = page.plot(height=0.5 + 0.45 * len(rows))
-    for number, (colour, label) in enumerate(zip(page.PALETTE, found["labels"], strict=False)):
+    tasks = [row for row in found["rows"] if row["measurement"] == "harness" and row["headline"]]
+    rows = [row for row in tasks if row["unit"] == "share"]  # perplexities have no place on the axis
+    figure, axes = page.plot(height=0.5 + 0.45 * max(1, len(rows)))
+    legend = {label: page.named(label) for label in found["labels"]} | {"": "published"}  # each is named once
+    for number, (colour, label) in enumerate(zip(itertools.cycle(page.PALETTE), found["labels"], strict=False)):
         for place, row in enumerate(rows):
             if label not in row["models"]:
                 continue
@@ -130,15 +134,14 @@ def tasks_plot(found: dict) -> Figure:
             y = -place + 0.12 * (number - len(found["labels"]) / 2)
             ends = [100 * _end(value, end) for end in ("low", "high")]
             axes.plot(ends, [y, y], color=colour, linewidth=1)
-            axes.plot(100 * value["value"], y, "o", color=colour, markersize=4, label=label if place == 0 else None)
+            axes.plot(100 * value["value"], y, "o", color=colour, markersize=4, label=legend.pop(label, None))
             known = found["published"].get(label, {}).get(row["metric"])
             if known is not None:
-                named = "published" if place == 0 else None
-                axes.plot(100 * known, y, "|", color=colour, markersize=9, label=named)
+                axes.plot(100 * known, y, "|", color=colour, markersize=9, label=legend.pop("", None))
     axes.set_yticks([-place for place in range(len(rows))], [row["metric"] for row in rows])
     axes.set_xlabel("%")
     axes.legend(fontsize=7)
-    table = [[row["metric"], *(compare.shown(row, label) for label in found["labels"])] for row in rows]
+    table = [[row["metric"], *(compare.shown(row, label) for label in found["labels"])] for row in tasks]
     return page.drawn(figure, "tasks", "Zero-shot tasks.", ["task", *found["labels"]], table)
 
 
@@ -160,12 +163,13 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
         ("state", "state_bytes", 2**-10, "bytes", "KiB", "What one sequence keeps between tokens"),
     ):
         figure, axes = page.plot(4.8, 3.6)
-        for colour, result in zip(page.PALETTE, results, strict=False):
+        for colour, result in zip(itertools.cycle(page.PALETTE), results, strict=False):
             caches = dict.fromkeys(row["cache"] for row in result["contexts"])
-            for style, cache in zip(("-", "--"), caches, strict=False):
+            for style, cache in zip(("-", "--", ":"), caches, strict=False):
                 own = [row for row in result["contexts"] if row["cache"] == cache and row[key] is not None]
                 x, y = [row["prompt"] for row in own], [scale * row[key] for row in own]
-                axes.plot(x, y, "o" + style, markersize=3, color=colour, label=f"{result['model']}, {cache}")
+                named = page.named(f"{result['model']}, {cache}")
+                axes.plot(x, y, "o" + style, markersize=3, color=colour, label=named)
             place = even.get(result["model"], {}).get(length)
             if place is not None:
                 axes.axvline(place, color=colour, linewidth=0.8, linestyle=":")
@@ -182,7 +186,7 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
 
 def samples(found: dict) -> str:
     """Continuations of the same prompts side by side; what equals the reference's is marked."""
-    details = found["details"]["generation"]
+    details = found["details"].get("generation")
     if not details:
         return ""
     shown = []

@@ -46,7 +46,7 @@ class Decoder:
         if rows < 1:
             raise ValueError(f"rows is {rows}; expected 1 or more")
         self.rows, self.device = rows, model.device
-        self.model = _packed(model, rows).eval()
+        self.model = packed(model, rows).eval()
         self.free = list(range(rows))
         with torch.inference_mode(False), torch.no_grad():  # buffers that may be written to in either mode
             self.cache = HyenaCache(config)
@@ -181,7 +181,7 @@ class Decoder:
         return torch.compile(self._advance, dynamic=False, mode="reduce-overhead")
 
 
-def _packed(model, rows):
+def packed(model: nn.Module, rows: int) -> nn.Module:
     """The model with all parameters shared, but linear layers packed where oneDNN has products for them."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     model = copy.deepcopy(model, shared)
