@@ -32,6 +32,8 @@ class SlidingPerplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions, model_id, context_length=None, stride=None):
+        if not predictions:
+            raise ValueError("found no predictions; expected texts")
         model = Evaluated(model_id, model_id)
         settings = perplexity.settings_for([model], context_length, stride)
         found = perplexity.of(model, Text("predictions", "", predictions), settings)

@@ -25,11 +25,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     try:
-        if args.run is not None:
-            checkpoint.write_json(FIGURES, taken(checkpoint.read_json(args.run / "report" / "report.json")))
+        source = FIGURES if args.run is None else args.run / "report" / "report.json"
+        figures = checkpoint.read_json(source)
+        figures = figures if args.run is None else taken(figures)
         before = README.read_text(encoding="utf-8")
-        after = with_results(before, checkpoint.read_json(FIGURES))
-    except (OSError, ValueError, KeyError) as error:
+        after = with_results(before, figures)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"readme: error: {error}; expected a finished run, and a README with its two marks", file=sys.stderr)
         return 2
     if args.check and before != after:
@@ -37,6 +38,7 @@ def main() -> int:
         print("\n".join(changes), file=sys.stderr)
         return 1
     if not args.check:
+        checkpoint.write_json(FIGURES, figures)
         checkpoint.write_text(README, after)
     return 0
 

@@ -4,8 +4,10 @@ import html
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ARC, command
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -13,6 +15,7 @@ from scavenger.checkpoint import read_json
 from scavenger.evaluation import compare, metrics, perplexity
 from scavenger.evaluation.metrics import Metric
 from scavenger.evaluation.models import Evaluated
+from scavenger.evaluation.results import Results
 
 
 SMALL = ["--context-length", "64", "--examples", "3", "--prompts", "5"]
@@ -182,3 +185,19 @@ def test_mistakes_are_one_line(finished, tmp_path):
         done = command("eval/compare.py", finished / "transfer", "--to", tmp_path / "out", *words)
         assert done.returncode == 2 and part in done.stderr.splitlines()[-1], done.stderr
         assert done.stderr.splitlines()[-1].startswith("compare: error: ") and "Traceback" not in done.stderr
+
+
+def test_results_of_other_versions_and_spoilt_ones_are_measured_again(tmp_path):
+    model, kept = SimpleNamespace(label="m", path="p", weights="w"), Results(tmp_path)
+
+    def times_measured():
+        counted = []
+        kept.of("perplexity", model, {"limit": 3}, lambda: counted.append(1) or {"metrics": []})
+        return len(counted)
+
+    assert [times_measured(), times_measured()] == [1, 0]
+    path = kept.path("perplexity", model)
+    whole = path.read_text()
+    for spoilt in (whole.replace(torch.__version__, "1.0.0"), whole[:-9], "[]"):
+        path.write_text(spoilt)
+        assert [times_measured(), times_measured()] == [1, 0]

@@ -125,3 +125,8 @@ def test_through_json():
     after = Metric(**json.loads(json.dumps(metrics.packed(before))))
     assert after.numerators == pytest.approx(before.numerators, rel=1e-7) and after.x == 4 and after.group == "position"
     assert "headline" not in metrics.packed(before)
+
+
+def test_what_is_no_number_is_not_better():
+    none = metrics.Estimate(math.nan, math.nan, math.nan, 9)
+    assert not metrics.separates(none, metric([1.0])) and not metrics.separates(none, metric([1.0], exponential=True))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -237,3 +238,28 @@ def test_results_are_kept_until_something_changes(tmp_path, workshop):
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + "\n")
     found("b", length=4)
     assert len(made) == 4 and not list((tmp_path / "results").glob("*.partial"))
+
+
+def test_weights_that_are_missing_or_no_numbers_are_said(workshop, tmp_path):
+    """Neither random weights nor a NaN, which compares with nothing, may end in a figure."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(workshop / "teacher/model.safetensors")
+    for name in ("dropped", "broken"):
+        shutil.copytree(workshop / "teacher", tmp_path / name)
+    key = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
+    kept = {name: tensor for name, tensor in weights.items() if name != key}
+    save_file(kept, tmp_path / "dropped/model.safetensors", {"format": "pt"})
+    weights[key][0, 0] = math.nan
+    save_file(weights, tmp_path / "broken/model.safetensors", {"format": "pt"})
+    settings, written = perplexity.Settings(13, 13, 13), Text("", "", ["some text"] * 6)
+    for name, said in (
+        ("dropped", f"1 of its weights are not in the file, {key} among"),
+        ("broken", "are not numbers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            perplexity.of(Evaluated(name, str(tmp_path / name)), written, settings)
+    config = json.loads((tmp_path / "broken/config.json").read_text()) | {"hidden_size": "wide"}
+    (tmp_path / "broken/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="broken: cannot be loaded"):
+        _ = Evaluated("broken", str(tmp_path / "broken")).model

@@ -47,6 +47,10 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
         return harness.questions_of(settings.tasks)
 
     alike, outputs = same_tokenizer(models), same_outputs(models)
+    if settings.tasks:  # what cannot be asked is said before anything is measured
+        questions()
+    if settings.generation and outputs:
+        continuations()
     found, bar = {}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
     for model in bar:
         bar.set_postfix_str(model.label)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from scavenger import losses, measure
 from scavenger.evaluation import metrics
 from scavenger.evaluation.metrics import Metric
-from scavenger.evaluation.models import Evaluated, same_outputs
+from scavenger.evaluation.models import Evaluated, numbers, same_outputs
 
 
 SAMPLES = 3  # prompts whose continuations are shown
@@ -112,8 +112,8 @@ def run(
     prepared = prepared or prepare(reference, stream, settings)
     prompts = prepared.prompts
     greedy = continuations(model.model, prompts, settings, f"{model.label}, greedy")
-    sampled = continuations(model.model, prompts, settings, f"{model.label}, sampled", sampled=True)
     divergence, same = along(model.model, reference.model, prompts, prepared.greedy)
+    sampled = continuations(model.model, prompts, settings, f"{model.label}, sampled", sampled=True)
     common = common_prefix(greedy, prepared.greedy)
     found = [
         _metric("greedy agreement", common / settings.new_tokens, "share", "higher", headline=True, relative=True),
@@ -228,7 +228,7 @@ def _batches(prompts, text, device):
 @torch.inference_mode()
 def _log_probabilities(model, ids, count):
     """Of the last `count` tokens, each before it is read, in float32 or wider."""
-    logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=count).logits
+    logits = numbers(model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=count).logits)
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -62,10 +61,16 @@ class Evaluated:
             if self.loader is not None:
                 model = self.loader()
             else:
-                dtype = getattr(torch, self.dtype)
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.path, revision=self.revision, dtype=dtype, use_safetensors=True
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    revision=self.revision,
+                    dtype=getattr(torch, self.dtype),
+                    use_safetensors=True,
+                    output_loading_info=True,
                 )
+                if found["missing_keys"]:  # which would be filled at random
+                    missing = sorted(found["missing_keys"])
+                    raise ValueError(f"{len(missing)} of its weights are not in the file, {missing[0]} among them")
         return model.eval().requires_grad_(False).to(self.device)
 
     @property
@@ -112,6 +117,13 @@ class Evaluated:
             torch.cuda.empty_cache()
 
 
+def numbers(logits: torch.Tensor) -> torch.Tensor:
+    """The same; ValueError where a model gives what is no number, of which every comparison would be false."""
+    if logits.isnan().any():
+        raise ValueError("a model gives probabilities that are not numbers; expected weights that are finite")
+    return logits
+
+
 def same_tokenizer(models: list[Evaluated]) -> bool:
     """Whether all models read text as the same tokens."""
     vocabularies = [model.tokenizer.get_vocab() for model in models]
@@ -128,6 +140,6 @@ def _named(path):
     """What loading raises, as one line that begins with the model."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # whatever a foreign file makes the libraries raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: cannot be loaded ({reason})") from error

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from scavenger.evaluation import metrics
 from scavenger.evaluation.metrics import Metric
-from scavenger.evaluation.models import Evaluated
+from scavenger.evaluation.models import Evaluated, numbers
 from scavenger.evaluation.text import Blocks, Text
 from scavenger.measure import BATCH_TOKENS
 
@@ -175,7 +175,7 @@ def predictions(model: nn.Module, blocks: np.ndarray, reference: nn.Module | Non
 
 
 def _log_probabilities(model, ids):
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    logits = numbers(model(input_ids=ids[:, :-1], use_cache=False).logits)
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from scavenger.evaluation import metrics
 from scavenger.evaluation.metrics import Metric
-from scavenger.evaluation.models import Evaluated
+from scavenger.evaluation.models import Evaluated, numbers
 from scavenger.measure import BATCH_TOKENS
 
 
@@ -363,7 +363,7 @@ def _log_probabilities(model: nn.Module, ids: np.ndarray, places, what: str) -> 
     for rows in tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True):
         rows = rows.to(device)
         with torch.inference_mode():
-            logits = model(input_ids=rows, use_cache=False, logits_to_keep=kept).logits
+            logits = numbers(model(input_ids=rows, use_cache=False, logits_to_keep=kept).logits)
             log_p = F.log_softmax(logits.float(), dim=-1)
         yield rows, log_p
 

@@ -12,6 +12,7 @@ from scavenger import checkpoint
 from scavenger.evaluation.models import Evaluated
 
 
+OWN = importlib.metadata.version("scavenger")
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")
 
 
@@ -24,15 +25,15 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
 
     def of(self, measurement: str, model: Evaluated, settings: dict, measure: Callable[[], dict]) -> dict:
-        """What the folder holds of a measurement with these settings and weights, else what `measure` finds.
+        """What the folder holds of a measurement with these settings, weights and versions, else what `measure` finds.
 
         With it stand what was measured, its settings, versions, and the seconds it took.
         """
         what = {"measurement": measurement, "model": model.label, "path": model.path, "weights": model.weights}
-        what |= {"settings": json.loads(json.dumps(settings))}
+        what |= {"settings": json.loads(json.dumps(settings)), "measured_by": versions() | {"scavenger": OWN}}
         path = self.path(measurement, model)
         if path is not None and path.is_file():
-            found = checkpoint.read_json(path)
+            found = _read(path)
             if all(found.get(key) == value for key, value in what.items()):
                 return found
         began = time.perf_counter()
@@ -46,6 +47,15 @@ class Results:
         """Where a measurement of a model is kept."""
         name = re.sub(r"[^\w.=-]+", "-", f"{measurement} {model.label}").strip("-")
         return None if self.folder is None else self.folder / f"{name}.json"
+
+
+def _read(path):
+    """What a file holds; nothing where it is spoilt: then it is measured again."""
+    try:
+        found = checkpoint.read_json(path)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def versions() -> dict[str, str]:
