@@ -52,7 +52,10 @@ def main() -> int:
         print(f"compare: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ncompare: interrupted; {args.to} keeps what is measured, the same command goes on", file=sys.stderr)
+        print(
+            f"\ncompare: interrupted; {args.results or args.to} keeps what is measured, the same command goes on",
+            file=sys.stderr,
+        )
         return 130
     print(compare.text_table(found))
     print(f"\npage: {page}")

@@ -201,3 +201,10 @@ def test_results_of_other_versions_and_spoilt_ones_are_measured_again(tmp_path):
     for spoilt in (whole.replace(torch.__version__, "1.0.0"), whole[:-9], "[]"):
         path.write_text(spoilt)
         assert [times_measured(), times_measured()] == [1, 0]
+
+
+def test_what_has_no_interval_is_not_called_alike():
+    row = {"metric": "perplexity", "headline": True, "unit": "", "exponential": True}
+    few = {"value": 7.39, "low": None, "high": None, "items": 4, "verdict": None}
+    found = {"reference": "a", "labels": ["a", "b"], "rows": [row | {"differences": {"b": few}}]}
+    assert compare.verdict(found) == "Beside a, b is of too few items for an interval at perplexity (× 7.390)."

@@ -387,6 +387,15 @@ def test_an_evaluation_goes_on_with_the_task_it_lacks(workshop, documents, tmp_p
         assert harness.questions_of(elsewhere).digests != harness.questions_of(asked(documents, "arc_easy")).digests
 
 
+def test_another_prompt_is_another_question(documents):
+    task = harness.questions_of(asked(documents, "arc_easy")).tasks["arc_easy"]
+    seen = {harness._digest(task, 3)}
+    for key, value in (("description", "Answer. "), ("target_delimiter", ""), ("generation_kwargs", {"until": ["x"]})):
+        task.set_config(key, value)
+        seen.add(harness._digest(task, 3))
+    assert len(seen) == 4
+
+
 def test_the_recurrent_student_is_evaluated_as_a_recurrence(workshop, exact, documents):
     """float64: log p of the harness' requests, and of their tokens read one by one with the states that they leave."""
     long = (workshop / "text.jsonl").read_text()[400:700]

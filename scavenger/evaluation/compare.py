@@ -1,6 +1,7 @@
 """Two or more models on everything: one table with intervals, one page, one JSON; differences are paired."""
 
 import functools
+import sys
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -51,6 +52,8 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
         questions()
     if settings.generation and outputs:
         continuations()
+    elif settings.generation:
+        print("what models write is not compared: their tokens are not the same", file=sys.stderr)
     found, bar = {}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
     for model in bar:
         bar.set_postfix_str(model.label)
@@ -134,7 +137,7 @@ def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Set
         "published": {model.label: scores for model in models if (scores := harness.published_of(model))},
         "seed": settings.seed,
         "level": metrics.LEVEL,
-        "versions": versions() | {"device": speed.device_name(models[0].device)},
+        "versions": versions() | {"device": speed.device_name(models[0].device), "dtype": models[0].dtype},
     }
 
 
@@ -142,12 +145,12 @@ def verdict(found: dict, labels: list[str] | None = None) -> str:
     """What models, all if none is named, lost and gained beside the reference, in a sentence for each."""
     sentences = []
     for label in labels or found["labels"][1:]:
-        said = {"worse": [], "better": [], "alike": []}
+        said = {"worse": [], "better": [], "alike": [], "unsure": []}
         for row in found["rows"]:
             if row["headline"] and label in row["differences"]:
-                said[row["differences"][label]["verdict"] or "alike"].append(
-                    f"{row['metric']} ({shown_difference(row, label)})"
-                )
+                found_here = row["differences"][label]
+                kind = "unsure" if found_here["low"] is None else found_here["verdict"] or "alike"
+                said[kind].append(f"{row['metric']} ({shown_difference(row, label)})")
         parts = []
         if said["worse"]:
             parts.append(f"worse at {', '.join(said['worse'])}")
@@ -155,6 +158,8 @@ def verdict(found: dict, labels: list[str] | None = None) -> str:
             parts.append(f"better at {', '.join(said['better'])}")
         if said["alike"]:
             parts.append(f"not to be told apart at {', '.join(name.split(' (')[0] for name in said['alike'])}")
+        if said["unsure"]:
+            parts.append(f"of too few items for an interval at {', '.join(said['unsure'])}")
         if parts:
             sentences.append(f"Beside {found['reference']}, {label} is {'; '.join(parts)}.")
     return " ".join(sentences) or "One model was measured; nothing was compared."

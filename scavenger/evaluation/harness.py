@@ -272,11 +272,15 @@ def _imported(module):
         raise ValueError(f"lm_eval cannot be imported ({_line(error)}); pip install 'scavenger[eval]'") from error
 
 
+# Of a task's configuration, what decides its requests and their scores beside its documents.
+ASKED = ("description", "target_delimiter", "output_type", "metric_list", "generation_kwargs", "filter_list", "repeats")
+
+
 def _digest(task, limit):
     """Of what the task asks for and how, of texts, choices and answers, whatever else the documents have."""
     asked = hashlib.sha256()
-    how = {key: task.get_config(key) for key in ("description", "output_type", "metric_list", "num_fewshot")}
-    asked.update(json.dumps(how, default=repr, sort_keys=True).encode())
+    how = {key: task.get_config(key) for key in ASKED}
+    asked.update(json.dumps(how, default=lambda made: getattr(made, "__name__", "made"), sort_keys=True).encode())
     for document in itertools.islice(task.eval_docs, limit):
         parts = [task.doc_to_text(document), task.doc_to_target(document)]
         if task.get_config("doc_to_choice") is not None:

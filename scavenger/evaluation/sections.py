@@ -32,7 +32,7 @@ def write(found: dict, folder: Path) -> Path:
 
 def write_plots(made: list[Section], folder: Path):
     """Every plot of the sections as `plots/NAME.svg`."""
-    (folder / "plots").mkdir(exist_ok=True)
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
     for section in made:
         for figure in section.figures:
             checkpoint.write_text(folder / "plots" / f"{figure.name}.svg", figure.svg)
@@ -45,8 +45,8 @@ def sections(found: dict) -> list[Section]:
     note = page.paragraph(
         f"▲ and ▼: better and worse than {reference}, beyond the interval of the difference, which is paired by "
         "document, question, sequence, prompt or round (bootstrap, wider where they are few or unequal, none for "
-        f"fewer than {metrics.LEAST_ITEMS}); of models that are alike about one mark in twenty stands by chance. "
-        "A dash was not measured.",
+        f"fewer than {metrics.LEAST_ITEMS}); of models that are alike one mark in twenty, or a few more, stands by "
+        "chance. A dash was not measured.",
         "note",
     )
     differing = [row for row in found["rows"] if row["headline"] and row["differences"]]

@@ -414,6 +414,7 @@ def break_even(results: list[dict]) -> dict:
             tokens = length
         found[result["model"]] = {
             "state_bytes": state,
+            "grows": bool(states) and not result["constant_state"],
             "bytes": None if state is None or per_token is None else -(-state // per_token),
             "tokens": tokens,
             "shortest": lengths[0] if lengths else None,
@@ -432,7 +433,7 @@ def break_even_lines(results: list[dict]) -> list[str]:
                 f"keeps {found['state_bytes']:,} bytes for a sequence of any length, no more than {reference}'s "
                 f"dynamic cache from {found['bytes']:,} tokens on"
             )
-        elif found["state_bytes"] is None:
+        elif found["grows"]:
             said.append("keeps more with every token")
         if found["longest"] is not None and found["tokens"] is None:
             said.append(
@@ -485,13 +486,13 @@ def begin_peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return in_use(device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what is free but held back would hide what is taken from it
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # what is free but held back would hide what is taken from it
-        trim(0)
     return in_use(device)
 
 
