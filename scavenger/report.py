@@ -220,7 +220,7 @@ def verdict(figures: dict) -> str:
         row = models["recurrent"]
         length = row.get("break_even_length")  # a report made by an earlier version has none
         parts.append(
-            f"As a recurrence its perplexity changes by {100 * change:+.2f} % and keeps "
+            f"As a recurrence its perplexity changes by {100 * change:+.2f} %; it keeps "
             f"{_bytes(row['generation'][0]['state_bytes'])} between tokens"
             + (
                 f", whatever the length: no more than the teacher's cache from {length:,} tokens on"
