@@ -443,8 +443,8 @@ def break_even_lines(results: list[dict]) -> list[str]:
         elif found["longest"] is not None:
             least = ", the shortest measured" if found["tokens"] == found["shortest"] else ""
             said.append(
-                f"a step is quicker than {reference}'s, each with its best cache, from {found['tokens']:,} tokens "
-                f"on{least} (up to {found['longest']:,} measured)"
+                f"by medians a step is quicker than {reference}'s, each with its best cache, from "
+                f"{found['tokens']:,} tokens on{least} (up to {found['longest']:,} measured)"
             )
         if said:
             lines.append(f"{label}: {'; '.join(said)}.")
