@@ -460,12 +460,12 @@ def test_table_of_the_command(workshop, recurrent, documents, tmp_path, command)
         assert f"{name} is left out: {name}: found no " in err
     assert "ours: winogrande" in err and "Running loglikelihood requests" in err
     *table, _, settings, last = out.splitlines()
-    assert "limit 2" in settings and "context length 63" in settings and "num fewshot 0" in settings
+    assert "limit 2" in settings and "context length 63" in settings
     rows = {row[:28].strip(): row[28:].split("  ") for row in table[2:]}
     cells = {name: [cell.strip() for cell in row if cell.strip()] for name, row in rows.items()}
     assert cells["hellaswag acc_norm"] == ["–", "–", "–"]
     assert cells["sciq acc"] == ["–", "81.1 %", "–"] and cells["logiqa acc"][::2] == ["–", "–"]
-    assert cells["winogrande acc"][1] == "53.7 %" and "[" in cells["winogrande acc"][0]
+    assert cells["winogrande acc"][1] == "53.7 %" and "[" not in cells["winogrande acc"][0]
     assert set(cells) >= {f"{task} {metric}" for task, metric in harness.HEADLINES.items()}
     teacher, published, ours = json.loads(last)
     assert (teacher["model"], published["model"], ours["model"]) == ("teacher", "teacher, published", "ours")

@@ -126,18 +126,15 @@ def before_report(finished, tmp_path):
 
 
 def test_a_report_with_tasks(before_report, workshop, tmp_path):
-    """Documents that are not there end in a line; once they are, the same command goes on with what it has."""
+    """Documents that are not there end in a line before anything is measured; once they are, the command goes on."""
     asked = ["report.tasks=[arc_easy]", f"report.task_files=[{ROOT / 'eval/tasks'}]", "report.task_limit=3"]
     asked += [f"run_dir={before_report}", f"report.tasks_path={tmp_path}"]
     with pytest.raises(RecipeError, match="report: .*arc_easy.*; what is measured is kept, the same command goes on"):
         scavenger(workshop / "recipe.yaml", *asked)
     assert not (before_report / "report").exists()
-    kept = {path.name: path.stat().st_mtime_ns for path in (before_report / "report.partial/results").iterdir()}
-    assert "perplexity-teacher.json" in kept
+    assert not list((before_report / "report.partial/results").iterdir())
     (tmp_path / "arc_easy.jsonl").write_text(ARC)
     scavenger(workshop / "recipe.yaml", *asked)
-    results = before_report / "report/results"
-    assert {name: (results / name).stat().st_mtime_ns for name in kept} == kept, "nothing was measured twice"
     rows = {row["metric"]: row for row in read_json(before_report / "report/report.json")["comparison"]["rows"]}
     assert [row["items"] for row in rows["arc_easy acc"]["models"].values()] == [3, 3, 3, 3]
     assert "Zero-shot tasks." in (before_report / "report/index.html").read_text()

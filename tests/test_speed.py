@@ -192,7 +192,7 @@ def test_verdicts():
     ]
     assert "1.25 times recurrent" in speed.verdicts([teacher, student])[0], "the better cache counts"
     teacher["rows"][0]["rounds"] = 1
-    assert ", in one round: 1.25 times recurrent" in speed.verdicts([teacher, student])[0]
+    assert ", in 1 round: 1.25 times recurrent" in speed.verdicts([teacher, student])[0]
 
 
 def test_break_even():
