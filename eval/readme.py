@@ -38,7 +38,8 @@ def main() -> int:
         print("\n".join(changes), file=sys.stderr)
         return 1
     if not args.check:
-        checkpoint.write_json(FIGURES, figures)
+        if args.run is not None:
+            checkpoint.write_json(FIGURES, figures)
         checkpoint.write_text(README, after)
     return 0
 

@@ -148,8 +148,8 @@ def verdict(found: dict, labels: list[str] | None = None) -> str:
         said = {"worse": [], "better": [], "alike": [], "unsure": []}
         for row in found["rows"]:
             if row["headline"] and label in row["differences"]:
-                found_here = row["differences"][label]
-                kind = "unsure" if found_here["low"] is None else found_here["verdict"] or "alike"
+                apart = row["differences"][label]
+                kind = "unsure" if apart["low"] is None else apart["verdict"] or "alike"
                 said[kind].append(f"{row['metric']} ({shown_difference(row, label)})")
         parts = []
         if said["worse"]:
