@@ -29,9 +29,14 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.initialization import no_init_weights
 
-from scavenger.checkpoint import write_text
-from scavenger.evaluation import speed
-from scavenger.evaluation.speed import (
+from scavenger.measure import state_bytes
+from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model.decoding import Decoder, PackedLinear, packed
+from scavenger.model.filters import ImplicitFilter, WideFilter
+from scavenger.model.modal import ChannelState, HeadState, ring_places
+from scavenger.model.online import NEAR
+from scavenger.report import timing
+from scavenger.report.timing import (
     Case,
     Decoded,
     DynamicTeacher,
@@ -45,12 +50,7 @@ from scavenger.evaluation.speed import (
     now,
     peak_use,
 )
-from scavenger.measure import state_bytes
-from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
-from scavenger.model.decoding import Decoder, PackedLinear, packed
-from scavenger.model.filters import ImplicitFilter, WideFilter
-from scavenger.model.modal import ChannelState, HeadState, ring_places
-from scavenger.model.online import NEAR
+from scavenger.run.checkpoint import write_text
 
 
 # Width, layers, heads, width of the MLP, vocabulary.
@@ -142,7 +142,7 @@ def apart(function, *words):
     # Forked from one that has imported everything and computed nothing; CUDA wants a process that is wholly new.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if not torch.cuda.is_available():
-        context.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "scavenger.evaluation.speed"])
+        context.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "scavenger.report.timing"])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *words).result()
@@ -438,7 +438,7 @@ def state_share(mixer, shape, args):
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
         forwards.append(now(device) - began)
         spent = []
-        with timing(ChannelState, spent, device), timing(HeadState, spent, device):
+        with clocked(ChannelState, spent, device), clocked(HeadState, spent, device):
             began = now(device)
             model(input_ids=ids, use_cache=True, logits_to_keep=1)
             prefills.append(now(device) - began)
@@ -447,7 +447,7 @@ def state_share(mixer, shape, args):
     return {"prompt": PROMPT, "forward": forward, "prefill": prefill, "state": state, "share": state / forward}
 
 
-def timing(state, spent, device):
+def clocked(state, spent, device):
     """`state.advance` adds its seconds to `spent`."""
     advance = state.advance
 
@@ -465,7 +465,7 @@ def limits(args):
     numbers = torch.ones(1 << 27, device=device)
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=getattr(torch, args.dtype))
-    return speed.machine(device, args.dtype) | {
+    return timing.machine(device, args.dtype) | {
         "memory": args.memory,
         "seconds": args.seconds,
         "operations_per_second": 2 * size**3 / quickest(lambda: a @ a, device),

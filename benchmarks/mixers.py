@@ -26,12 +26,12 @@ import torch
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger.checkpoint import write_text
 from scavenger.model import HyenaNeoXConfig
 from scavenger.model.attention import WindowedAttention
 from scavenger.model.hyena import HyenaMixer
 from scavenger.model.modal import CHUNK
 from scavenger.model.rotary import rotary_angles
+from scavenger.run.checkpoint import write_text
 
 
 MODES = 8  # of each filter in modal form; the quickstart's reduced filters have 1 to 16

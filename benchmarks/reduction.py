@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scavenger.checkpoint import write_text
 from scavenger.model import HyenaNeoXConfig
 from scavenger.model.hyena import HyenaMixer
-from scavenger.reduction import balanced, gradient, irka, projection
-from scavenger.reduction.reduced import reduce_by
+from scavenger.recurrence.reduction import balanced, gradient, irka, projection
+from scavenger.recurrence.reduction.reduced import reduce_by
+from scavenger.run.checkpoint import write_text
 
 
 LAYER = 512  # filters of a layer, as in the 70m student

@@ -39,9 +39,11 @@ import torch
 from accelerate import Accelerator
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger import baseline, cache, checkpoint, losses, plan, student, training, transfer
+from scavenger import losses, plan, student, training
 from scavenger.model.rotary import rotary_angles
 from scavenger.recipe import PYTHIA_SHAPES, Activations, Cache, Logits, Teacher, load_recipe
+from scavenger.run import checkpoint
+from scavenger.transfer import baseline, teacher_outputs, transfer
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -181,7 +183,7 @@ class Shape:
             words += [self.frozen, *places]
         words += [self.accelerator, SimpleNamespace(save_pretrained=lambda folder: None)]
         if phases:
-            words.append(cache.run(recipe, self.folder, self.frozen, self.accelerator))
+            words.append(teacher_outputs.run(recipe, self.folder, self.frozen, self.accelerator))
         counted, found = itertools.count(), []
 
         def train(name, model, loss, batch, stage, steps_dir, accelerator, recipe, **more):

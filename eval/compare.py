@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from scavenger.evaluation import command, compare, generation, harness, perplexity, recall, sections, speed
-from scavenger.evaluation.results import Results
 from scavenger.recipe import RecipeError
+from scavenger.report import command, comparison, continuation, likelihood, lm_eval_tasks, retrieval, sections, timing
+from scavenger.report.results import Results
 
 
 MEASUREMENTS = ("perplexity", "recall", "generation", "tasks", "speed")
@@ -36,14 +36,16 @@ def main() -> int:
     )
     made.add_argument("--context-length", type=int, help="tokens (the shortest training context)")
     made.add_argument("--stride", type=int, help="of perplexity, tokens (half a context)")
-    made.add_argument("--examples", type=int, default=recall.EXAMPLES, help="sequences of each kind of recall")
-    made.add_argument("--prompts", type=int, default=generation.Settings.prompts, help="that every model goes on from")
+    made.add_argument("--examples", type=int, default=retrieval.EXAMPLES, help="sequences of each kind of recall")
+    made.add_argument(
+        "--prompts", type=int, default=continuation.Settings.prompts, help="that every model goes on from"
+    )
     made.add_argument("--tasks", help="names with commas between them (the paper's and Pythia's)")
     made.add_argument("--local", metavar="DIR", help="a folder with the tasks' documents, instead of the Hub")
     made.add_argument("--task-limit", type=int, metavar="N", help="questions of each task (all)")
     made.add_argument("--cases", nargs="+", metavar="BATCHxPROMPT+NEW", help="whose speed is measured")
     made.add_argument("--contexts", type=int, nargs="+", help="after which the speed of one sequence is measured")
-    made.add_argument("--rounds", type=int, default=speed.Settings.rounds, help="of all timings, in turn")
+    made.add_argument("--rounds", type=int, default=timing.Settings.rounds, help="of all timings, in turn")
     args = made.parse_args()
     try:
         found = measure(args)
@@ -57,9 +59,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 130
-    print(compare.text_table(found))
+    print(comparison.text_table(found))
     print(f"\npage: {page}")
-    print(json.dumps({"verdict": compare.verdict(found), "figures": str(args.to / "compare.json")}))
+    print(json.dumps({"verdict": comparison.verdict(found), "figures": str(args.to / "compare.json")}))
     return 0
 
 
@@ -70,7 +72,7 @@ def measure(args) -> dict:
     length, asked = args.context_length, set(args.measure)
     timings = {"rounds": args.rounds, "seed": args.seed}
     if args.cases:
-        timings["cases"] = tuple(map(speed.Case.parsed, args.cases))
+        timings["cases"] = tuple(map(timing.Case.parsed, args.cases))
     if args.contexts:
         timings["contexts"] = tuple(args.contexts)
     tasks = {
@@ -80,17 +82,17 @@ def measure(args) -> dict:
         "local": args.local,
         "include": (OWN_TASKS,) if args.local else (),
     }
-    settings = compare.Settings(
+    settings = comparison.Settings(
         args.seed,
-        perplexity.settings_for(models, length, args.stride) if "perplexity" in asked else None,
-        recall.settings_for(models, context_length=length, examples=args.examples, seed=args.seed)
+        likelihood.settings_for(models, length, args.stride) if "perplexity" in asked else None,
+        retrieval.settings_for(models, context_length=length, examples=args.examples, seed=args.seed)
         if "recall" in asked
         else None,
-        generation.Settings(args.prompts, seed=args.seed) if "generation" in asked else None,
-        harness.settings_for(models, length, **tasks) if "tasks" in asked else None,
-        speed.Settings(**timings) if "speed" in asked else None,
+        continuation.Settings(args.prompts, seed=args.seed) if "generation" in asked else None,
+        lm_eval_tasks.settings_for(models, length, **tasks) if "tasks" in asked else None,
+        timing.Settings(**timings) if "speed" in asked else None,
     )
-    return compare.run(models, text, settings, Results(args.results or args.to / "results"))
+    return comparison.run(models, text, settings, Results(args.results or args.to / "results"))
 
 
 if __name__ == "__main__":

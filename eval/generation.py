@@ -15,10 +15,10 @@ standard library if none is given; samples are printed first, and the last line 
 
 import sys
 
-from scavenger.evaluation import command, generation
+from scavenger.report import command, continuation
 
 
-PLAIN = generation.Settings()
+PLAIN = continuation.Settings()
 
 
 def main() -> int:
@@ -37,16 +37,16 @@ def main() -> int:
 def measure(args, results) -> list[dict]:
     command.positive(args, "prompts", "prompt_tokens", "new_tokens", "top_k")
     models = command.models_of(args)
-    settings = generation.Settings(
+    settings = continuation.Settings(
         args.prompts, args.prompt_tokens, args.new_tokens, args.temperature, args.top_k, args.seed
     )
     first = models[0]
     for model in models:
-        generation.comparable(model, first)
+        continuation.comparable(model, first)
     text = command.text_of(args)
     stream = text.stream(first.tokenizer)
-    prepared = generation.prepare(first, stream, settings)
-    record = generation.described(settings) | text.settings | {"reference": first.weights}
+    prepared = continuation.prepare(first, stream, settings)
+    record = continuation.described(settings) | text.settings | {"reference": first.weights}
     found = []
     for model in models:
         found.append(
@@ -54,12 +54,12 @@ def measure(args, results) -> list[dict]:
                 "generation",
                 model,
                 record,
-                lambda model=model: generation.run(model, first, stream, settings, prepared),
+                lambda model=model: continuation.run(model, first, stream, settings, prepared),
             )
         )
         if model is not first:
             model.close()
-    print(generation.side_by_side(found) + "\n")
+    print(continuation.side_by_side(found) + "\n")
     return [*found, {"model": "held-out text", "settings": found[0]["settings"], "metrics": found[0]["held_out"]}]
 
 

@@ -16,7 +16,7 @@ Intervals are over questions; the last line is JSON.
 import sys
 from pathlib import Path
 
-from scavenger.evaluation import command, harness
+from scavenger.report import command, lm_eval_tasks
 
 
 OWN_TASKS = str(Path(__file__).with_name("tasks"))
@@ -36,7 +36,7 @@ def main() -> int:
 def measure(args, results) -> list[dict]:
     command.positive(args, "limit", "context_length")
     models = command.models_of(args)
-    settings = harness.settings_for(
+    settings = lm_eval_tasks.settings_for(
         models,
         args.context_length,
         tasks=tuple(args.tasks.split(",")) if args.tasks is not None else (),
@@ -46,7 +46,7 @@ def measure(args, results) -> list[dict]:
         text=args.text,
         include=(OWN_TASKS, *([args.include_path] if args.include_path else [])),
     )
-    return harness.of_models(models, settings, results)
+    return lm_eval_tasks.of_models(models, settings, results)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from scavenger import checkpoint, data, measure, recurrence, teacher
-from scavenger.evaluation import recall
+from scavenger import data, measure, teacher
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Filter, Recipe, RecipeError, differences, load_recipe, resolved
+from scavenger.recurrence import recurrence
+from scavenger.report import retrieval
+from scavenger.run import checkpoint
 
 
 PROMPT_TOKENS = 300  # after which the state is measured; a window that is longer is filled
@@ -81,7 +83,7 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
     runs = [(folder, finished(folder)) for folder in folders]
     rows = grouped(runs)
     recipe = runs[0][1]
-    distances = recall.fitting(recall.DISTANCES, recipe.data.context_length)
+    distances = retrieval.fitting(retrieval.DISTANCES, recipe.data.context_length)
     transformers_logging.disable_progress_bar()
     bar = tqdm(total=len(runs), desc="mixers", unit="run", leave=False)
     teachers = {}  # by held-out text: a data set's documents are taken in an order that the seed decides
@@ -122,7 +124,7 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
             "texts": list(teachers.values()),
         },
         "students": students,
-        "recall": {"distances": distances, "pairs": recall.pairs_shown(distances), "examples": recall.EXAMPLES},
+        "recall": {"distances": distances, "pairs": retrieval.pairs_shown(distances), "examples": retrieval.EXAMPLES},
         "tokens": recipe.data.evaluation_tokens,
         "environments": environments(folders),
     }
@@ -223,10 +225,10 @@ def recalled(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
     """Two numbers of recall on the run's test split: the share of right values, and the mean gain on passages."""
     test = data.blocks(folder / "data", "test")
     special = teacher.tokenizer(recipe, folder).all_special_ids
-    asked = (distances, recall.EXAMPLES, 0)
+    asked = (distances, retrieval.EXAMPLES, 0)
     found = [
-        *recall.associative_recall(model, test, special, *asked),
-        *recall.repeated_passages(model, test, *asked),
+        *retrieval.associative_recall(model, test, special, *asked),
+        *retrieval.repeated_passages(model, test, *asked),
     ]
     means = {metric.name: sum(metric.numerators) / sum(metric.denominators) for metric in found}
     return {"pairs": means["recall of pairs"], "passages": means["gain on repeated passages"]}

@@ -15,9 +15,9 @@ import sys
 import datasets
 import evaluate
 
-from scavenger.evaluation import command, perplexity
-from scavenger.evaluation.models import Evaluated
-from scavenger.evaluation.text import Text
+from scavenger.report import command, likelihood
+from scavenger.report.evaluated import Evaluated
+from scavenger.report.text import Text
 
 
 class SlidingPerplexity(evaluate.Metric):
@@ -35,8 +35,8 @@ class SlidingPerplexity(evaluate.Metric):
         if not predictions:
             raise ValueError("found no predictions; expected texts")
         model = Evaluated(model_id, model_id)
-        settings = perplexity.settings_for([model], context_length, stride)
-        found = perplexity.of(model, Text("predictions", "", predictions), settings)
+        settings = likelihood.settings_for([model], context_length, stride)
+        found = likelihood.of(model, Text("predictions", "", predictions), settings)
         rows = command.summary(found)["metrics"]
         return {
             "perplexity": rows["perplexity"]["value"],
@@ -57,11 +57,11 @@ def main() -> int:
 def measure(args, results) -> list[dict]:
     command.positive(args, "context_length", "stride", "longest")
     models, text = command.models_of(args), command.text_of(args)
-    settings = perplexity.settings_for(models, args.context_length, args.stride, args.longest)
+    settings = likelihood.settings_for(models, args.context_length, args.stride, args.longest)
     found = []
     for model in models:
-        record = perplexity.described(settings) | text.settings
-        found.append(results.of("perplexity", model, record, lambda model=model: perplexity.of(model, text, settings)))
+        record = likelihood.described(settings) | text.settings
+        found.append(results.of("perplexity", model, record, lambda model=model: likelihood.of(model, text, settings)))
         model.close()
     return found
 

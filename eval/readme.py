@@ -10,8 +10,8 @@ import difflib
 import sys
 from pathlib import Path
 
-from scavenger import checkpoint, report
-from scavenger.evaluation import compare, speed
+from scavenger.report import comparison, report, timing
+from scavenger.run import checkpoint
 
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def taken(figures: dict) -> dict:
         "models": figures["models"],
         "comparison": {key: found[key] for key in ("reference", "labels", "level", "settings", "versions", "published")}
         | {"rows": [row for row in found["rows"] if row["headline"]]},
-        "speed": [*speed.verdicts(timings), *speed.break_even_lines([timings[0], timings[-1]])],
+        "speed": [*timing.verdicts(timings), *timing.break_even_lines([timings[0], timings[-1]])],
         "data": {key: value for key, value in figures["data"].items() if not isinstance(value, dict)},
         "minutes": sum(row["seconds"] for row in figures["trainings"]) / 60,
         "environment": figures["environment"],
@@ -71,7 +71,7 @@ def with_results(readme: str, figures: dict) -> str:
 
 def results(figures: dict) -> str:
     """Both tables, and what they were measured with."""
-    header, rows, _ = compare.headline(figures["comparison"])
+    header, rows, _ = comparison.headline(figures["comparison"])
     found, text = figures["comparison"], figures["data"]
     perplexity = next(row for row in found["rows"] if row["metric"] == "perplexity")
     documents = perplexity["models"][found["reference"]]["items"]
@@ -89,7 +89,7 @@ def results(figures: dict) -> str:
             "",
             *markdown(["", *header[1:]], rows),
             "",
-            compare.verdict(found, found["labels"][-1:]),
+            comparison.verdict(found, found["labels"][-1:]),
             "",
             " ".join(figures["speed"]),
             "",

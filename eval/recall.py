@@ -20,7 +20,7 @@ JSON.
 
 import sys
 
-from scavenger.evaluation import command, recall
+from scavenger.report import command, retrieval
 
 
 def main() -> int:
@@ -30,14 +30,14 @@ def main() -> int:
         "--distances", type=int, nargs="+", metavar="N", help="tokens (16, 32, …, as many as fit the context)"
     )
     made.add_argument("--context-length", type=int, help="tokens (the shortest training context given)")
-    made.add_argument("--examples", type=int, default=recall.EXAMPLES, help=f"of each kind ({recall.EXAMPLES})")
+    made.add_argument("--examples", type=int, default=retrieval.EXAMPLES, help=f"of each kind ({retrieval.EXAMPLES})")
     return command.run("recall", made, measure)
 
 
 def measure(args, results) -> list[dict]:
     command.positive(args, "distances", "context_length", "examples")
     models = command.models_of(args)
-    settings = recall.settings_for(models, args.distances, args.context_length, args.examples, args.seed)
+    settings = retrieval.settings_for(models, args.distances, args.context_length, args.examples, args.seed)
     left_out = sorted(set(args.distances or ()) - set(settings.distances))
     if left_out:
         print(
@@ -48,10 +48,13 @@ def measure(args, results) -> list[dict]:
     text = command.text_of(args)
     found = []
     for model in models:
-        record = recall.described(settings) | text.settings
+        record = retrieval.described(settings) | text.settings
         found.append(
             results.of(
-                "recall", model, record, lambda model=model: recall.run(model, text.stream(model.tokenizer), settings)
+                "recall",
+                model,
+                record,
+                lambda model=model: retrieval.run(model, text.stream(model.tokenizer), settings),
             )
         )
         model.close()

@@ -15,9 +15,9 @@ import sys
 
 import torch
 
-from scavenger.certificate import aligned
-from scavenger.evaluation import command, speed
-from scavenger.evaluation.speed import Case, Settings
+from scavenger.recurrence.certificate import aligned
+from scavenger.report import command, timing
+from scavenger.report.timing import Case, Settings
 
 
 def main() -> int:
@@ -38,12 +38,12 @@ def measure(args: argparse.Namespace, results) -> list[dict]:
     models, settings = command.models_of(args), settings_of(args)
     torch.set_num_threads(args.threads)
     print("\n".join(plan(models, settings)), flush=True)
-    found = speed.kept(models, settings, results)
-    for tabled in (speed.table, speed.context_table):
+    found = timing.kept(models, settings, results)
+    for tabled in (timing.table, timing.context_table):
         header, rows = tabled(found)
         if rows:
             print(f"\n{aligned(header, rows)}")
-    print("\n" + "\n".join([*speed.verdicts(found), *speed.break_even_lines(found)]))
+    print("\n" + "\n".join([*timing.verdicts(found), *timing.break_even_lines(found)]))
     print(
         f"\n{command.described(found[0]['machine'])}\n"
         "above: speeds of all rounds together, other times medians; peak: growth while a row runs, without weights\n"
@@ -61,8 +61,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def plan(models, settings: Settings) -> list[str]:
     """What will be run, in lines."""
-    lines = [f"{model.label}: {', '.join(kind.name for kind in speed.kinds(model))}" for model in models]
-    rows = sum(len(speed.kinds(model)) for model in models)
+    lines = [f"{model.label}: {', '.join(kind.name for kind in timing.kinds(model))}" for model in models]
+    rows = sum(len(timing.kinds(model)) for model in models)
     return [
         *lines,
         f"{rows} rows in each of {len(settings.cases)} cases and at {len(settings.contexts)} context lengths, "

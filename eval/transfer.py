@@ -21,9 +21,12 @@ import yaml
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from scavenger import certificate, checkpoint, data, measure, teacher, transfer
+from scavenger import data, measure, teacher
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, RecipeError, load_recipe, resolved
+from scavenger.recurrence import certificate
+from scavenger.run import checkpoint
+from scavenger.transfer import transfer
 
 
 HEADER = [

@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from scavenger import interruption
 from scavenger.recipe import Hub, RecipeError, Recurrence, load_recipe
+from scavenger.run import interruption
 
 
 def main() -> int:
@@ -71,7 +71,11 @@ def parsed(arguments) -> argparse.Namespace:
 
 def run(recipe, plan_only=False) -> int:
     """The whole pipeline, or its plan; a stage whose folder is complete returns at once."""
-    from scavenger import baseline, energy, hub, plan, processes, recurrence, report, transfer
+    from scavenger import hub, plan
+    from scavenger.recurrence import recurrence
+    from scavenger.report import report
+    from scavenger.run import energy, processes
+    from scavenger.transfer import baseline, transfer
 
     if plan_only:
         print(plan.show(recipe))
@@ -100,7 +104,8 @@ def run(recipe, plan_only=False) -> int:
 @contextlib.contextmanager
 def opened(recipe, accelerator):
     """The run's folder and tokenizer, with text and teacher ready; the folder is held until the context ends."""
-    from scavenger import checkpoint, data, energy, teacher
+    from scavenger import data, teacher
+    from scavenger.run import checkpoint, energy
 
     with checkpoint.open_run(recipe, accelerator) as run_dir:
         with accelerator.main_process_first():
@@ -128,7 +133,8 @@ def rank(arguments) -> int:
     parser.add_argument("--to", required=True, type=Path, metavar="FILE", help="the recipe that is written")
     args = parser.parse_intermixed_args(arguments)
     recipe = load_recipe(args.recipe, args.overrides)
-    from scavenger import processes, ranking
+    from scavenger.run import processes
+    from scavenger.transfer import ranking
 
     ranking.check(recipe, args.keep, args.to)
     alone = ranking.without_attention(recipe)
@@ -174,7 +180,8 @@ def recur(arguments) -> int:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from scavenger import processes, recurrence
+    from scavenger.recurrence import recurrence
+    from scavenger.run import processes
 
     folder = args.folder.resolve()
     to = args.to or folder.with_name(folder.name + "-recurrent")

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scavenger import checkpoint
 from scavenger.recipe import Data, Recipe, RecipeError
+from scavenger.run import checkpoint
 
 
 SPLITS = ("train", "validation", "test")

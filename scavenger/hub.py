@@ -19,10 +19,10 @@ from huggingface_hub import (
 from huggingface_hub.errors import HTTPError  # of whichever HTTP library it uses
 from huggingface_hub.utils import disable_progress_bars, logging
 
-from scavenger import checkpoint, report
-from scavenger.evaluation import compare
 from scavenger.model import HyenaNeoXConfig
 from scavenger.recipe import EMBEDDED_TEACHER, Hub, Recipe, RecipeError
+from scavenger.report import comparison, report
+from scavenger.run import checkpoint
 
 
 # What from_pretrained reads. Anything else in the folder (and whatever is pickled) stays where it is.
@@ -228,7 +228,7 @@ def _comparison(recipe, figures, label):
             f"Held-out text: {figures['test_tokens']:,} predicted tokens of the test split of {_text_name(recipe)}. "
             "Agreement is the share of positions where the most likely token is the teacher's. "
             f"Seed {figures['seed']}; speeds are of one run on the machine that made the model.",
-            *(["", compare.verdict(figures["comparison"], [label])] if "comparison" in figures else []),
+            *(["", comparison.verdict(figures["comparison"], [label])] if "comparison" in figures else []),
         ]
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from scavenger.reduction.hankel import weighted_section
+from scavenger.recurrence.reduction.hankel import weighted_section
 
 
 # Logits that are held at once, in bytes of float32; a handful of tensors of this size live together. Large enough for

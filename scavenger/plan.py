@@ -18,23 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger import (
-    allocation,
-    cache,
-    certificate,
-    checkpoint,
-    data,
-    losses,
-    measure,
-    recurrence,
-    student,
-    teacher,
-    training,
-    transfer,
-)
+from scavenger import data, losses, measure, student, teacher, training
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.model.filters import ModalFilter
 from scavenger.recipe import PYTHIA_SHAPES, Activations, Logits, Recipe, Stage, TeacherTraining, teacher_shape
+from scavenger.recurrence import allocation, certificate, recurrence
+from scavenger.run import checkpoint
+from scavenger.transfer import teacher_outputs, transfer
 
 
 # A step of no more operations than this is timed as it is: a second or two on two cores. For a larger one, one
@@ -588,9 +578,9 @@ def _student_line(recipe, config):
 def _cache_line(recipe, config):
     """What the cache takes on the disk at most."""
     settings, length = recipe.cache, recipe.data.context_length
-    kinds = [cache.ACTIVATIONS] if settings.activations else []
-    kinds += [cache.top_kind(settings.logits)] if settings.logits else []
-    each = sum(cache.row_bytes(kind, config, length) for kind in kinds) / length
+    kinds = [teacher_outputs.ACTIVATIONS] if settings.activations else []
+    kinds += [teacher_outputs.top_kind(settings.logits)] if settings.logits else []
+    each = sum(teacher_outputs.row_bytes(kind, config, length) for kind in kinds) / length
     most = sum(phase.steps * phase.batch_size for phase in recipe.transfer.phases) * recipe.data.context_length
     return (
         f"cache     {recipe.cache.folder}: {each:,.0f} bytes a token, {each * most / 2**30:,.2f} GiB where all text is "

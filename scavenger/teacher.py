@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from scavenger import checkpoint, data, measure, training
+from scavenger import data, measure, training
 from scavenger.recipe import Recipe, RecipeError
+from scavenger.run import checkpoint
 
 
 END_OF_TEXT = "<|endoftext|>"

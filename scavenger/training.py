@@ -13,10 +13,11 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scavenger import checkpoint, interruption, losses
+from scavenger import losses
 from scavenger.data import Batch
 from scavenger.model.filters import ModalFilter
 from scavenger.recipe import Recipe, RecipeError, Stage
+from scavenger.run import checkpoint, interruption
 
 
 BETAS = (0.9, 0.95)  # as GPT-NeoX and Pythia

@@ -172,7 +172,7 @@ def finished(workshop):
 @pytest.fixture(scope="session")
 def evaluated(workshop, finished):
     """The workshop's teacher, and its distilled and its recurrent student, as evaluations take them."""
-    from scavenger.evaluation.models import Evaluated
+    from scavenger.report.evaluated import Evaluated
 
     folders = {
         "teacher": workshop / "teacher",

@@ -8,10 +8,11 @@ import torch
 from conftest import scavenger
 from transformers import AutoModelForCausalLM
 
-from scavenger import data, measure, transfer
-from scavenger.checkpoint import read_json
+from scavenger import data, measure
 from scavenger.model.filters import MAX_RADIUS, ModalFilter
 from scavenger.recipe import load_recipe
+from scavenger.run.checkpoint import read_json
+from scavenger.transfer import transfer
 
 
 @pytest.fixture(scope="module")

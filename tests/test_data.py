@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from scavenger import checkpoint, data
+from scavenger import data
 from scavenger.recipe import Activations, Data, Logits, Recipe, RecipeError, Teacher, TeacherTraining, Transfer
+from scavenger.run import checkpoint
 
 
 class Letters:

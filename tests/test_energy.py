@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from scavenger import energy, processes
 from scavenger.recipe import RecipeError, load_recipe
+from scavenger.run import energy, processes
 
 
 MAIN = SimpleNamespace(is_main_process=True, print=print)
@@ -104,7 +104,7 @@ def test_a_killed_process_is_counted(tmp_path, workshop):
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from scavenger import energy
+from scavenger.run import energy
 from scavenger.recipe import load_recipe
 energy.SECONDS = 0.2
 recipe = load_recipe({str(workshop / "recipe.yaml")!r}, ["training.energy=true"])

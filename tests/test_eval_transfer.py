@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import scavenger
 
-from scavenger import checkpoint
+from scavenger.run import checkpoint
 
 
 COMMAND = Path(__file__).parents[1] / "eval/transfer.py"

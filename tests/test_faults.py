@@ -25,11 +25,12 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
-from scavenger import checkpoint, interruption, training
+from scavenger import training
 from scavenger.__main__ import main
-from scavenger.checkpoint import read_json
 from scavenger.data import Batch
 from scavenger.recipe import RecipeError, Stage, load_recipe
+from scavenger.run import checkpoint, interruption
+from scavenger.run.checkpoint import read_json
 
 
 # Everything that a run imports, so that a process forked from the one that has it starts in milliseconds.

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from hub_server import Commit, Hub
 
-from scavenger.checkpoint import read_json
 from scavenger.hub import model_card, student_folder
 from scavenger.recipe import Hub as Target
 from scavenger.recipe import RecipeError, load_recipe
+from scavenger.run.checkpoint import read_json
 
 
 ROOT = Path(__file__).parents[1]

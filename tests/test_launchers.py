@@ -20,9 +20,9 @@ from conftest import scavenger
 from transformers import AutoModelForCausalLM
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
-from scavenger import processes
-from scavenger.checkpoint import read_json
 from scavenger.recipe import RecipeError, load_recipe
+from scavenger.run import processes
+from scavenger.run.checkpoint import read_json
 
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from scavenger.evaluation import metrics
-from scavenger.evaluation.metrics import Metric
+from scavenger.report import metrics
+from scavenger.report.metrics import Metric
 
 
 def drawn(seed, count=400, spread=1.0):

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from conftest import scavenger
 
-from scavenger import page
-from scavenger.checkpoint import read_json
+from scavenger.report import page
+from scavenger.run.checkpoint import read_json
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")

@@ -16,9 +16,10 @@ from conftest import ARC, scavenger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
-from scavenger import data, measure, report, teacher, training
-from scavenger.checkpoint import read_json
+from scavenger import data, measure, teacher, training
 from scavenger.recipe import RecipeError, load_recipe
+from scavenger.report import report
+from scavenger.run.checkpoint import read_json
 
 
 ROOT = Path(__file__).parents[1]
@@ -288,7 +289,7 @@ def test_two_processes_are_one(finished, workshop, tmp_path):
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(workshop, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    from scavenger import processes
+    from scavenger.run import processes
 
     three = type("Three", (), {"num_processes": 3, "device": torch.device("cpu")})
     monkeypatch.setattr(processes, "Accelerator", lambda **kwargs: three)
@@ -298,7 +299,7 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(workshop, monkeypat
 
 def test_processes_that_do_not_see_each_other_are_refused(workshop, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    from scavenger import processes
+    from scavenger.run import processes
 
     monkeypatch.setattr(
         processes, "Accelerator", lambda **kwargs: type("One", (), {"num_processes": 1, "device": torch.device("cpu")})

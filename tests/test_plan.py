@@ -12,8 +12,9 @@ import torch
 from conftest import tiny_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
-from scavenger import checkpoint, plan, teacher
+from scavenger import plan, teacher
 from scavenger.recipe import Cache, load_recipe
+from scavenger.run import checkpoint
 
 
 PHASES = """

@@ -8,8 +8,8 @@ import torch
 from conftest import tiny_student, tiny_teacher
 from reference import assert_close
 
-from scavenger import ranking
 from scavenger.recipe import RecipeError, load_recipe
+from scavenger.transfer import ranking
 
 
 @pytest.mark.parametrize("layer", [0, 2])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from scavenger.checkpoint import read_json
 from scavenger.recipe import load_recipe
+from scavenger.run.checkpoint import read_json
 
 
 ROOT = Path(__file__).parents[1]

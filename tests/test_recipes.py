@@ -9,10 +9,12 @@ import torch
 from conftest import scavenger
 from transformers import GPTNeoXConfig
 
-from scavenger import allocation, plan, student, transfer
-from scavenger.checkpoint import read_json
+from scavenger import plan, student
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.recipe import load_recipe, teacher_shape
+from scavenger.recurrence import allocation
+from scavenger.run.checkpoint import read_json
+from scavenger.transfer import transfer
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

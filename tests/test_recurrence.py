@@ -14,11 +14,13 @@ import torch
 from conftest import tiny_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scavenger import allocation, certificate, checkpoint, measure, plan, recurrence
+from scavenger import measure, plan
 from scavenger.__main__ import main
-from scavenger.allocation import Taps
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import RecipeError, Recurrence, load_recipe
+from scavenger.recurrence import allocation, certificate, recurrence
+from scavenger.recurrence.allocation import Taps
+from scavenger.run import checkpoint
 
 
 ROOT = Path(__file__).parents[1]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from scipy import linalg
 
-from scavenger.reduction import balanced, gradient, hankel, irka, projection
-from scavenger.reduction.reduced import ReducedFilter, reduce_by
-from scavenger.reduction.residues import MAX_RADIUS, count_states, fit, gain_errors, settled, tails
+from scavenger.recurrence.reduction import balanced, gradient, hankel, irka, projection
+from scavenger.recurrence.reduction.reduced import ReducedFilter, reduce_by
+from scavenger.recurrence.reduction.residues import MAX_RADIUS, count_states, fit, gain_errors, settled, tails
 
 
 METHODS = {"balanced": balanced.reduce, "irka": irka.reduce, "projection": projection.reduce}

@@ -10,10 +10,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
-from scavenger import checkpoint, data, losses, plan, student, teacher, training, transfer
-from scavenger.checkpoint import read_json
+from scavenger import data, losses, plan, student, teacher, training
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Filter, Logits, Recipe, Teacher, TeacherTraining
+from scavenger.run import checkpoint
+from scavenger.run.checkpoint import read_json
+from scavenger.transfer import transfer
 
 
 READINGS = ["teacher", "below", "student"]  # of the schedules parallel, progressive and joint

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from scavenger import processes
 from scavenger.__main__ import main
+from scavenger.run import processes
 
 
 def told(**options):

@@ -1,0 +1,243 @@
+"""State by budget: each filter gets the modes that lower the divergence of the model's output most for their bytes.
+
+What a change δ_f of the taps of every filter f does to the output is, to second order, a quadratic form. With p the
+exact student's distribution, labels y drawn from it and g_f the gradient by the taps of log p(y) over T tokens,
+
+    KL per token ≈ 1/(2T) E (Σ_f ⟨g_f, δ_f⟩)²
+
+(the Fisher information; scores of different tokens are uncorrelated, so a sequence's square sums over its tokens).
+A filter's own share is the same without the other filters: 1/(2T) E ⟨g_f, δ_f⟩².
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scavenger import measure
+from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model.filters import ModalFilter
+from scavenger.recipe import RecipeError
+from scavenger.recurrence.reduction.reduced import ReducedFilter
+
+
+SEQUENCES = 64  # drawn to measure on: the standard error of a square's mean over them is √(2/64), 18 %
+GRADIENT_BYTES = 1 << 28  # of gradients held at once
+
+
+def ladder(max_state_size: int) -> list[int]:
+    """Sizes of filters from one mode on, by steps of a third to a half: 1, 2, 3, 4, 6, 8, 12, …, max_state_size."""
+    sizes = {size for power in range(max_state_size.bit_length()) for size in (2**power, 3 * 2**power // 2)}
+    return sorted(size for size in sizes if size < max_state_size) + [max_state_size]
+
+
+def check(config: HyenaNeoXConfig, budget: int):
+    """What can be known to be wrong before any work."""
+    least = state_bytes(config)
+    if least is None:
+        raise RecipeError(
+            f"recurrence.state_bytes: found {budget}; expected nothing: the attention that is kept has no window, "
+            "so the state grows with every token"
+        )
+    if budget < least:
+        raise RecipeError(
+            f"recurrence.state_bytes: found {budget}; expected {least} or more, what short convolutions and kept "
+            "attention take without any mode"
+        )
+
+
+def spread(
+    student: HyenaNeoXForCausalLM,
+    found: list[list[list[ReducedFilter]]],  # of each layer, each size, each filter
+    budget: int,  # bytes of a sequence
+    blocks: np.ndarray,  # (block, length) held-out text
+) -> tuple[list[list[int]], dict]:
+    """For each layer the size that each filter gets, and the divergence predicted: in all, and of each layer.
+
+    The sizes are chosen on the same draws, so the prediction leans low; the certificate measures it.
+    """
+    changes, tokens = responses(student, found, blocks), blocks.shape[1] - 1
+    for_modes = budget - state_bytes(student.config)
+    chosen = allocate(mode_costs(student.config, found), divergences(changes, tokens), for_modes)
+    taken = [picked(layer, own) for layer, own in zip(changes, chosen, strict=True)]  # (sequence, filter) each
+    together = sum(layer.sum(1) for layer in taken)
+    alone = [float(layer.sum()) for layer in divergences(taken, tokens)]
+    return [own.tolist() for own in chosen], {
+        "divergence": float(divergences([together], tokens)[0]),
+        "sum_of_filters": sum(alone),
+        "layers": alone,
+        "sequences": len(together),
+    }
+
+
+def mode_costs(config: HyenaNeoXConfig, found: list[list[list[ReducedFilter]]]) -> list[np.ndarray]:
+    """Bytes of each recurrence, (size, filter) of each layer."""
+    return [mode_bytes(config) * np.array([[f.state_size for f in row] for row in layer], dtype=int) for layer in found]
+
+
+def divergences(changes: list[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """KL per token from changes of the log-probability of so many tokens, (sequence, ...) of each layer."""
+    return [(layer**2).mean(0) / (2 * tokens) for layer in changes]
+
+
+def picked(layer: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """What belongs to the size that each filter takes: (..., size, filter) to (..., filter)."""
+    return layer[..., chosen, np.arange(len(chosen))]
+
+
+def allocate(costs: list[np.ndarray], losses: list[np.ndarray], budget: float) -> list[np.ndarray]:
+    """The index of each filter's size, (filter,) of each layer, for costs and losses (size, filter) of each layer.
+
+    Every filter starts with the fewest bytes. Steps along the lower convex hulls of the filters' curves are taken in
+    the order of what they gain per byte; one that does not fit ends its filter. What it leaves over is less than its
+    bytes, and all later steps gain less per byte: so with more bytes the sum of the losses is never larger.
+    """
+    chosen = [np.lexsort((loss, size), axis=0)[:1].reshape(-1) for size, loss in zip(costs, losses, strict=True)]
+    left = budget - sum(picked(size, own).sum() for size, own in zip(costs, chosen, strict=True))
+    steps = []
+    for layer, (size, loss) in enumerate(zip(costs, losses, strict=True)):
+        for filter in range(size.shape[1]):
+            place = chosen[layer][filter]
+            for gain, bytes_, to in _hull_steps(size[:, filter], loss[:, filter], place):
+                steps.append((-gain, layer, filter, bytes_, to))
+    ended = set()
+    for _, layer, filter, bytes_, to in sorted(steps):
+        if bytes_ > left:
+            ended.add((layer, filter))
+        if (layer, filter) not in ended:
+            chosen[layer][filter] = to
+            left -= bytes_
+    return chosen
+
+
+def _hull_steps(size, loss, place):
+    """Gain per byte, bytes and end of each step along the lower convex hull of a curve, from one of its points on."""
+    steps = []
+    while True:
+        ahead = np.flatnonzero((size > size[place]) & (loss < loss[place]))
+        if not len(ahead):
+            return steps
+        gains = (loss[place] - loss[ahead]) / (size[ahead] - size[place])
+        best = max(zip(gains, size[ahead], ahead, strict=True))
+        steps.append((best[0], best[1] - size[place], best[2]))
+        place = best[2]
+
+
+def responses(
+    student: HyenaNeoXForCausalLM,
+    found: list[list[list[ReducedFilter]]],
+    blocks: np.ndarray,
+    rows: dict[int, list[int]] | None = None,
+    sequences: int = SEQUENCES,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """⟨g_f, ĥ_f - h_f⟩ for each sequence, size and filter, (sequence, size, filter) of each layer.
+
+    Gradients of as many sequences as GRADIENT_BYTES hold are taken before the recurrences' taps are, a layer at a time.
+    """
+    length = blocks.shape[1]
+    generator = torch.Generator(student.device).manual_seed(seed)
+    picked = np.linspace(0, len(blocks) - 1, sequences).round().astype(int)  # one more than once where there are few
+    with explicit_taps(student, length) as leaves:
+        taken = {layer: (rows or {}).get(layer, list(range(len(leaf)))) for layer, leaf in leaves.items()}
+        at_once = max(1, GRADIENT_BYTES // (8 * length * sum(map(len, taken.values()))))
+        parts = []
+        for start in range(0, sequences, at_once):
+            gradients = {layer: [] for layer in leaves}
+            for block in picked[start : start + at_once]:
+                ids = torch.from_numpy(blocks[block].astype(np.int64))[None].to(student.device)
+                for layer, gradient in zip(leaves, score(student, ids, leaves, generator), strict=True):
+                    gradients[layer].append(gradient[taken[layer]].double())
+            parts.append(
+                [
+                    _products(torch.stack(gradients[layer]), sizes, leaves[layer][taken[layer]])
+                    if layer in leaves
+                    else np.zeros((len(picked[start : start + at_once]), len(sizes), 0))
+                    for layer, sizes in enumerate(found)
+                ]
+            )
+    return [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+
+
+def score(student, ids: Tensor, leaves: dict[int, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The gradient of log p(y) by the taps of each layer, y drawn from p at each position of `ids` (1, length)."""
+    with torch.enable_grad():
+        log_p = student(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        return torch.autograd.grad(log_p.gather(1, drawn).sum(), list(leaves.values()))
+
+
+@contextlib.contextmanager
+def explicit_taps(student: HyenaNeoXForCausalLM, length: int):
+    """The student with its filters' taps as numbers that have a gradient: yields them, (filter, length) by layer."""
+    mixers = {i: layer.mixer for i, layer in enumerate(student.gpt_neox.layers) if hasattr(layer.mixer, "filter")}
+    filters = {layer: mixer.filter for layer, mixer in mixers.items()}
+    try:
+        for layer, mixer in mixers.items():
+            with torch.no_grad():
+                mixer.filter = Taps(filters[layer](length))
+        yield {layer: mixer.filter.taps for layer, mixer in mixers.items()}
+    finally:
+        for layer, mixer in mixers.items():
+            mixer.filter = filters[layer]
+
+
+class Taps(nn.Module):
+    """Filters that are their taps."""
+
+    def __init__(self, taps: Tensor):
+        super().__init__()
+        self.taps = nn.Parameter(taps)
+
+    def forward(self, length: int) -> Tensor:  # (filter, length)
+        return self.taps[:, :length]
+
+
+@torch.no_grad()
+def _products(gradients, sizes, exact):
+    """(sequence, size, filter) from gradients (sequence, filter, length) and exact taps (filter, length)."""
+    exact = exact.double()
+    return np.stack(
+        [
+            torch.einsum("nft,ft->nf", gradients, saved_taps(filters, exact.shape[1]).to(exact.device) - exact)
+            .cpu()
+            .numpy()
+            for filters in sizes
+        ],
+        axis=1,
+    )
+
+
+def saved_taps(filters: list[ReducedFilter], length: int) -> Tensor:
+    """The taps, (filter, length), of recurrences rounded as a student's are: to float32; computed in float64."""
+    return measure.filter_taps(modal_filter(filters).float(), length)
+
+
+@torch.no_grad()
+def modal_filter(filters: list[ReducedFilter]) -> ModalFilter:
+    """The recurrences of a layer as a module, in float64."""
+    made = ModalFilter([f.state_size for f in filters]).double()
+    for parameter, parts in (
+        (made.pole, [f.poles for f in filters]),
+        (made.residue, [f.residues for f in filters]),
+    ):
+        parameter.copy_(torch.view_as_real(torch.from_numpy(np.concatenate(parts))))
+    made.direct.copy_(torch.tensor([f.direct for f in filters], dtype=torch.float64))
+    return made
+
+
+def state_bytes(config: HyenaNeoXConfig, modes: int = 0) -> int | None:
+    """Bytes of a sequence where every filter has so many modes; None where they grow with its length."""
+    sizes = [
+        [] if layer in config.attention_layers else [modes] * config.num_filters * config.hyena_order
+        for layer in range(config.num_hidden_layers)
+    ]
+    return HyenaNeoXConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes}).state_bytes
+
+
+def mode_bytes(config: HyenaNeoXConfig) -> int:
+    """Bytes of one mode."""
+    mixers = HyenaNeoXConfig.from_dict(config.to_dict() | {"attention_layers": []})
+    filters = config.num_hidden_layers * config.num_filters * config.hyena_order
+    return (state_bytes(mixers, 1) - state_bytes(mixers)) // filters

@@ -1,0 +1,317 @@
+"""What a recurrence lost: each filter beside its floor, each mixer on real text, and the model's output."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from scavenger import measure
+from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.model.filters import ModalFilter
+from scavenger.recipe import Recurrence
+from scavenger.recurrence import allocation
+from scavenger.recurrence.reduction import hankel
+from scavenger.recurrence.reduction.reduced import ReducedFilter
+from scavenger.recurrence.reduction.residues import gain_errors, tails
+
+
+CONTEXTS = (1, 2, 4)  # multiples of the text's context that the model is compared over
+BUCKETS = 8  # that the positions of a context are parted into
+SPECTRUM = 64  # Hankel values of a filter that are kept
+SPECTRA = 16  # filters of a layer whose values go so far: for a thousand filters they would take longer than all else
+
+
+def measure_all(
+    student: HyenaNeoXForCausalLM,  # exact
+    recurrent: HyenaNeoXForCausalLM,
+    reduced: list[list[ReducedFilter]],  # of each layer, what the recurrent student was made from
+    settings: Recurrence,
+    blocks: np.ndarray | None,  # (block, length) held-out text; None: filters only
+    predicted: dict | None = None,  # by the allocation of a budget
+) -> dict:
+    """The certificate: settings, every filter, every layer, the model, and a verdict in a sentence."""
+    config = recurrent.config
+    horizon = settings.horizon or config.context_length
+    layers = [
+        {
+            "mode_bytes": allocation.mode_bytes(config) * sum(f.state_size for f in filters),
+            "filters": filter_facts(exact.mixer.filter, made.mixer.filter, filters, settings, horizon)
+            if filters
+            else [],
+        }
+        for exact, made, filters in zip(student.gpt_neox.layers, recurrent.gpt_neox.layers, reduced, strict=True)
+    ]
+    if blocks is not None:
+        for layer, error in zip(layers, output_errors(student, recurrent, blocks), strict=True):
+            layer["output_error"] = error
+    if predicted is not None:
+        for layer, divergence in zip(layers, predicted["layers"], strict=True):
+            layer["predicted_divergence"] = divergence
+    filters = [f for layer in layers for f in layer["filters"]]
+    found = {
+        "settings": described(settings, horizon),
+        "filters": len(filters),
+        "within_tolerance": sum(f["within_tolerance"] for f in filters) if settings.state_bytes is None else None,
+        "incompressible": sum(not f["compressible"] for f in filters) if settings.state_bytes is None else None,
+        "largest_radius": max(f["largest_radius"] for f in filters),
+        "state_bytes": config.state_bytes,
+        "break_even_length": config.break_even_length,
+        "layers": layers,
+        "model": model_facts(student, recurrent, blocks, horizon, predicted) if blocks is not None else None,
+    }
+    return {"verdict": verdict(found)} | found
+
+
+def described(settings: Recurrence, horizon: int) -> dict:
+    """What was asked for."""
+    return {
+        "method": settings.method,
+        "tolerance": settings.tolerance if settings.state_bytes is None else None,
+        "state_bytes": settings.state_bytes,
+        "max_state_size": settings.max_state_size,
+        "horizon": horizon,
+        "prefill_outputs": settings.prefill_outputs,
+    }
+
+
+def filter_facts(
+    exact: nn.Module, made: ModalFilter, reduced: list[ReducedFilter], settings: Recurrence, horizon: int
+) -> list[dict]:
+    """What each filter of a layer lost, in plain numbers, and its floors, as proven by the reduction.
+
+    Errors are those of the filter as it is saved, rounded. A filter is compressible if the floor at
+    `max_state_size` allows the tolerance; where a filter meets it that is plain.
+    """
+    taps = measure.filter_taps(exact, horizon)
+    filters = as_saved(taps, made, reduced)
+    spectra = _spectra(taps)
+    facts = [
+        {
+            "state_size": f.state_size,
+            "real_states": f.real_states,
+            "relative_error": f.relative_error,
+            "floor": f.floor,
+            "error_over_floor": _ratio(f.relative_error, f.floor),
+            "gain_error": f.gain_error,
+            "gain_floor": f.gain_floor,
+            "gain_error_over_floor": _ratio(f.gain_error, f.gain_floor),
+            "largest_radius": f.largest_radius,
+            "tail": f.tail,
+            "hankel_values": spectra.get(index, f.hankel_values[:SPECTRUM].tolist()),
+        }
+        for index, f in enumerate(filters)
+    ]
+    if settings.state_bytes is not None:
+        return facts
+    for entry in facts:
+        entry["within_tolerance"] = entry["compressible"] = entry["relative_error"] <= settings.tolerance
+    missed = [index for index, entry in enumerate(facts) if not entry["within_tolerance"]]
+    if missed:
+        floors = hankel.tap_floors(taps[missed])
+        for index, row in zip(missed, floors, strict=True):
+            floor = float(row[min(2 * settings.max_state_size, len(row) - 1)])
+            facts[index] |= {"floor_at_most_modes": floor, "compressible": floor <= settings.tolerance}
+    return facts
+
+
+@torch.no_grad()
+def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> list[ReducedFilter]:
+    """The reductions with the poles and residues that a filter module has, and the errors of these."""
+    parts = [each.detach().to(torch.complex128).split(made.state_sizes) for each in (made.poles, made.residues)]
+    poles, residues = (pad_sequence(list(part), batch_first=True) for part in parts)
+    errors = (measure.filter_taps(made, taps.shape[1]) - taps).norm(dim=1) / taps.norm(dim=1).clamp_min(1e-300)
+    gains, beyond = taps.new_zeros(2, len(taps))
+    for rows in hankel.pieces(len(taps), 160 * taps.shape[1] * (poles.shape[1] + 1)):
+        amplitudes = residues[rows] * poles[rows]
+        gains[rows] = gain_errors(taps[rows], poles[rows], amplitudes)
+        beyond[rows] = tails(taps[rows], poles[rows], amplitudes)
+    return [
+        dataclasses.replace(
+            f,
+            poles=own.cpu().numpy(),
+            residues=residue.cpu().numpy(),
+            direct=float(direct),
+            relative_error=float(error),
+            gain_error=float(gain),
+            tail=float(tail),
+        )
+        for f, own, residue, direct, error, gain, tail in zip(
+            reduced, *parts, made.direct, errors, gains, beyond, strict=True
+        )
+    ]
+
+
+@torch.no_grad()
+def output_errors(
+    student: HyenaNeoXForCausalLM, recurrent: HyenaNeoXForCausalLM, blocks: np.ndarray
+) -> list[float | None]:
+    """‖y - ŷ‖ / ‖y‖ of each mixer's output, both reading what the exact student's reads; None: kept attention."""
+    layers = list(zip(student.gpt_neox.layers, recurrent.gpt_neox.layers, strict=True))
+    sums = torch.zeros(len(layers), 2, dtype=torch.float64, device=student.device)
+    hooks = []
+    for index, (exact, approximate) in enumerate(layers):
+        if not hasattr(exact.mixer, "filter"):
+            continue
+
+        def compare(module, args, kwargs, output, index=index, mixer=approximate.mixer):
+            difference = mixer(*args, **kwargs) - output
+            sums[index] += torch.stack([difference.double().square().sum(), output.double().square().sum()])
+
+        hooks.append(exact.mixer.register_forward_hook(compare, with_kwargs=True))
+    rows = max(1, measure.BATCH_TOKENS // blocks.shape[1])
+    try:
+        for start in range(0, len(blocks), rows):
+            ids = torch.from_numpy(blocks[start : start + rows].astype(np.int64)).to(student.device)
+            student.gpt_neox(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        float((error / energy.clamp_min(1e-300)).sqrt()) if hasattr(exact.mixer, "filter") else None
+        for (exact, _), (error, energy) in zip(layers, sums, strict=True)
+    ]
+
+
+def model_facts(student, recurrent, blocks: np.ndarray, horizon: int, predicted: dict | None) -> dict:
+    """The recurrent student against the exact one on the same text, in its contexts and in longer ones."""
+    length = blocks.shape[1]
+    contexts = [
+        context_facts(student, recurrent, blocks[: len(blocks) // times * times].reshape(-1, times * length), horizon)
+        for times in CONTEXTS
+        if len(blocks) >= times
+    ]
+    return {
+        "compared": "KL(exact student || recurrent student), both reading the same text. Past the horizon the exact "
+        "student's implicit filters go on along their formula, while a recurrence goes on decaying.",
+        **{key: value for key, value in contexts[0].items() if key not in ("context_length", "positions")},
+        "predicted_divergence": predicted["divergence"] if predicted is not None else None,
+        "predicted_sum_of_filters": predicted["sum_of_filters"] if predicted is not None else None,
+        "contexts": contexts,
+    }
+
+
+def context_facts(student, recurrent, blocks: np.ndarray, horizon: int) -> dict:
+    """Means over all positions of a context, over buckets of them, and over those that see further than the horizon."""
+    found = measure.by_position(recurrent, blocks, student)
+    positions = blocks.shape[1] - 1  # predicted; at position t the filters reach back t tokens
+    edges = np.unique(np.linspace(0, positions, BUCKETS + 1).round().astype(int)).tolist()
+
+    def mean(first, end):
+        part = slice(first, end)
+        return {
+            "tokens": len(blocks) * (end - first),
+            "divergence": found.divergence[part].mean().item(),
+            "agreement": found.agreement[part].mean().item(),
+            "perplexity": found.loss[part].mean().exp().item(),
+            "exact_perplexity": found.teacher_loss[part].mean().exp().item(),
+        }
+
+    return {
+        "context_length": blocks.shape[1],
+        **mean(0, positions),
+        "positions": [
+            {"from": first, "to": end - 1} | mean(first, end) for first, end in zip(edges, edges[1:], strict=False)
+        ],
+        "beyond_horizon": mean(horizon, positions) if positions > horizon else None,
+    }
+
+
+def verdict(found: dict) -> str:
+    """The certificate in a sentence."""
+    filters = [f for layer in found["layers"] for f in layer["filters"]]
+    settings, model = found["settings"], found["model"]
+    modes = [f["state_size"] for f in filters]
+    ratios = sorted(f["error_over_floor"] for f in filters if f["error_over_floor"] is not None)
+    size = f"{min(modes)} to {max(modes)} modes" + (
+        f", errors at a median of {ratios[len(ratios) // 2]:.2f} times what is proven to be the least" if ratios else ""
+    )
+    if settings["state_bytes"] is not None:
+        parts = [f"{len(filters)} filters share {settings['state_bytes']:,} bytes ({size})"]
+    else:
+        met, hopeless = found["within_tolerance"], found["incompressible"]
+        which = f"All {met}" if met == len(filters) else f"{met} of {len(filters)}"
+        parts = [f"{which} filters meet {settings['tolerance']:g} ({size})"]
+        if hopeless:
+            parts.append(f"{hopeless} cannot with {settings['max_state_size']} modes, by their floors")
+        if len(filters) - met - hopeless:
+            parts.append(f"{len(filters) - met - hopeless} miss it although no floor forbids it")
+    if model is not None:
+        change = 100 * (model["perplexity"] / model["exact_perplexity"] - 1)
+        where = "above" if change >= 0 else "below"
+        parts.append(f"the recurrent student's perplexity is {abs(change):.2g} % {where} the exact student's")
+        predicted = model["predicted_divergence"]
+        parts.append(
+            f"KL {model['divergence']:.1e} nats per token"
+            + (f" ({predicted:.1e} predicted)" if predicted is not None else "")
+            + f", {100 * model['agreement']:.1f} % equal top-1"
+        )
+    else:
+        parts.append("nothing was measured on text, for want of a tokenizer")
+    held = found["state_bytes"]
+    parts.append(
+        f"state {held / 1024:,.0f} KiB" if held is not None else "the state grows with the attention that is kept"
+    )
+    return "; ".join(parts) + "."
+
+
+def table(found: dict) -> tuple[list[str], list[list[str]]]:
+    """The layers of a certificate as a header and rows; kept attention has no filter and no row."""
+    header = ["layer", "filters", "modes", "most", "real states", "KiB", "mean error", "worst error", "its floor"]
+    header += ["largest tail", "largest |pole|", "error of output"]
+    rows = []
+    for index, layer in enumerate(found["layers"]):
+        filters = layer["filters"]
+        if not filters:
+            continue
+        worst = max(filters, key=lambda f: f["relative_error"])
+        error = layer.get("output_error")
+        rows.append(
+            [
+                str(index),
+                str(len(filters)),
+                str(sum(f["state_size"] for f in filters)),
+                str(max(f["state_size"] for f in filters)),
+                str(sum(f["real_states"] for f in filters)),
+                f"{layer['mode_bytes'] / 1024:,.1f}",
+                f"{np.mean([f['relative_error'] for f in filters]):.2e}",
+                f"{worst['relative_error']:.2e}",
+                f"{worst['floor']:.2e}",
+                f"{max(f['tail'] for f in filters):.1e}",
+                f"{max(f['largest_radius'] for f in filters):.4f}",
+                "?" if error is None else f"{error:.2e}",
+            ]
+        )
+        if "predicted_divergence" in layer:
+            rows[-1].append(f"{layer['predicted_divergence']:.1e}")
+    return header + ["predicted KL"] * (len(rows[0]) - len(header)), rows
+
+
+def aligned(header: list[str], rows: list[list[str]]) -> str:
+    """A table for a terminal, numbers to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    shown = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
+
+
+def _spectra(taps):
+    """The leading Hankel values of SPECTRA filters spread over a layer; of the others what their reduction needed."""
+    length, found = taps.shape[1], {}
+    rows = np.unique(np.linspace(0, len(taps) - 1, SPECTRA).round().astype(int))
+    for piece in hankel.pieces(len(rows), 96 * length * min(length, 2 * SPECTRUM + 64)):
+        values = hankel.hankel_eigen(taps[rows[piece], 1:], SPECTRUM)[0].abs()
+        found |= zip(rows[piece].tolist(), values[:, : length - 1].tolist(), strict=True)
+    return found
+
+
+def _ratio(error, floor):
+    """None where the floor is nothing but rounding, and a ratio says nothing."""
+    return error / floor if floor > 1e-9 else None

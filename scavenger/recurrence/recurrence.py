@@ -1,0 +1,359 @@
+"""Stage two: every long filter becomes poles and residues, and the student generates from a state of constant size."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from scavenger import data, measure
+from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model.filters import ModalFilter
+from scavenger.recipe import Data, Recipe, RecipeError, Recurrence
+from scavenger.recurrence import allocation, certificate
+from scavenger.recurrence.reduction.reduced import ReducedFilter
+from scavenger.run import checkpoint
+
+
+TOGETHER = 256  # filters reduced in one call; the progress bar moves on after each
+HELD_OUT_TOKENS = 32_768  # of text that a folder's certificate is measured on; a run has its own validation split
+NUMBERS = ("direct", "real_states", "relative_error", "floor", "gain_error", "gain_floor", "tail")
+ARRAYS = ("poles", "residues", "hankel_values")
+
+
+def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
+    """Make `recurrence/`: the recurrent student, and in certificate.json what filters, layers and model lost."""
+    folder = run_dir / "recurrence"
+    if checkpoint.complete(folder):
+        return folder
+    student = HyenaNeoXForCausalLM.from_pretrained(run_dir / "transfer", dtype=torch.float32).eval()
+    blocks = data.blocks(run_dir / "data", "validation")
+    return distil(student, recipe.recurrence, folder, accelerator, tokenizer, blocks)
+
+
+def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, accelerator) -> Path:
+    """Make `to`, the recurrent student of any folder with long filters, and its certificate; prints what was found.
+
+    A folder that is there already is only accepted as this very result.
+    """
+    logging.disable_progress_bar()  # one bar is ours
+    student, tokenizer = opened(source)
+    horizon = settings.horizon or student.config.context_length
+    blocks = None if tokenizer is None else held_out_text(text, tokenizer, student.config.context_length)
+    asked = {
+        "settings": certificate.described(settings, horizon),
+        "student_sha256": _digest(student.config.to_json_string(), student.state_dict()),
+        "text": None if tokenizer is None else "the Python standard library" if text is None else text.resolve().name,
+        "text_sha256": None if blocks is None else _digest("", {"text": torch.from_numpy(blocks.astype(np.int64))}),
+    }
+    if to.exists():
+        try:
+            saved = checkpoint.read_json(to / "certificate.json")
+        except (OSError, ValueError):
+            saved = {}
+        if {key: saved.get(key) for key in asked} != asked:
+            raise RecipeError(
+                f"--to: {to} is there already and is not what this command makes; expected the name of a new folder"
+            )
+        accelerator.print(f"{to} (complete)")
+    else:
+        distil(student, settings, to, accelerator, tokenizer, blocks, more=asked)
+    if accelerator.is_main_process:
+        found = checkpoint.read_json(to / "certificate.json")
+        print(f"{certificate.aligned(*certificate.table(found))}\n\n{found['verdict']}\n\nrecurrence: {to}")
+    return to
+
+
+def opened(source: Path):
+    """The student of a folder and its tokenizer, None where there is none."""
+    if not source.is_dir():
+        raise RecipeError(f"{source}: no such folder; expected a student, as runs/quickstart/transfer")
+    if not (source / "config.json").is_file():
+        inside = source / "transfer"
+        near = f" (did you mean {inside}?)" if (inside / "config.json").is_file() else ""
+        raise RecipeError(f"{source}: has no config.json; expected a student, as runs/quickstart/transfer{near}")
+    try:
+        kind = checkpoint.read_json(source / "config.json").get("model_type")
+    except (ValueError, AttributeError):
+        raise RecipeError(f"{source / 'config.json'}: cannot be read; expected a student's configuration") from None
+    if kind != HyenaNeoXConfig.model_type:
+        raise RecipeError(f"{source}: is a {kind}; expected a student of ours ({HyenaNeoXConfig.model_type})")
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is said below, in one line
+    try:
+        student, report = HyenaNeoXForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        named = (source / "tokenizer_config.json").is_file() or (source / "tokenizer.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(source) if named else None
+    except Exception as error:  # transformers, safetensors and tokenizers each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RecipeError(f"{source}: cannot be loaded ({reason})") from None
+    finally:
+        logging.set_verbosity(shown)
+    if report["missing_keys"]:
+        raise RecipeError(f"{source}: has no {sorted(report['missing_keys'])[0]}; expected all weights of a student")
+    if all(not hasattr(layer.mixer, "filter") for layer in student.gpt_neox.layers):
+        raise RecipeError(f"{source}: keeps attention in every layer; expected a student with long filters")
+    if tokenizer is not None and tokenizer.eos_token is None:
+        raise RecipeError(f"{source}: its tokenizer has no end-of-text token; expected one, to part documents")
+    return student.eval(), tokenizer
+
+
+def held_out_text(text: Path | None, tokenizer, length: int) -> np.ndarray:
+    """HELD_OUT_TOKENS or fewer in blocks of a length: all of a given text, else the library's validation split."""
+    ids = []
+    for name, words in data.documents(Data(path=None if text is None else str(text)), seed=0):
+        if text is None and data.split_of(name) != "validation":
+            continue
+        ids += tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(ids) >= HELD_OUT_TOKENS:
+            break
+    count = min(len(ids), max(length, HELD_OUT_TOKENS)) // length
+    if count == 0:
+        raise RecipeError(f"--text: found {len(ids)} tokens; expected a context of the student ({length}) or more")
+    return np.array(ids[: count * length]).reshape(count, length)
+
+
+def distil(
+    student: HyenaNeoXForCausalLM,
+    settings: Recurrence,
+    folder: Path,
+    accelerator,
+    tokenizer,  # None: there is none to write
+    blocks: np.ndarray | None,  # (block, length) held-out text; None: nothing is measured on text
+    more: dict | None = None,  # facts for the certificate
+) -> Path:
+    """Make `folder`, the recurrent student with its certificate; goes on from the layers that are done.
+
+    Layers are shared out over the processes; every process ends with the same student, the main one measures it.
+    """
+    if settings.prefill_outputs == "exact" and student.config.filter == "modal":
+        raise RecipeError(
+            "recurrence.prefill_outputs: found exact; expected recurrent: the student's filters are modal already"
+        )
+    if settings.state_bytes is not None:
+        if blocks is None:
+            raise RecipeError(
+                "recurrence.state_bytes: found no text to measure on, which needs a tokenizer; expected a tolerance"
+            )
+        allocation.check(student.config, settings.state_bytes)
+    student.to(accelerator.device)
+    horizon = settings.horizon or student.config.context_length
+    beside = checkpoint.partial(folder)
+    made, predicted = reduced(student, settings, horizon, blocks, beside / "layers", accelerator)
+    recurrent = recurrent_student(student, made, settings.prefill_outputs)
+    there = list(beside.iterdir())
+    with checkpoint.written(beside, beside / "steps", accelerator, keep=there):
+        if accelerator.is_main_process:
+            facts = certificate.measure_all(student, recurrent, made, settings, blocks, predicted)
+            recurrent.save_pretrained(beside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+            checkpoint.write_json(beside / "certificate.json", facts | (more or {}))
+            shutil.rmtree(beside / "layers")
+            checkpoint.finish(folder)
+    return folder
+
+
+def reduced(student, settings: Recurrence, horizon: int, blocks: np.ndarray | None, saved: Path, accelerator):
+    """For each layer the reduction of each filter; and, where a budget decides, the divergence predicted."""
+    found = reductions(student, settings, horizon, saved, accelerator)
+    rungs, predicted = allocated(student, found, settings, blocks, saved, accelerator)
+    chosen = [[found[layer][rung][filter] for filter, rung in enumerate(own)] for layer, own in enumerate(rungs)]
+    return chosen, predicted
+
+
+def reductions(
+    student: HyenaNeoXForCausalLM, settings: Recurrence, horizon: int, saved: Path, accelerator
+) -> list[list[list[ReducedFilter]]]:
+    """For each layer and each aim the reduction of each filter; a layer without filters has none.
+
+    Every layer is a file below `saved`, made by one process and read by all; one that was made from other filters or
+    with other settings is made anew.
+    """
+    filters, found = long_filters(student), {}
+
+    def read_or_make(index, bar):
+        path, key = saved / f"layer_{index:03d}.safetensors", _key(student.config, filters[index], settings, horizon)
+        if (made := _read(path, key)) is not None:
+            bar.update(filters[index].num_filters)
+            return made
+        taps = measure.filter_taps(filters[index], horizon)
+        made = reduce_filters(taps, settings, aims(settings), bar.update)
+        if isinstance(filters[index], ModalFilter):
+            made = [with_own_modes(filters[index], rung) for rung in made]
+        _write(path, key, made)
+        return made
+
+    def bar(layers, **options):
+        total = sum(filters[index].num_filters for index in layers)
+        return tqdm(total=total, desc="recurrence", unit="filter", dynamic_ncols=True, **options)
+
+    mine = list(filters)[accelerator.process_index :: accelerator.num_processes]
+    with bar(mine, disable=not accelerator.is_main_process) as shown:
+        for index in mine:
+            found[index] = read_or_make(index, shown)
+    accelerator.wait_for_everyone()
+    with bar(filters, disable=True) as hidden:
+        for index in filters.keys() - set(mine):
+            found[index] = read_or_make(index, hidden)
+    return [found.get(index, [[]]) for index in range(len(student.gpt_neox.layers))]
+
+
+def long_filters(student: HyenaNeoXForCausalLM) -> dict[int, nn.Module]:
+    """The filters of each layer that has some."""
+    layers = enumerate(student.gpt_neox.layers)
+    return {index: layer.mixer.filter for index, layer in layers if hasattr(layer.mixer, "filter")}
+
+
+def reduce_filters(
+    taps: Tensor, settings: Recurrence, wanted: list[dict], reduced=lambda count: None
+) -> list[list[ReducedFilter]]:
+    """For each aim the reductions of the filters, `taps` (filter, length); says how many are reduced as it goes."""
+    if not taps.isfinite().all():
+        raise RecipeError("recurrence: a layer's filters are not finite; the transfer diverged")
+    reduce = importlib.import_module(f"scavenger.recurrence.reduction.{settings.method}").reduce
+    made = [[] for _ in wanted]
+    for rows in taps.split(TOGETHER):
+        for filters, aim in zip(made, wanted, strict=True):
+            filters += reduce(rows, **aim, max_state_size=settings.max_state_size)
+        reduced(len(rows))
+    return made
+
+
+@torch.no_grad()
+def with_own_modes(
+    filter: ModalFilter, reduced: list[ReducedFilter], rows: list[int] | None = None
+) -> list[ReducedFilter]:
+    """The reductions, but of a filter that is modal already with no more modes than its reduction the filter itself."""
+    poles, residues = (z.to(torch.complex128).cpu().split(filter.state_sizes) for z in (filter.poles, filter.residues))
+    rows = list(range(filter.num_filters)) if rows is None else rows
+    own_modes = ([part[row] for row in rows] for part in (poles, residues))
+    return [
+        f
+        if f.state_size < len(own)
+        else dataclasses.replace(
+            f,
+            poles=own.numpy(),
+            residues=residue.numpy(),
+            direct=float(direct),
+            real_states=int(torch.where(own.imag == 0, 1, 2).sum()),
+            **dict.fromkeys(("relative_error", "floor", "gain_error", "gain_floor", "tail"), 0.0),
+        )
+        for f, own, residue, direct in zip(reduced, *own_modes, filter.direct[rows], strict=True)
+    ]
+
+
+def aims(settings: Recurrence) -> list[dict]:
+    """What a filter is reduced to: the tolerance, or each size of the ladder that a budget is spread over."""
+    if settings.state_bytes is None:
+        return [{"tolerance": settings.tolerance}]
+    # No filter is further from its recurrence than from nothing: at a tolerance of 1 it keeps its first tap alone.
+    return [{"tolerance": 1.0}] + [{"state_size": size} for size in allocation.ladder(settings.max_state_size)]
+
+
+def allocated(student, found, settings: Recurrence, blocks, saved: Path, accelerator):
+    """For each layer the aim that each of its filters takes; and, where a budget decides, the divergence predicted."""
+    if settings.state_bytes is None:
+        return [[0] * len(layer[0]) for layer in found], None
+    described = json.dumps([settings.state_bytes, settings.method, aims(settings), settings.horizon])
+    text = {"text": torch.from_numpy(blocks.astype(np.int64))}
+    path, key = saved / "allocation.json", _digest(described, student.state_dict() | text)
+    if accelerator.is_main_process and not (path.is_file() and checkpoint.read_json(path)["key"] == key):
+        rungs, predicted = allocation.spread(student, found, settings.state_bytes, blocks)
+        checkpoint.write_json(path, {"key": key, "rungs": rungs, "predicted": predicted})
+    accelerator.wait_for_everyone()
+    made = checkpoint.read_json(path)
+    return made["rungs"], made["predicted"]
+
+
+@torch.no_grad()
+def recurrent_student(
+    student: HyenaNeoXForCausalLM, reduced: list[list[ReducedFilter]], prefill_outputs: str = "recurrent"
+) -> HyenaNeoXForCausalLM:
+    """The same student with modal filters; every other parameter is the student's own."""
+    sizes = [[f.state_size for f in layer] for layer in reduced]
+    recurrent = HyenaNeoXForCausalLM(recurrent_configuration(student.config, sizes, prefill_outputs))
+    recurrent.to(student.device, student.dtype)
+    kept = {key: value for key, value in student.state_dict().items() if "filter." not in key.split("mixer.")[-1]}
+    recurrent.load_state_dict(kept, strict=False)
+    for own, layer, filters in zip(student.gpt_neox.layers, recurrent.gpt_neox.layers, reduced, strict=True):
+        if not filters:
+            continue
+        layer.mixer.filter.load_state_dict(allocation.modal_filter(filters).state_dict())
+        if prefill_outputs == "exact":
+            layer.mixer.exact_filter.load_state_dict(own.mixer.filter.state_dict())
+    return recurrent.eval()
+
+
+def recurrent_configuration(
+    config: HyenaNeoXConfig, sizes: list[list[int]], prefill_outputs: str = "recurrent"
+) -> HyenaNeoXConfig:
+    """The student's configuration with modal filters of these sizes."""
+    changes = {"filter": "modal", "state_sizes": sizes, "prefill_outputs": prefill_outputs}
+    return HyenaNeoXConfig.from_dict(config.to_dict() | changes)
+
+
+def _key(config, filter, settings, horizon):
+    """What a layer's reductions depend on."""
+    asked = json.dumps([settings.method, aims(settings), settings.max_state_size, horizon])
+    return _digest(asked + config.to_json_string(), filter.state_dict())
+
+
+def _digest(text, tensors):
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path, key, made):
+    """The reductions of a layer as one file, written beside and renamed."""
+    filters = [f for aim in made for f in aim]
+    tensors = {
+        "aims": torch.tensor(len(made)),
+        "numbers": torch.tensor([[getattr(f, name) for name in NUMBERS] for f in filters], dtype=torch.float64),
+    }
+    for name in ARRAYS:
+        parts = [np.asarray(getattr(f, name)) for f in filters]
+        joined = torch.from_numpy(np.concatenate(parts))
+        tensors[name] = torch.view_as_real(joined) if joined.is_complex() else joined
+        tensors[name + "_sizes"] = torch.tensor([len(part) for part in parts])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    save_file(tensors, beside, metadata={"key": key})
+    os.replace(beside, path)
+
+
+def _read(path, key):
+    """The reductions of a layer, or None where there are none by this key."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("key") != key:
+            return None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    arrays = {}
+    for name in ARRAYS:
+        joined = tensors[name] if tensors[name].ndim == 1 else torch.view_as_complex(tensors[name])
+        arrays[name] = [part.numpy() for part in joined.split(tensors[name + "_sizes"].tolist())]
+    filters = []
+    for index, row in enumerate(tensors["numbers"].tolist()):
+        numbers = dict(zip(NUMBERS, row, strict=True))
+        numbers["real_states"] = int(numbers["real_states"])
+        filters.append(ReducedFilter(**numbers, **{name: arrays[name][index] for name in ARRAYS}))
+    count = len(filters) // int(tensors["aims"])
+    return [filters[start : start + count] for start in range(0, len(filters), count)]

@@ -1,0 +1,216 @@
+"""What a reduction returns, and the frame that all methods share: filters in, one recurrence each with its errors out.
+
+A method chooses poles; everything else is the same for all of them.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scavenger.recurrence.reduction import hankel
+from scavenger.recurrence.reduction.residues import count_modes, count_states, fit, gain_errors, tails
+
+
+TOGETHER = 256  # filters whose search goes on at once; what is large is cut into pieces of hankel.PIECE_BYTES besides
+
+
+@dataclass(frozen=True)
+class ReducedFilter:
+    """One filter as a recurrence: h_t ≈ Re Σ_m R_m λ_m^t + D [t = 0]."""
+
+    poles: NDArray  # (mode,) complex; of a conjugate pair the one above the axis
+    residues: NDArray  # (mode,) complex
+    direct: float
+    real_states: int  # a complex mode counts two, a real one counts one
+    relative_error: float  # l2 error of the taps over the horizon, relative to all taps
+    floor: float  # proven relative l2 error of any recurrence with as many real states
+    gain_error: float  # max over frequency of |E(e^{iω})| in units of the taps; the target is zero past the horizon
+    gain_floor: float  # proven gain error of any stable recurrence with as many real states
+    tail: float  # l2 norm of the recurrence from the horizon to infinity, relative to the taps
+    hankel_values: NDArray  # leading singular values of the zero-padded Hankel matrix, largest first
+
+    @property
+    def state_size(self) -> int:
+        return len(self.poles)
+
+    @property
+    def largest_radius(self) -> float:
+        return float(np.abs(self.poles).max(initial=0.0))
+
+
+class Targets:
+    """Some filters, what is proven of them, and as much of their Hankel matrices as has been asked for."""
+
+    def __init__(self, taps: Tensor, most_states: int):
+        self.taps = taps  # (filter, length)
+        self.floors = hankel.tap_floors(taps)
+        self._known = torch.zeros(len(taps), dtype=torch.long, device=taps.device)
+        self._values = taps.new_zeros(len(taps), most_states + 1)
+        self._shift = taps.new_zeros(len(taps), most_states + 1, most_states + 1)
+
+    def least(self, tolerance: float) -> Tensor:
+        """The fewest real states that are not proven to miss the tolerance, (filter,)."""
+        return (self.floors > tolerance).sum(1)
+
+    def leading(self, rows: Tensor, states: int) -> tuple[Tensor, Tensor]:
+        """Hankel eigenvalues μ (row, states + 1), largest first, and Vᵀ Z V (row, states, states) of their vectors.
+
+        Z is the shift by one tap: (Z v)_t = v_{t-1}.
+        """
+        count = states + 1
+        unknown = rows[self._known[rows] < count]
+        # One decomposition serves all smaller sizes.
+        wanted = min(self._values.shape[1], (1 << (states - 1).bit_length()) + 1 if states > 1 else 2)
+        length = self.taps.shape[1] - 1
+        for piece in hankel.pieces(len(unknown), 96 * length * min(length, 2 * wanted + 64)):
+            values, vectors = hankel.hankel_eigen(self.taps[unknown[piece], 1:], wanted)
+            self._values[unknown[piece], :wanted] = values
+            self._shift[unknown[piece], :wanted, :wanted] = vectors[:, 1:].mT @ vectors[:, :-1]
+            self._known[unknown[piece]] = wanted
+        return self._values[rows, :count], self._shift[rows, :states, :states]
+
+
+Choose = Callable[[Targets, float | None, int], Tensor]  # targets, tolerance, most modes; poles (filter, 2 modes)
+Refine = Callable[[Tensor, Tensor, int], Tensor]  # taps, poles (filter, states), most modes; poles no worse
+Start = Callable[[Targets, Tensor, int, int], Tensor]  # targets, rows, real states, most modes; poles (row, states)
+
+
+def reduce_by(
+    choose: Choose, taps: Tensor, tolerance: float | None, state_size: int | None, max_state_size: int
+) -> list[ReducedFilter]:
+    """The recurrence of each filter, `taps` (filter, length) real, with the poles that `choose` finds.
+
+    Filters are taken TOGETHER at a time; on a CPU as many such groups at once as torch has threads, since LAPACK gains
+    nothing from several threads at these sizes. Each needs a few hankel.PIECE_BYTES, or what a single filter takes, and
+    TOGETHER × (2 modes + 1)² numbers, however many filters there are; the recurrences themselves come on top.
+    """
+    if (tolerance is None) == (state_size is None):
+        raise ValueError("reduce: found both or neither of tolerance and state_size; expected one of them")
+    modes = max_state_size if state_size is None else state_size
+    if modes < 1 or (tolerance is not None and not tolerance > 0):
+        raise ValueError("reduce: found a tolerance or a state size of 0 or less; expected more than 0")
+    if taps.ndim != 2 or not taps.shape[1] or taps.is_complex():
+        raise ValueError(f"reduce: found {taps.dtype} of shape {tuple(taps.shape)}; expected real (filter, length)")
+    broken = (~taps.isfinite().all(1)).nonzero()
+    if len(broken):
+        raise ValueError(f"reduce: the taps of filter {int(broken[0])} are not finite; expected finite numbers")
+    threads = 1 if taps.is_cuda else torch.get_num_threads()
+    groups = taps.detach().double().split(max(1, min(TOGETHER, math.ceil(len(taps) / threads))))
+
+    def one_group(group):
+        return _reduce_group(choose, group, tolerance, modes)
+
+    if threads == 1 or len(groups) == 1:
+        found = [one_group(group) for group in groups]
+    else:
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                found = list(pool.map(one_group, groups))
+        finally:
+            torch.set_num_threads(threads)  # what a thread sets is the default of every thread to come
+    return [filter for group in found for filter in group]
+
+
+def improve(targets: Targets, poles: Tensor, refine: Refine, start: Start, tolerance: float | None) -> Tensor:
+    """Poles refined filter by filter, and then, with a tolerance, as few as still meet it.
+
+    A refinement counts only where the error over the padded target falls and the modes stay within their number. Where
+    the refined poles meet the tolerance, one real state less is tried, from `start` at that size, until that misses or
+    is proven to.
+    """
+    modes = poles.shape[1] // 2
+    poles = packed(poles)
+    going = torch.full_like(poles[:, 0].real, tolerance is not None).bool()
+    floor = targets.least(tolerance) if tolerance is not None else None
+
+    def accept(rows, found, states):
+        poles[rows] = 0
+        poles[rows, :states] = found
+        if tolerance is not None:
+            going[rows] = fit(targets.taps[rows], found).error <= tolerance
+
+    sizes = count_states(poles)
+    for states in sizes.unique().tolist():
+        rows = (sizes == states).nonzero()[:, 0]
+        if states:
+            accept(rows, refine(targets.taps[rows], poles[rows, :states], modes), states)
+    for states in range(2 * modes - 1, 0, -1):
+        if tolerance is None:
+            break
+        rows = (going & (count_states(poles) == states + 1) & (floor <= states)).nonzero()[:, 0]
+        if len(rows):
+            found = refine(targets.taps[rows], start(targets, rows, states, modes), modes)
+            met = (fit(targets.taps[rows], found).error <= tolerance) & (count_modes(found) <= modes)
+            accept(rows[met], found[met], states)
+            going[rows[~met]] = False
+    return poles
+
+
+def packed(poles: Tensor) -> Tensor:
+    """Used columns first, in their order, so that pairs stay together."""
+    return poles.gather(1, (poles == 0).to(torch.int8).argsort(dim=1, stable=True))
+
+
+@torch.no_grad()
+def _reduce_group(choose, taps, tolerance, modes):
+    scale = taps.abs().amax(1)
+    scale = torch.where(scale > 0, scale, 1)
+    taps = taps / scale[:, None]
+    targets = Targets(taps, 2 * modes)
+    poles = choose(targets, tolerance, modes)
+    poles = packed(poles)
+    states = count_states(poles)
+    found = [None] * len(taps)
+    for count in states.unique().tolist():
+        rows = (states == count).nonzero()[:, 0]
+        for piece in hankel.pieces(len(rows), 16 * 10 * taps.shape[1] * (count + 1)):
+            for row, reduced in zip(
+                rows[piece].tolist(),
+                _recurrences(targets, rows[piece], poles[rows[piece], :count], scale[rows[piece]]),
+                strict=True,
+            ):
+                found[row] = reduced
+    return found
+
+
+def _recurrences(targets, rows, poles, scale):
+    """The poles of some filters, all of as many real states, as recurrences with everything that is said of them."""
+    states, taps = poles.shape[1], targets.taps[rows]
+    amplitudes, error, _ = fit(taps, poles)
+    values = targets.leading(rows, states)[0].abs()
+    floors = targets.floors[rows, min(states, targets.floors.shape[1] - 1)]
+    numbers = torch.stack(
+        [
+            error,
+            floors,
+            gain_errors(taps, poles, amplitudes) * scale,
+            hankel.gain_floors(values)[:, states] * scale,
+            tails(taps, poles, amplitudes),
+        ],
+        dim=1,
+    ).tolist()
+    values = (values * scale[:, None]).cpu().numpy()
+    first = (taps[:, 0] * scale).tolist()
+    residues = torch.where(poles != 0, amplitudes / torch.where(poles != 0, poles, 1), 0) * scale[:, None]
+    upper = (poles.imag >= 0).cpu().numpy()
+    poles, residues = poles.cpu().numpy(), residues.cpu().numpy()
+    for index, (error, floor, gain_error, gain_floor, tail) in enumerate(numbers):
+        own = residues[index, upper[index]]
+        yield ReducedFilter(
+            poles=poles[index, upper[index]],
+            residues=own,
+            direct=float(first[index] - own.real.sum()),  # modes alone leave Re Σ R at t = 0
+            real_states=states,
+            relative_error=error,
+            floor=floor,
+            gain_error=gain_error,
+            gain_floor=gain_floor,
+            tail=tail,
+            hankel_values=values[index],
+        )

@@ -1,0 +1,273 @@
+"""Two or more models on everything: one table with intervals, one page, one JSON; differences are paired."""
+
+import functools
+import sys
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from scavenger.recurrence.certificate import aligned
+from scavenger.report import command, continuation, likelihood, lm_eval_tasks, metrics, retrieval, timing
+from scavenger.report.evaluated import Evaluated, same_outputs, same_tokenizer
+from scavenger.report.metrics import Estimate, Metric
+from scavenger.report.results import Results, versions
+from scavenger.report.text import Blocks, Text
+
+
+# Measured by document or question in units of text, so that models of different tokenizers compare.
+OF_TEXT = ("bits per byte",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; None: not."""
+
+    seed: int = 0
+    perplexity: "perplexity.Settings | None" = None
+    recall: "recall.Settings | None" = None
+    generation: "generation.Settings | None" = None
+    tasks: lm_eval_tasks.Settings | None = None
+    speed: "speed.Settings | None" = None
+
+
+def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, results: Results) -> dict:
+    """Every measurement of every model, and its difference to that of the first, the reference."""
+    reference = models[0]
+    record = text.settings
+
+    @functools.cache
+    def stream(model):
+        return text.stream(model.tokenizer)
+
+    @functools.cache
+    def continuations():
+        return continuation.prepare(reference, stream(reference), settings.generation)
+
+    @functools.cache
+    def questions():
+        return lm_eval_tasks.questions_of(settings.tasks)
+
+    alike, outputs = same_tokenizer(models), same_outputs(models)
+    if settings.tasks:  # what cannot be asked is said before anything is measured
+        questions()
+    if settings.generation and outputs:
+        continuations()
+    elif settings.generation:
+        print("what models write is not compared: their tokens are not the same", file=sys.stderr)
+    found, bar = {}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
+    for model in bar:
+        bar.set_postfix_str(model.label)
+
+        def measured(name, own, measure, model=model):
+            found.setdefault(name, []).append(results.of(name, model, own, measure))
+
+        measured("model", {}, functools.partial(facts, model))
+        if settings.perplexity:
+            beside = reference if outputs and model is not reference else None
+            own = likelihood.described(settings.perplexity) | record
+            own |= {"reference": beside and beside.weights}
+            measured("perplexity", own, functools.partial(likelihood.of, model, text, settings.perplexity, beside))
+        if settings.recall:
+            own = retrieval.described(settings.recall) | record
+            measured("recall", own, lambda model=model: retrieval.run(model, stream(model), settings.recall))
+        if settings.generation and outputs:
+            own = continuation.described(settings.generation) | record | {"reference": reference.weights}
+            measured(
+                "generation",
+                own,
+                lambda model=model: continuation.run(
+                    model, reference, stream(model), settings.generation, continuations()
+                ),
+            )
+        if settings.tasks:
+            found.setdefault("harness", []).append(lm_eval_tasks.of_model(model, questions(), settings.tasks, results))
+        if model is not reference:
+            model.close()
+    if settings.speed:
+        found["speed"] = timing.kept(models, settings.speed, results, stream(reference) if alike else None)
+    for model in models:
+        model.close()
+    return summary(models, found, settings, alike)
+
+
+def facts(model: Evaluated) -> dict:
+    """What a table says of a model itself."""
+    return {
+        "metrics": [],
+        "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "kind": "recurrent" if model.is_recurrent else "convolution" if model.is_student else model.config.model_type,
+        "training_context": model.stated_context,
+        "state_bytes": model.config.state_bytes if model.is_recurrent else None,
+        "break_even_length": model.config.break_even_length if model.is_student else None,
+    }
+
+
+def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Settings, alike: bool) -> dict:
+    """What is shown: for each metric each model's value and interval, and its difference to the reference's."""
+    labels = [model.label for model in models]
+    rows = []
+    for name, results in found.items():
+        by_model = {result["model"]: {m["name"]: Metric(**m) for m in result["metrics"]} for result in results}
+        order = list(dict.fromkeys(metric for own in by_model.values() for metric in own))
+        for metric_name in order:
+            own = {label: by_model[label][metric_name] for label in by_model if metric_name in by_model[label]}
+            if next(iter(own.values())).relative:
+                own.pop(labels[0], None)
+            if not own:
+                continue
+            rows.append(_row(name, metric_name, own, labels[0], settings.seed, alike or name == "harness"))
+        rows += [_plain_row(name, metric_name, "share", {}) for metric_name in results[0].get("unmeasured", [])]
+    if "speed" in found:
+        rows.append(_state_row(found["speed"]))
+    return {
+        "reference": labels[0],
+        "labels": labels,
+        "models": {result["model"]: _without_metrics(result) for result in found["model"]},
+        "settings": {
+            name: {key: value for key, value in results[0]["settings"].items() if key != "reference"}
+            for name, results in found.items()
+            if name != "model"
+        },
+        "rows": rows,
+        "details": {
+            name: {result["model"]: _without_metrics(result) for result in results}
+            for name, results in found.items()
+            if name != "model"
+        },
+        "published": {model.label: scores for model in models if (scores := lm_eval_tasks.published_of(model))},
+        "seed": settings.seed,
+        "level": metrics.LEVEL,
+        "versions": versions() | {"device": timing.device_name(models[0].device), "dtype": models[0].dtype},
+    }
+
+
+def verdict(found: dict, labels: list[str] | None = None) -> str:
+    """What models, all if none is named, lost and gained beside the reference, in a sentence for each."""
+    sentences = []
+    for label in labels or found["labels"][1:]:
+        said = {"worse": [], "better": [], "alike": [], "unsure": []}
+        for row in found["rows"]:
+            if row["headline"] and label in row["differences"]:
+                apart = row["differences"][label]
+                kind = "unsure" if apart["low"] is None else apart["verdict"] or "alike"
+                said[kind].append(f"{row['metric']} ({shown_difference(row, label)})")
+        parts = []
+        if said["worse"]:
+            parts.append(f"worse at {', '.join(said['worse'])}")
+        if said["better"]:
+            parts.append(f"better at {', '.join(said['better'])}")
+        if said["alike"]:
+            parts.append(f"not to be told apart at {', '.join(name.split(' (')[0] for name in said['alike'])}")
+        if said["unsure"]:
+            parts.append(f"of too few items for an interval at {', '.join(said['unsure'])}")
+        if parts:
+            sentences.append(f"Beside {found['reference']}, {label} is {'; '.join(parts)}.")
+    return " ".join(sentences) or "One model was measured; nothing was compared."
+
+
+def text_table(found: dict) -> str:
+    """The headline figures as aligned text, and what they were measured with."""
+    header, rows, _ = headline(found)
+    lines = [aligned(header, rows)]
+    for name, settings in found["settings"].items():
+        lines.append(f"{name}: {command.described(settings)}")
+    return "\n".join(lines)
+
+
+def headline(found: dict) -> tuple[list[str], list[list[str]], dict[tuple[int, int], str]]:
+    """Header, a row for each headline metric, and which cells differ from the reference beyond their interval."""
+    header = [f"{100 * found['level']:.0f} % intervals", *found["labels"]]
+    header += [f"{label}, published" for label in found["published"]]
+    rows, classes = [], {}
+    for row in (row for row in found["rows"] if row["headline"]):
+        cells = [row["metric"] + _limited(row["measurement"], found["settings"])]
+        for column, label in enumerate(found["labels"], 1):
+            cells.append(shown(row, label))
+            kind = row["differences"].get(label, {}).get("verdict")
+            if kind:
+                classes[len(rows), column] = kind
+        for scores in found["published"].values():
+            value = scores.get(row["metric"])
+            cells.append("–" if value is None else metrics.show(Estimate(value, None, None, 0), row["unit"]))
+        rows.append(cells)
+    return header, rows, classes
+
+
+def _row(measurement, name, own, reference, seed, comparable):
+    """A metric as it is shown: values, and differences where the items are the same."""
+    any_metric = next(iter(own.values()))
+    estimates = {label: metrics.estimate(metric, seed) for label, metric in own.items()}
+    differences = {}
+    if reference in own and (comparable or name in OF_TEXT):
+        for label, metric in own.items():
+            if label != reference and len(metric.numerators) == len(own[reference].numerators):
+                found = metrics.difference(metric, own[reference], seed)
+                differences[label] = _plain(found) | {"verdict": _judged(found, metric)}
+    return {
+        "measurement": measurement,
+        "metric": name,
+        "unit": any_metric.unit,
+        "better": any_metric.better,
+        "exponential": any_metric.exponential,
+        "group": any_metric.group,
+        "x": any_metric.x,
+        "headline": any_metric.headline,
+        "models": {label: _plain(found) for label, found in estimates.items()},
+        "differences": differences,
+    }
+
+
+def _state_row(results):
+    """What each model keeps for a sequence after the longest prompt that was read, with its smallest cache."""
+    read = [(row["prompt"], row["state_bytes"]) for result in results for row in result["rows"] + result["contexts"]]
+    longest = max((prompt for prompt, state in read if state is not None), default=0)
+    kept = {}
+    for result in results:
+        rows = [row for row in result["rows"] + result["contexts"] if row["prompt"] == longest]
+        sizes = [row["state_bytes"] / 1024 for row in rows if row["state_bytes"] is not None]
+        if sizes:
+            kept[result["model"]] = _plain(Estimate(min(sizes), None, None, 1))
+    return _plain_row("speed", f"KiB kept after {longest:,} tokens", "", kept)
+
+
+def _plain_row(measurement, name, unit, values):
+    """A row without intervals; of values that were not measured, without values."""
+    shared = {"unit": unit, "better": "", "exponential": False, "group": "", "x": None, "headline": True}
+    return {"measurement": measurement, "metric": name, **shared, "models": values, "differences": {}}
+
+
+def _judged(found, metric):
+    """better, worse, or None: not to be told apart."""
+    if not metric.better or not metrics.separates(found, metric):
+        return None
+    larger = found.value > (1.0 if metric.exponential else 0.0)
+    return "better" if larger == (metric.better == "higher") else "worse"
+
+
+def _plain(found):
+    return {"value": found.value, "low": found.low, "high": found.high, "items": found.items}
+
+
+def shown(row: dict, label: str) -> str:
+    """A model's cell of a row."""
+    if label not in row["models"]:
+        return "–"
+    return metrics.show(Estimate(**row["models"][label]), row["unit"])
+
+
+def shown_difference(row: dict, label: str) -> str:
+    """The difference to the reference in a model's cell."""
+    if label not in row["differences"]:
+        return "–"
+    found = {key: value for key, value in row["differences"][label].items() if key != "verdict"}
+    return metrics.show(Estimate(**found), row["unit"], signed=True, exponential=row["exponential"])
+
+
+def _limited(measurement, settings):
+    """What is said where not all documents, or not all questions, were read."""
+    limit = settings[measurement].get("limit") if measurement in ("perplexity", "harness") else None
+    return f" (first {limit})" if limit else ""
+
+
+def _without_metrics(result):
+    return {key: value for key, value in result.items() if key != "metrics"}

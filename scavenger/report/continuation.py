@@ -1,0 +1,303 @@
+"""How a model writes: whether it goes on as a reference does (its teacher), and whether it repeats itself.
+
+Every model goes on from the same pieces of held-out text, greedily and by sampling; an item of every metric is such a
+prompt. An end-of-text token does not end a continuation, so that all have the same length.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from scavenger import losses, measure
+from scavenger.report import metrics
+from scavenger.report.evaluated import Evaluated, numbers, same_outputs
+from scavenger.report.metrics import Metric
+
+
+SAMPLES = 3  # prompts whose continuations are shown
+COLUMNS = 160  # characters of them side by side
+NGRAM = 4  # as in arXiv:1908.04319
+LOOP_READINGS = 3  # a list's lines begin alike twice soon enough
+LOOP_TOKENS = 16  # less is a ruler of dashes, an indentation or an ellipsis
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Prompts of `prompt_tokens`, each gone on with for `new_tokens`; how text is sampled, as in a run's report."""
+
+    prompts: int = 64
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 50
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.prompts, self.prompt_tokens, self.top_k) < 1 or self.temperature <= 0 or self.seed < 0:
+            raise ValueError(
+                f"found {self.prompts} prompts of {self.prompt_tokens} tokens, temperature {self.temperature}, "
+                f"top-k {self.top_k} and seed {self.seed}; expected positive ones, and a seed of 0 or more"
+            )
+        if self.new_tokens < NGRAM:
+            raise ValueError(f"found {self.new_tokens} new tokens; expected {NGRAM} or more, to look for repetitions")
+
+
+def described(settings: Settings) -> dict:
+    """For the record, to which the reference's weights belong too."""
+    return dataclasses.asdict(settings)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The reference's side, which all models share: prompts, what follows them in the text, and what it writes."""
+
+    reference: Evaluated
+    settings: Settings
+    prompts: np.ndarray  # (prompt, prompt_tokens)
+    text: np.ndarray  # (prompt, new_tokens), what follows in the held-out text
+
+    @functools.cached_property
+    def greedy(self) -> np.ndarray:
+        """The reference's own greedy continuations, (prompt, new_tokens); written when they are first asked for."""
+        return continuations(self.reference.model, self.prompts, self.settings, f"{self.reference.label}, greedy")
+
+    @functools.cached_property
+    def text_losses(self) -> np.ndarray:
+        """-log p of the held-out text under the reference, (prompt, new_tokens), nats."""
+        return losses_of(self.reference.model, self.prompts, self.text)
+
+
+def prepare(reference: Evaluated, stream: np.ndarray, settings: Settings) -> Prepared:
+    """Prompts at seeded places of a text's token ids, none of which overlap; nothing is computed yet."""
+    length = settings.prompt_tokens + settings.new_tokens
+    places = len(stream) // length
+    if places < settings.prompts:
+        raise ValueError(
+            f"the text has {len(stream)} tokens; expected {settings.prompts * length} or more, for "
+            f"{settings.prompts} prompts and what follows"
+        )
+    chosen = np.random.default_rng(settings.seed).choice(places, settings.prompts, replace=False)
+    pieces = stream[: places * length].reshape(places, length)[chosen]
+    return Prepared(reference, settings, pieces[:, : settings.prompt_tokens], pieces[:, settings.prompt_tokens :])
+
+
+def comparable(model: Evaluated, reference: Evaluated):
+    """ValueError where two models' tokens are not the same."""
+    if not same_outputs([model, reference]):
+        raise ValueError(
+            f"{model.label} and {reference.label} have different tokens; expected models of one tokenizer and one "
+            "size of vocabulary"
+        )
+
+
+def run(
+    model: Evaluated, reference: Evaluated, stream: np.ndarray, settings: Settings, prepared: Prepared | None = None
+) -> dict:
+    """How a model writes beside a reference; ValueError where their tokens differ.
+
+    The KL and the agreement of most likely tokens are along the reference's greedy text, which both read. `held_out`
+    has, under the names of the sampled text's metrics, those of the text that really follows; `samples` the first
+    prompts and what follows them. What `prepare` gave is used again for the next model.
+    """
+    comparable(model, reference)
+    prepared = prepared or prepare(reference, stream, settings)
+    prompts = prepared.prompts
+    greedy = continuations(model.model, prompts, settings, f"{model.label}, greedy")
+    divergence, same = along(model.model, reference.model, prompts, prepared.greedy)
+    sampled = continuations(model.model, prompts, settings, f"{model.label}, sampled", sampled=True)
+    common = common_prefix(greedy, prepared.greedy)
+    found = [
+        _metric("greedy agreement", common / settings.new_tokens, "share", "higher", headline=True, relative=True),
+        _metric("tokens until first divergence", common, "", "higher", relative=True),
+        _metric("same whole continuation", common == settings.new_tokens, "share", "higher", relative=True),
+        _metric("KL along the reference's text", divergence.mean(1), "nats", "lower", headline=True, relative=True),
+        _metric("top-1 along the reference's text", same.mean(1), "share", "higher", relative=True),
+        *_by_position(divergence),
+        *_repetition(greedy, "greedy", headline=True),
+        *_degeneration(sampled, losses_of(reference.model, prompts, sampled)),
+    ]
+    return {
+        "metrics": [metrics.packed(metric) for metric in found],
+        "held_out": [metrics.packed(metric) for metric in _degeneration(prepared.text, prepared.text_losses)],
+        "reference": reference.label,
+        "samples": _samples(prepared, greedy, sampled, common),
+    }
+
+
+def continuations(
+    model: nn.Module, prompts: np.ndarray, settings: Settings, what: str = "continuations", sampled: bool = False
+) -> np.ndarray:
+    """The model's greedy or sampled continuations of prompts (prompt, length), (prompt, new_tokens)."""
+    drawn = {"temperature": settings.temperature, "top_k": settings.top_k} if sampled else {}
+    # The model's own may ask for anything, and fills in what a call leaves open. An end-of-text token is one of many.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    rows, found = max(1, measure.BATCH_TOKENS // (prompts.shape[1] + settings.new_tokens)), []
+    batches = torch.from_numpy(prompts.astype(np.int64)).split(rows)
+    try:
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(settings.seed)
+            for batch in tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True):
+                ids = model.generate(
+                    batch.to(model.device),
+                    attention_mask=torch.ones_like(batch, device=model.device),
+                    max_new_tokens=settings.new_tokens,
+                    do_sample=sampled,
+                    pad_token_id=0,  # for nothing: all are of one length
+                    **drawn,
+                )
+                found.append(ids[:, prompts.shape[1] :].cpu())
+    finally:
+        model.generation_config = own
+    return torch.cat(found).numpy()
+
+
+def along(
+    model: nn.Module, reference: nn.Module, prompts: np.ndarray, text: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL(reference ‖ model) in nats, and whether the most likely token is the reference's, at each token of a text.
+
+    Both read the prompt and the text, (prompt, length) each; both results are (prompt, length of the text).
+    """
+    divergence, same = [], []
+    for ids in _batches(prompts, text, model.device):
+        log_p, log_q = (_log_probabilities(each, ids, text.shape[1]) for each in (reference, model))
+        divergence.append(losses.divergence(log_q, log_p))
+        same.append(log_p.argmax(-1) == log_q.argmax(-1))
+    return tuple(torch.cat(parts).double().cpu().numpy() for parts in (divergence, same))
+
+
+def losses_of(model: nn.Module, prompts: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """-log p of each token of texts behind prompts, (prompt, length of the text), nats."""
+    found = []
+    for ids in _batches(prompts, text, model.device):
+        log_p = _log_probabilities(model, ids, text.shape[1])
+        found.append(-log_p.gather(2, ids[:, -text.shape[1] :, None])[..., 0])
+    return torch.cat(found).double().cpu().numpy()
+
+
+def common_prefix(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Tokens that two texts begin with alike, for each row of (prompt, length)."""
+    return np.cumprod(one == other, axis=1).sum(1)
+
+
+def repeated_ngrams(tokens: np.ndarray, size: int = NGRAM) -> float:
+    """Share of a text's n-grams that repeat another: 1 - different ones / all of them (seq-rep-n, arXiv:1908.04319)."""
+    grams = [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
+    return 1 - len(set(grams)) / len(grams)
+
+
+def ends_in_loop(tokens: np.ndarray) -> bool:
+    """Whether a text's last tokens are one piece again and again: LOOP_READINGS times, over LOOP_TOKENS at least."""
+    for period in range(1, len(tokens) // LOOP_READINGS + 1):
+        span = max(LOOP_READINGS * period, LOOP_TOKENS)
+        if span <= len(tokens) and np.array_equal(tokens[-span:-period], tokens[len(tokens) - span + period :]):
+            return True
+    return False
+
+
+def side_by_side(results: list[dict]) -> str:
+    """The samples of all models in columns, by prompt; ‖ is where a greedy continuation leaves the reference's."""
+    reference, blocks = results[0]["reference"], []
+    for number, shared in enumerate(results[0]["samples"]):
+        own = {result["model"]: result["samples"][number] for result in results}
+        greedy = {f"{reference}, greedy": shared["reference"]} | {
+            f"{label}, greedy": _marked(sample) for label, sample in own.items() if label != reference
+        }
+        sampled = {"held-out text": shared["text"]}
+        sampled |= {f"{label}, sampled": sample["sampled"] for label, sample in own.items()}
+        blocks += [_columns({f"prompt {number + 1}": shared["prompt"]}), _columns(greedy), _columns(sampled)]
+    return "\n\n".join(blocks)
+
+
+def _batches(prompts, text, device):
+    """Prompts with texts, so few at once that some tensors of their logits fit: a quarter of an evaluation batch."""
+    ids = torch.from_numpy(np.concatenate([prompts, text], axis=1).astype(np.int64))
+    rows = max(1, measure.BATCH_TOKENS // 4 // ids.shape[1])
+    return (batch.to(device) for batch in ids.split(rows))
+
+
+@torch.inference_mode()
+def _log_probabilities(model, ids, count):
+    """Of the last `count` tokens, each before it is read, in float32 or wider."""
+    logits = numbers(model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=count).logits)
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def _metric(name, values, unit, better, headline=False, **what):
+    sums = np.asarray(values, float).tolist()
+    return Metric(name, sums, [1.0] * len(sums), unit, better, headline=headline, **what)
+
+
+def _by_position(divergence):
+    """KL by place in the continuation, in bins that double: 1, 2, 3–4, 5–8, …; x is a bin's last place."""
+    found, low, high, length = [], 1, 1, divergence.shape[1]
+    while low <= length:
+        last = min(high, length)
+        inside = divergence[:, low - 1 : last]
+        name = f"KL at new token {low:,}" if low == last else f"KL at new tokens {low:,}–{last:,}"
+        sums, counts = inside.sum(1).tolist(), [float(inside.shape[1])] * len(inside)
+        found.append(Metric(name, sums, counts, "nats", "lower", group="divergence", x=float(last), relative=True))
+        low, high = high + 1, 2 * high
+    return found
+
+
+def _repetition(texts, kind, headline=False):
+    return [
+        _metric(f"repeated {NGRAM}-grams, {kind}", [repeated_ngrams(own) for own in texts], "share", "lower", headline),
+        _metric(f"endings in a loop, {kind}", [ends_in_loop(own) for own in texts], "share", "lower"),
+    ]
+
+
+def _degeneration(texts, its_losses):
+    """Repetition, and the loss: of text that repeats itself it is too low, of text that makes no sense too high."""
+    return [
+        *_repetition(texts, "sampled"),
+        _metric("loss of sampled text under the reference", its_losses.mean(1), "nats", ""),
+    ]
+
+
+def _samples(prepared, greedy, sampled, common):
+    decode, found = prepared.reference.tokenizer.decode, []
+    for row in range(min(SAMPLES, len(common))):
+        alike, whole = int(common[row]), decode(greedy[row])
+        # A character of several tokens is none in either half.
+        agreed = os.path.commonprefix([decode(greedy[row, :alike]), whole])
+        found.append(
+            {
+                "prompt": decode(prepared.prompts[row]),
+                "text": decode(prepared.text[row]),
+                "reference": decode(prepared.greedy[row]),
+                "greedy": whole,
+                "agreed_characters": len(agreed),
+                "first_divergence": alike if alike < greedy.shape[1] else None,
+                "sampled": decode(sampled[row]),
+            }
+        )
+    return found
+
+
+def _marked(sample):
+    whole, agreed = sample["greedy"], sample["agreed_characters"]
+    return whole if sample["first_divergence"] is None else f"{whole[:agreed]}‖{whole[agreed:]}"
+
+
+def _columns(texts: dict[str, str]) -> str:
+    """Texts next to each other, each under its name and broken to its share of COLUMNS characters."""
+    width = COLUMNS // len(texts) - 3
+    columns = []
+    for name, text in texts.items():
+        lines = [name[:width], "-" * width, *text.expandtabs().strip("\n").splitlines()]
+        columns.append([line[start : start + width] for line in lines for start in range(0, max(1, len(line)), width)])
+    return "\n".join(
+        " | ".join(cell.ljust(width) for cell in cells).rstrip()
+        for cells in itertools.zip_longest(*columns, fillvalue="")
+    )

@@ -1,0 +1,213 @@
+"""Perplexity in a sliding window, per token and per byte, by position in the context and beyond the training length."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from scavenger.measure import BATCH_TOKENS
+from scavenger.report import metrics
+from scavenger.report.evaluated import Evaluated, numbers
+from scavenger.report.metrics import Metric
+from scavenger.report.text import Blocks, Text
+
+
+BEYOND = 4  # contexts that positions are measured in, as a multiple of the window: past every training length of ours
+AGREEMENT = "same most likely token"
+DIVERGENCE = "KL from the reference"
+LONG_CONTEXTS = 32  # of them at most: 32 times 1,024 tokens tell positions apart by a few per cent
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Windows of `context_length` tokens, `stride` apart; positions in contexts of `longest`."""
+
+    context_length: int
+    stride: int
+    longest: int
+
+    def __post_init__(self):
+        if self.context_length < 2:
+            raise ValueError(f"found a context of {self.context_length} tokens; expected 2 or more")
+        if not 1 <= self.stride <= self.context_length:
+            raise ValueError(
+                f"found a stride of {self.stride}; expected 1 to {self.context_length}, the length of a window"
+            )
+        if self.longest < 2:
+            raise ValueError(f"found contexts of {self.longest} tokens for positions; expected 2 or more")
+
+
+def settings_for(models: list[Evaluated], context_length=None, stride=None, longest=None) -> Settings:
+    """What is not given: the shortest training context, half of it, and four times it."""
+    length = context_length or min(model.training_context for model in models)
+    return Settings(length, stride or max(1, length // 2), longest or BEYOND * length)
+
+
+def of(model: Evaluated, text: Text | Blocks, settings: Settings, reference: Evaluated | None = None) -> dict:
+    """Perplexity, how near the model is to a reference that reads the same tokens, and perplexity by position."""
+    measure_all = of_blocks if isinstance(text, Blocks) else of_documents
+    found = measure_all(model, text, settings, reference)
+    stream = text.stream(model.tokenizer)
+    return {"metrics": [metrics.packed(metric) for metric in found + by_position(model, stream, settings)]}
+
+
+def of_documents(model: Evaluated, text: Text, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
+    """In a sliding window, each document on its own behind an end-of-text token.
+
+    A window reads `context_length` tokens and predicts each next one; those that no earlier window predicted count:
+    all of the first, `stride` of the following ones. Every token of a document is predicted once, so that bits per
+    byte compare models of different tokenizers (stride = context_length is lm-eval's rolling log-likelihood).
+    """
+    documents = text.ids(model.tokenizer)
+    if all(len(ids) < 2 for ids in documents):
+        raise ValueError(f"{text.name}: found no token to predict; expected some text")
+    sums = sliding(model, documents, settings.context_length, settings.stride, reference)
+    sizes = [len(document.encode(errors="replace")) for document in text.documents]
+    return _metrics(sums, [len(ids) - 1 for ids in documents], sizes)
+
+
+def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
+    """Of a run's held-out blocks (block, length), each read on its own, its first token context only.
+
+    Items are documents, which an end-of-text token begins; a document's part of a block counts to it.
+    """
+    blocks, end = np.asarray(text.blocks).astype(np.int64), model.tokenizer.eos_token_id
+    document = np.cumsum(blocks.reshape(-1) == end).reshape(blocks.shape)[:, 1:]
+    count, places = document.max() + 1, document.reshape(-1)
+    found = predictions(model.model, blocks, reference and reference.model)
+    sums = np.stack([np.bincount(places, each.reshape(-1), count) for each in found])
+    tokens, sizes = np.bincount(places, minlength=count), np.zeros(count)
+    for ids, own in zip(blocks[:, 1:], document, strict=True):
+        for number in np.unique(own):
+            part = ids[own == number]
+            sizes[number] += _bytes(model.tokenizer.decode(part[part != end]))
+    seen = tokens > 0
+    return _metrics(sums[:, seen], tokens[seen], sizes[seen])
+
+
+def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> list[Metric]:
+    """Perplexity by position, in contexts of `longest` tokens (or the most there are of), each read on its own.
+
+    Positions are in bins that double, 1, 2-3, 4-7, …; the last metric is of those past the window. Items are the
+    documents that the contexts are of, as in `of_blocks`: contexts of one document are much alike.
+    """
+    longest = min(settings.longest, len(stream))
+    count = min(LONG_CONTEXTS, len(stream) // longest)
+    ids = stream[: count * longest].reshape(count, longest)
+    loss = predictions(model.model, ids)[0]
+    document = np.cumsum(ids.reshape(-1) == model.tokenizer.eos_token_id).reshape(ids.shape)[:, 1:]
+    position = np.arange(1, longest)  # tokens read before the one that is predicted
+    found = []
+
+    def of_places(inside):
+        own = document[:, inside].reshape(-1)
+        sums = np.bincount(own, loss[:, inside].reshape(-1), document.max() + 1)
+        return sums.tolist(), np.bincount(own, minlength=len(sums)).astype(float).tolist()
+
+    for power in range(int(math.log2(longest - 1)) + 1):
+        inside = (position >= 2**power) & (position < 2 ** (power + 1))
+        first, last = 2**power, min(2 ** (power + 1), longest) - 1
+        name = f"perplexity at {first:,}" + (f"–{last:,}" if last > first else "")
+        found.append(Metric(name, *of_places(inside), "", "lower", True, "position", float(2**power)))
+    past = position >= settings.context_length
+    if past.any():
+        found.append(
+            Metric(
+                f"perplexity past {settings.context_length:,}, up to {longest:,}",
+                *of_places(past),
+                "",
+                "lower",
+                exponential=True,
+                headline=True,
+            )
+        )
+    return found
+
+
+def sliding(
+    model: Evaluated, documents: list[list[int]], length: int, stride: int, reference: Evaluated | None = None
+) -> np.ndarray:
+    """Sums over all tokens of each document but its first of what `predictions` gives, (kind, document)."""
+    windows = [
+        (number, begin, first, end)
+        for number, ids in enumerate(documents)
+        for begin, first, end in _windows(len(ids) - 1, length, stride)
+    ]
+    windows.sort(key=lambda window: window[1] - window[3])  # the longest first: equal lengths share a batch
+    sums = np.zeros((3 if reference else 1, len(documents)))
+    rows = max(1, BATCH_TOKENS // (length + 1))
+    for start in tqdm(range(0, len(windows), rows), desc="perplexity", unit="batch", leave=False, dynamic_ncols=True):
+        batch = windows[start : start + rows]
+        width = batch[0][3] - batch[0][1]
+        # Filled up at the end, where a causal model does not look.
+        ids = np.full((len(batch), width + 1), model.tokenizer.eos_token_id)
+        for row, (number, begin, _, end) in zip(ids, batch, strict=True):
+            row[: end - begin + 1] = documents[number][begin : end + 1]
+        found = predictions(model.model, ids, reference and reference.model)
+        for row, (number, begin, first, end) in enumerate(batch):
+            sums[:, number] += found[:, row, first - begin : end - begin].sum(-1)
+    return sums
+
+
+@torch.inference_mode()
+def predictions(model: nn.Module, blocks: np.ndarray, reference: nn.Module | None = None) -> np.ndarray:
+    """Of each token of blocks but the first -log p, (1, block, length - 1) float64, nats.
+
+    With a reference, (3, …): as well whether the most likely token is the reference's, and KL(reference || model).
+    """
+    device = next(model.parameters()).device
+    rows, found = max(1, BATCH_TOKENS // blocks.shape[1]), []
+    for start in range(0, len(blocks), rows):
+        ids = torch.from_numpy(blocks[start : start + rows].astype(np.int64)).to(device)
+        log_p = _log_probabilities(model, ids)
+        own = [-log_p.gather(2, ids[:, 1:, None])[..., 0]]
+        if reference is not None:
+            log_q = _log_probabilities(reference, ids)
+            own += [log_p.argmax(-1) == log_q.argmax(-1), (log_q.exp() * (log_q - log_p)).sum(-1)]
+        found.append(torch.stack([each.double() for each in own]).cpu())
+    return torch.cat(found, dim=1).numpy()
+
+
+def _log_probabilities(model, ids):
+    logits = numbers(model(input_ids=ids[:, :-1], use_cache=False).logits)
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def _bytes(text):
+    """In UTF-8; a character that a block's edge cuts is one byte on either side, about what each has of it."""
+    return len(text.replace("\ufffd", "?").encode())
+
+
+def _windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, first, end): reads places begin … end - 1, and those that count predict first + 1 … end."""
+    first, end = 0, min(length, tokens)
+    while first < tokens:
+        yield max(0, end - length), first, end
+        first, end = end, min(end + stride, tokens)
+
+
+def _metrics(sums, tokens, sizes) -> list[Metric]:
+    losses, *nearness = (np.asarray(each, dtype=float).tolist() for each in sums)
+    tokens, sizes = (np.asarray(each, dtype=float).tolist() for each in (tokens, sizes))
+    bits = [loss / math.log(2) for loss in losses]
+    found = [
+        Metric("perplexity", losses, tokens, "", "lower", exponential=True, headline=True),
+        Metric("bits per byte", bits, sizes, "bits", "lower", headline=True),
+    ]
+    if nearness:
+        agreed, divergence = nearness
+        near = {"headline": True, "relative": True}
+        found.append(Metric(AGREEMENT, agreed, tokens, "share", "higher", **near))
+        found.append(Metric(DIVERGENCE, divergence, tokens, "nats", "lower", **near))
+    return found
+
+
+def described(settings: Settings) -> dict:
+    """For the record."""
+    return dataclasses.asdict(settings)

@@ -1,0 +1,426 @@
+"""Teacher, pre-trained, distilled and recurrent student side by side: a table, a page of plots, and one JSON."""
+
+import dataclasses
+import html
+import importlib.util
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from scavenger import data, plan, teacher
+from scavenger.recipe import Recipe, RecipeError
+from scavenger.recurrence import certificate
+from scavenger.report import comparison, continuation, drawing, likelihood, lm_eval_tasks, page, retrieval, timing
+from scavenger.report import sections as parts
+from scavenger.report.evaluated import Evaluated
+from scavenger.report.page import Section
+from scavenger.report.results import Results
+from scavenger.report.text import Blocks
+from scavenger.run import checkpoint, energy
+from scavenger.transfer import transfer
+
+
+NAMES = ("teacher", "pre-trained", "distilled", "recurrent")
+TIMES = ("teacher", "student", "data", "checkpoints")  # as the log of a training shares out its time
+PROMPT_TOKENS = 48  # of held-out text, that every model goes on from
+
+
+def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
+    """Make `report/`: index.html for people, report.json for programs, the plots as SVG; prints the table.
+
+    What is measured is kept in `report.partial/results`, so that a report that was killed goes on.
+    """
+    folder = run_dir / "report"
+    if accelerator.is_main_process:
+        if not checkpoint.complete(folder):
+            beside = checkpoint.partial(folder)
+            beside.mkdir(parents=True, exist_ok=True)
+            figures = measure_run(recipe, run_dir, Results(beside / "results"))
+            made = sections(run_dir, figures)
+            parts.write_plots(made, beside)
+            checkpoint.write_json(beside / "report.json", figures)
+            title = f"scavenger: {figures['run']}"
+            checkpoint.write_text(beside / "index.html", page.document(title, verdict(figures), made))
+            checkpoint.finish(folder)
+        print(text_table(checkpoint.read_json(folder / "report.json")))
+        print(f"\nreport: {folder / 'index.html'}")
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def require_harness(recipe: Recipe):
+    """Refuse tasks where nothing can ask them; said before any training."""
+    if recipe.report and recipe.report.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError("report.tasks: lm_eval is not installed; expected pip install 'scavenger[eval]', or no tasks")
+
+
+def measure_run(recipe: Recipe, run_dir: Path, results: Results) -> dict:
+    """Every figure of the report, from the folders of the run."""
+    models = evaluated(recipe, run_dir)
+    test = data.blocks(run_dir / "data", "test")
+    text = Blocks(f"test split of {Path(recipe.run_dir).name}", test)
+    try:
+        found = comparison.run(models, text, settings(recipe, models, test), results)
+    except ValueError as error:  # a task's documents that are not there, text that is too short
+        raise RecipeError(f"report: {error}; what is measured is kept, the same command goes on") from error
+    read = checkpoint.read_json
+    recurrence = run_dir / "recurrence" / "certificate.json"
+    return {
+        "run": str(run_dir),
+        "seed": recipe.seed,
+        "student": dataclasses.asdict(recipe.student),
+        "test_tokens": len(test) * (test.shape[1] - 1),
+        "models": rows(found, recipe, run_dir),
+        "teacher_held_out_loss": transfer.held_out_loss(models[0].model, run_dir)["held_out_loss"],
+        "comparison": found,
+        "history": {
+            name: read(path)
+            for name, path in {
+                "activations": run_dir / "transfer" / "activations" / "history.json",
+                "logits": run_dir / "transfer" / "history.json",
+                "baseline": run_dir / "baseline" / "history.json",
+            }.items()
+            if path.is_file()
+        },
+        "trainings": trainings(run_dir, recipe),
+        "plan": plan.compared(run_dir),
+        "energy": energy.rows(run_dir),
+        "recurrence": read(recurrence) if recurrence.is_file() else None,
+        "recipe": (run_dir / "recipe.yaml").read_text(encoding="utf-8"),
+        "data": read(run_dir / "data" / "source.json"),
+        "environment": read(run_dir / "environment.json"),
+    }
+
+
+def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
+    """The models that the run has, its teacher first."""
+    models = [
+        Evaluated(
+            "teacher",
+            str(recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)),
+            revision=recipe.teacher.revision,
+            loader=lambda: teacher.load(recipe, run_dir).float(),  # as the students: a speed is of one dtype
+        )
+    ]
+    folders = {"pre-trained": "baseline", "distilled": "transfer", "recurrent": "recurrence"}
+    return models + [
+        Evaluated(name, str(run_dir / folder)) for name, folder in folders.items() if (run_dir / folder).is_dir()
+    ]
+
+
+def settings(recipe: Recipe, models: list[Evaluated], test: np.ndarray) -> comparison.Settings:
+    """What the recipe's report measures: everything that its contexts and its text have room for."""
+    own, length, seed = recipe.report, recipe.data.context_length, recipe.seed
+    prompts = min(own.prompts, test.size // (PROMPT_TOKENS + own.sample_tokens))
+    asked = {"tasks": own.tasks, "limit": own.task_limit, "seed": seed, "local": own.tasks_path}
+    asked["include"] = own.task_files
+    return comparison.Settings(
+        seed,
+        likelihood.settings_for(models, length, length),
+        retrieval.settings_for(models, context_length=length, examples=own.examples, seed=seed)
+        if length >= retrieval.LEAD + 2 * retrieval.PASSAGE  # room for the shortest distance
+        else None,
+        continuation.Settings(prompts, PROMPT_TOKENS, own.sample_tokens, seed=seed) if prompts else None,
+        lm_eval_tasks.settings_for(models, length, **asked) if own.tasks else None,
+        timing.Settings(tuple(map(timing.Case.parsed, own.cases)), own.context_lengths, own.rounds, seed=seed),
+    )
+
+
+def rows(found: dict, recipe: Recipe, run_dir: Path) -> dict[str, dict]:
+    """The table's figures of each model."""
+    by_metric = {row["metric"]: row for row in found["rows"]}
+    loss = by_metric["perplexity"]
+    seen = dict.fromkeys(NAMES, _student_tokens(recipe, run_dir)) | {"teacher": _teacher_tokens(recipe, run_dir)}
+    made = {}
+
+    def nearness(metric, name, of_itself):
+        return by_metric[metric]["models"][name]["value"] if name != "teacher" else of_itself
+
+    for name in found["labels"]:
+        value = loss["models"][name]["value"]
+        ratio = loss["differences"].get(name, {"value": 1.0, "low": None, "high": None})
+        timings = found["details"]["speed"][name]["contexts"]
+        made[name] = {
+            "parameters": found["models"][name]["parameters"],
+            "tokens_seen": seen[name],
+            "loss": float(np.log(value)),
+            "perplexity": value,
+            "ratio_to_teacher": ratio["value"],
+            "ratio_interval": [ratio["low"], ratio["high"]],
+            "agreement": nearness(likelihood.AGREEMENT, name, 1.0),
+            "divergence": nearness(likelihood.DIVERGENCE, name, 0.0),
+            "generation": [_quickest(timings, length) for length in recipe.report.context_lengths],
+            "break_even_length": found["models"][name]["break_even_length"],
+        }
+    return made
+
+
+def trainings(run_dir: Path, recipe: Recipe) -> list[dict]:
+    """How each training of the student went: its tokens, time and where that went, and steps that were skipped."""
+    read, found = checkpoint.read_json, []
+    turns = read(run_dir / "transfer" / "turns.json")
+    first = len(read(run_dir / "transfer" / "activations" / "turns.json"))
+    folders = {run_dir / "transfer" / "activations": turns[:first], run_dir / "transfer": turns[first:]}
+    if (run_dir / "baseline").is_dir():
+        steps, sequences = sum(turn["steps"] for turn in turns), transfer.sequences(run_dir / "transfer")
+        folders[run_dir / "baseline"] = [{"name": "baseline", "steps": steps, "sequences": sequences}]
+    for folder, own in folders.items():
+        history, before = read(folder / "history.json"), 0
+        for turn in own:
+            entries = [entry for entry in history if before < entry["step"] <= before + turn["steps"]]
+            before += turn["steps"]
+            found.append(
+                {
+                    "name": turn["name"],
+                    "steps": turn["steps"],
+                    "tokens": (turn.get("sequences") or turn["steps"] * turn["batch_size"])
+                    * recipe.data.context_length,
+                    "seconds": entries[-1]["seconds"],
+                    "loss": entries[-1]["loss"],
+                    "skipped": entries[-1].get("skipped", 0),
+                }
+                | {f"time_in_{what}": statistics.mean(entry[f"time_in_{what}"] for entry in entries) for what in TIMES}
+            )
+    return found
+
+
+def text_table(figures: dict) -> str:
+    """The comparison as aligned text."""
+    return certificate.aligned(*cells(figures))
+
+
+def sections(run_dir: Path, figures: dict) -> list[Section]:
+    """The page from top to bottom."""
+    found = figures["comparison"]
+    comparison, *measured = parts.sections(found)
+    made = [
+        Section("Result", page.table(*cells(figures)) + _quality_note(figures), (drawing.quality(figures),)),
+        comparison,
+        *measured,
+        _transfer_section(figures),
+    ]
+    if figures["recurrence"]:
+        made.append(_recurrence_section(run_dir, figures))
+    return [*made, _trainings_section(figures), _facts_section(figures)]
+
+
+def verdict(figures: dict) -> str:
+    """The comparison in a sentence or two."""
+    models = figures["models"]
+    distilled, teacher_row = models["distilled"], models["teacher"]
+    parts = [
+        f"The distilled student reaches perplexity {distilled['perplexity']:.3f}, "
+        f"{distilled['ratio_to_teacher']:.3f} times its teacher's {teacher_row['perplexity']:.3f}"
+    ]
+    if "pre-trained" in models:
+        parts[0] += (
+            f"; the same student pre-trained on the same {distilled['tokens_seen']:,} tokens reaches "
+            f"{models['pre-trained']['perplexity']:.3f}"
+        )
+    if "recurrent" in models:
+        change = models["recurrent"]["perplexity"] / distilled["perplexity"] - 1
+        row = models["recurrent"]
+        length = row.get("break_even_length")  # a report made by an earlier version has none
+        parts.append(
+            f"As a recurrence its perplexity changes by {100 * change:+.2f} %; it keeps "
+            f"{_bytes(row['generation'][0]['state_bytes'])} between tokens"
+            + (
+                f", whatever the length: no more than the teacher's cache from {length:,} tokens on"
+                if length
+                else ", and its kept attention more with every token"
+                if "break_even_length" in row
+                else ""
+            )
+        )
+    return ". ".join(parts) + "."
+
+
+def cells(figures: dict) -> tuple[list[str], list[list[str]]]:
+    """The comparison as a header and one row for each model; speed and state at the first and the last context."""
+    timings = [row["generation"] for row in figures["models"].values()]
+    ends = sorted({0, len(timings[0]) - 1})
+    lengths = [timings[0][place]["context_length"] for place in ends]
+    header = [
+        "",
+        "parameters",
+        "tokens seen",
+        "perplexity",
+        "× teacher",
+        "agreement",
+        *(f"tokens/s @{length}" for length in lengths),
+        *(f"state @{length}" for length in lengths),
+    ]
+    rows = []
+    for name, row in figures["models"].items():
+        low, high = row.get("ratio_interval") or (None, None)  # a report made by an earlier version has none
+        rows.append(
+            [
+                name,
+                f"{row['parameters']:,}",
+                f"{row['tokens_seen']:,}" if row["tokens_seen"] else "?",
+                f"{row['perplexity']:.3f}",
+                f"{row['ratio_to_teacher']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else ""),
+                f"{100 * row['agreement']:.1f} %",
+                *(_rate(row["generation"][place]["tokens_per_second"]) for place in ends),
+                *(_bytes(row["generation"][place]["state_bytes"]) for place in ends),
+            ]
+        )
+    return header, rows
+
+
+def _rate(tokens_per_second):
+    return "–" if tokens_per_second is None else f"{tokens_per_second:.0f}"
+
+
+def _bytes(count):
+    if count is None:  # for want of memory
+        return "–"
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def _quality_note(figures):
+    return page.paragraph(
+        f"Perplexity on {figures['test_tokens']:,} predicted tokens of the test split, each block read on its own; "
+        "intervals over documents, paired. Agreement: positions where the most likely token is the teacher's. Speeds: "
+        "one sequence, the quickest cache of each model, in turn on one machine.",
+        "note",
+    )
+
+
+def _transfer_section(figures):
+    plots = [drawing.activations(figures), drawing.logits(figures)]
+    last = figures["history"]["logits"][-1]
+    if any(key.startswith("floor_") for key in last):  # not where processes share parameters
+        plots.append(drawing.floors(figures))
+    return Section("Transfer", "", tuple(plots))
+
+
+def _trainings_section(figures):
+    table = page.table(
+        [
+            "",
+            "steps",
+            "tokens",
+            "seconds",
+            "tokens/s",
+            *(f"in {what}" for what in TIMES),
+            "skipped",
+            "loss",
+        ],
+        [
+            [
+                row["name"],
+                f"{row['steps']:,}",
+                f"{row['tokens']:,}",
+                f"{row['seconds']:,.0f}",
+                f"{row['tokens'] / row['seconds']:,.0f}",
+                *(f"{100 * row[f'time_in_{what}']:.0f} %" for what in TIMES),
+                f"{row['skipped']:,}",
+                f"{row['loss']:.4f}",
+            ]
+            for row in figures["trainings"]
+        ],
+    )
+    body = table
+    if figures["plan"]:
+        rows = [[row["stage"], f"{row['planned']:,.0f}", f"{row['taken']:,.0f}"] for row in figures["plan"]]
+        body += page.paragraph("Seconds as the plan saw them, from a few timed steps, and as they were.")
+        body += page.table(["", "planned", "taken"], rows)
+    if figures["energy"]:
+        header, *rows = figures["energy"]
+        body += page.paragraph("Energy and CO2 by stage, of the first process's machine.")
+        body += page.table(header, rows)
+    else:
+        body += page.paragraph("Energy was not measured (training.energy).", "note")
+    found = figures["comparison"]
+    taken = {
+        name: [f"{own[label]['seconds']:,.0f}" for label in found["labels"]]
+        for name, own in found["details"].items()
+        if all("seconds" in own.get(label, {}) for label in found["labels"])
+    }
+    body += page.paragraph("Seconds that the measurements of this report took.")
+    body += page.table(["", *found["labels"]], [[name, *cells] for name, cells in taken.items()])
+    return Section("Cost", body)
+
+
+def _recurrence_section(run_dir, figures):
+    found = figures["recurrence"]
+    contexts = page.table(
+        ["context", "positions", "tokens", "KL (nats)", "agreement", "perplexity", "exact student's"],
+        [
+            [
+                str(entry["context_length"]),
+                which,
+                f"{part['tokens']:,}",
+                f"{part['divergence']:.2e}",
+                f"{100 * part['agreement']:.2f} %",
+                f"{part['perplexity']:.3f}",
+                f"{part['exact_perplexity']:.3f}",
+            ]
+            for entry in found["model"]["contexts"]
+            for which, part in (("all", entry), ("beyond the horizon", entry["beyond_horizon"]))
+            if part
+        ],
+    )
+    settings = found["settings"]
+    aim = (
+        f"a tolerance of {settings['tolerance']:g}"
+        if settings["state_bytes"] is None
+        else f"{settings['state_bytes']:,} bytes of state"
+    )
+    body = (
+        page.paragraph(found["verdict"])
+        + page.paragraph(
+            f"Found by the method {settings['method']} for {aim}, over {settings['horizon']:,} taps, with at most "
+            f"{settings['max_state_size']} complex modes a filter. Errors are relative l2 errors of the taps; the "
+            "floor is proven from the Hankel singular values: no recurrence of as many real states has a smaller one. "
+            "The error of a layer's output is measured on held-out text.",
+            "note",
+        )
+        + page.table(*certificate.table(found))
+        + page.paragraph(found["model"]["compared"], "note")
+        + contexts
+    )
+    return Section("Certificate", body, drawing.recurrence(run_dir, figures))
+
+
+def _facts_section(figures):
+    facts = {
+        **{f"text: {key}": value for key, value in figures["data"].items() if not isinstance(value, dict)},
+        "test tokens": f"{figures['test_tokens']:,}",
+        "seed": figures["seed"],
+        **figures["comparison"]["versions"],
+        **figures["environment"],
+    }
+    body = page.table(["", ""], [[key, str(value)] for key, value in facts.items()])
+    recipe = f"<summary>the recipe, every default written out</summary><pre>{html.escape(figures['recipe'])}</pre>"
+    return Section("What was run", f"{body}<details>{recipe}</details>")
+
+
+def _quickest(contexts, length):
+    """Speed after a context with the model's quickest cache, and state with its smallest."""
+    own = [row for row in contexts if row["prompt"] == length and row["step_seconds"] is not None]
+    if not own:  # for want of memory
+        return {"context_length": length} | dict.fromkeys(
+            ("cache", "prefill_seconds", "tokens_per_second", "state_bytes")
+        )
+    best = min(own, key=lambda row: row["step_seconds"])
+    return {
+        "context_length": length,
+        "cache": best["cache"],
+        "prefill_seconds": best["prefill_seconds"],
+        "tokens_per_second": 1 / best["step_seconds"],
+        "state_bytes": min(row["state_bytes"] for row in own),
+    }
+
+
+def _student_tokens(recipe, run_dir):
+    return transfer.sequences(run_dir / "transfer") * recipe.data.context_length
+
+
+def _teacher_tokens(recipe, run_dir):
+    """What the teacher's folder says of its training, where it says so."""
+    folder = recipe.teacher.folder or run_dir / "teacher"
+    facts = folder / "training.json"
+    return checkpoint.read_json(facts)["tokens"] if facts.is_file() else None

@@ -1,0 +1,372 @@
+"""How well a model looks up again what it has read, by distance; the model is taken as it is and not trained for it.
+
+pairs     random pairs of tokens, then every first token again, in random order, each followed by its second
+          (multi-query associative recall, arXiv:2312.04927)
+copying   random tokens, and the same again
+passkey   other text, a marker, a key of random tokens, more of the other text, and the marker: which key?
+          (arXiv:2305.16300, with random tokens in the place of words)
+passages  other text, a passage, more of the other text, and the passage again
+
+An item of every metric is a sequence; sequences follow from the seed, the text and the tokenizer alone.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from scavenger.measure import BATCH_TOKENS
+from scavenger.report import metrics
+from scavenger.report.evaluated import Evaluated, numbers
+from scavenger.report.metrics import Metric
+
+
+DISTANCES = (16, 32, 64, 128)  # tokens
+# Sequences of each kind. Between seeds 0 to 2 the embedded teacher's share of right values differs by 1 point over all
+# distances (by 11 at the shortest one, which has 60 to 90 queries), its gain on passages by up to 0.12 nats.
+EXAMPLES = 64
+# Random tokens are drawn from the text's most frequent ones, so many for each pair. With 32 pairs the embedded teacher
+# finds the right one of 32 values at 16 % of the keys with 8 for each pair, at 15 % with 4, and at 10 % with all tokens
+# of the text, most of which it has hardly seen; chance is 3 %. A separator after each pair did not help it.
+TOKENS_PER_PAIR = 8
+PASSAGE = 16  # tokens
+# Other text before the first reading, without which that reading's loss is the loss of a beginning. Against the same
+# passage after text in which it has not occurred, the embedded teacher seems to gain 0.5 to 0.7 nats too little with no
+# such text, and with 32 tokens of it what it does gain, to 0.05.
+LEAD = 32
+# At the first token of the second reading nothing says yet that a repetition began (at a distance of 128 the embedded
+# teacher gains 0.06 nats there); at the second, the first one does (0.9). Nothing stands between two readings of random
+# tokens either: of 15 tokens the embedded teacher copies 11 % after none, 10 % after a new line, and 7 % after an
+# end-of-text token, behind which it has learned to expect another document.
+SKIPPED = 1
+# Tokens before a key. At a distance of 128 the embedded teacher gains 1.9 nats for the key's first token after 2 of
+# them, 2.2 after 4 and 2.1 after 8 (means of two seeds).
+MARKER = 4
+# Tokens of a key. By chance one key in 65,000 is right already, and longer ones tell small models still less apart: of
+# 64 keys the embedded teacher names 0 or 1 at each distance, 0 of 4 tokens.
+KEY = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Distances in tokens, the context that they were to fit, and sequences at each distance."""
+
+    distances: tuple[int, ...]
+    context_length: int
+    examples: int = EXAMPLES
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.examples < 1 or self.seed < 0:
+            raise ValueError(
+                f"found {self.examples} examples and seed {self.seed}; expected 1 example or more and a seed of 0 or "
+                "more"
+            )
+        if list(self.distances) != fitting(self.distances, self.context_length):
+            raise ValueError(
+                f"found distances {list(self.distances)}; expected "
+                f"{fitting(self.distances, self.context_length)}, which fit {self.context_length} tokens"
+            )
+
+
+def settings_for(
+    models: list[Evaluated], distances=None, context_length: int | None = None, examples: int = EXAMPLES, seed: int = 0
+) -> Settings:
+    """What is not given: the shortest training context, and distances from 16 that double as far as they fit it.
+
+    Of distances that are given, those that fit; a longer context than that of training lets models go beyond it.
+    """
+    length = context_length or min(model.training_context for model in models)
+    if distances is None:
+        distances = [DISTANCES[0]]
+        while _length(2 * distances[-1]) <= length:
+            distances.append(2 * distances[-1])
+    return Settings(tuple(fitting(distances, length)), length, examples, seed)
+
+
+def described(settings: Settings) -> dict:
+    """For the record."""
+    return dataclasses.asdict(settings)
+
+
+def run(model: Evaluated, stream: np.ndarray, settings: Settings) -> dict:
+    """All four parts on a text's token ids; `chance` has what a guess among the tokens drawn from reaches, by group."""
+    special, asked = model.tokenizer.all_special_ids, (settings.distances, settings.examples, settings.seed)
+    found = [
+        *associative_recall(model.model, stream, special, *asked),
+        *copying(model.model, stream, special, *asked),
+        *passkeys(model.model, stream, special, *asked),
+        *repeated_passages(model.model, stream, *asked),
+    ]
+    pairs = pairs_shown(settings.distances)
+    drawn_from = len(_frequent_tokens(stream, special, settings.distances))
+    return {
+        "metrics": [metrics.packed(metric) for metric in found],
+        "pairs_shown": pairs,
+        "tokens_drawn_from": drawn_from,
+        "chance": {
+            "pairs": 1 / pairs,
+            "copying": 1 / drawn_from,
+            "passkey": drawn_from**-KEY,
+            "passkey tokens": 1 / drawn_from,
+            **dict.fromkeys(("pairs gain", "copying gain", "passkey gain", "passages"), 0.0),
+        },
+    }
+
+
+def fitting(distances, context_length: int) -> list[int]:
+    """The distances whose sequences fit a context, in ascending order; ValueError where none does."""
+    if min(distances) < PASSAGE:
+        raise ValueError(f"found a distance of {min(distances)}; expected {PASSAGE} or more, the length of a passage")
+    fit = sorted({distance for distance in distances if _length(distance) <= context_length})
+    if not fit:
+        raise ValueError(
+            f"found a context of {context_length} tokens; expected {_length(min(distances))} or more for a "
+            f"distance of {min(distances)}"
+        )
+    return fit
+
+
+def pairs_shown(distances) -> int:
+    """As many pairs as bring the last key's return, at most, to the furthest distance: 4 tokens for each pair."""
+    return max(distances) // 4
+
+
+def associative_recall(
+    model: nn.Module, blocks: np.ndarray, special: list[int], distances, examples: int, seed: int
+) -> list[Metric]:
+    """Recall of key-value pairs k₁ v₁ … k_n v_n, then k_π(1) v_π(1) … k_π(n) v_π(n), for each bin of distances.
+
+    pairs: share of the values that are the most likely of all values shown; by chance 1 / n. gain: log-probability of
+    a value, less the mean of those that are not asked for yet: these were read as often, of other keys, so that 0 is a
+    model that only knows what occurred. Distances run from the key's pair to its return, in bins from the one before
+    (exclusive) to this one (inclusive); a bin into which no query falls has no metric. Tokens of a sequence differ
+    from each other, and come from the most frequent ones of `blocks`, ids of any shape, but for the `special` ones.
+    """
+    count = pairs_shown(distances)
+    ids, order = _pair_sequences(_frequent_tokens(blocks, special, distances), count, examples, seed)
+    pending = torch.ones(count, count, dtype=torch.bool).triu(1)  # values that are asked for after this query
+    top, among, gain = [], [], []
+    for rows, log_p in _log_probabilities(model, ids, range(2 * count, 4 * count, 2), "pairs"):
+        values = rows[:, 2 * count + 1 :: 2]
+        shown = log_p.gather(2, values[:, None, :].expand(-1, count, -1))  # (example, query, value)
+        top.append(log_p.argmax(-1) == values)
+        among.append(shown.argmax(-1) == torch.arange(count, device=rows.device))
+        # The last query has no others: a mean over nothing, left out below.
+        others = (shown * pending.to(rows.device)).sum(-1) / pending.sum(-1).to(rows.device)
+        gain.append(shown.diagonal(dim1=1, dim2=2) - others)
+    top, among, gain = (_joined(parts) for parts in (top, among, gain))
+    distance = 2 * (count + np.arange(count) - order)
+    bins = [(low < distance) & (distance <= high) for low, high in zip([0, *distances], distances, strict=False)]
+    every = np.ones_like(order, dtype=bool)
+
+    def metric(name, values, inside, **what):
+        counted = inside & np.isfinite(values)
+        sums = np.where(counted, values, 0.0).sum(1)
+        return Metric(name, sums.tolist(), counted.sum(1).astype(float).tolist(), better="higher", **what)
+
+    found = [
+        metric("recall of pairs", among, every, unit="share", headline=True),
+        metric("recall of pairs among all tokens", top, every, unit="share"),
+        metric("gain of pairs", gain, every, unit="nats"),
+    ]
+    for name, group, values, unit in (
+        ("pairs", "pairs", among, "share"),
+        ("gain of pairs", "pairs gain", gain, "nats"),
+    ):
+        found += [
+            metric(f"{name} at ≤ {high}", values, inside, unit=unit, group=group, x=float(high))
+            for high, inside in zip(distances, bins, strict=True)
+        ]
+    return [metric for metric in found if any(metric.denominators)]
+
+
+def copying(
+    model: nn.Module, blocks: np.ndarray, special: list[int], distances, examples: int, seed: int
+) -> list[Metric]:
+    """x₁ … x_n x₁ … x_n of random tokens that differ, n the distance: right most likely tokens at the second reading.
+
+    gain: log-probability at the second reading, less that at the first; also positive for a memory of which tokens
+    occurred, in no order. The first token is left out. A shorter sequence begins as the longer ones do.
+    """
+    drawn = _drawn(_frequent_tokens(blocks, special, distances), max(distances), examples, (seed, 1))
+    right, gain = [], []
+    for distance in distances:
+        ids = np.tile(drawn[:, :distance], 2)
+        hits, losses = _predictions(model, ids, range(SKIPPED, 2 * distance), f"copying at {distance}")
+        count = distance - SKIPPED
+        right.append(hits[:, -count:].mean(1))
+        gain.append(losses[:, :count].mean(1) - losses[:, -count:].mean(1))
+    return [
+        _overall("copying", right, unit="share", headline=True),
+        _overall("gain of copying", gain, unit="nats"),
+        *_curve("copying", distances, right, "copying", unit="share"),
+        *_curve("gain of copying", distances, gain, "copying gain", unit="nats"),
+    ]
+
+
+def passkeys(
+    model: nn.Module, blocks: np.ndarray, special: list[int], distances, examples: int, seed: int
+) -> list[Metric]:
+    """LEAD tokens of text, a marker, a key, text that goes on up to the distance, the marker: does the key follow?
+
+    A key counts where each of its tokens is the most likely one after the marker and the key's tokens before it. That
+    is greedy decoding: what it feeds back is the key's own token, as long as all were right. gain: log-probability of
+    a key's token, less that of the same token where another key was shown; also positive for a memory of which tokens
+    occurred. Markers and keys are random tokens, each sequence's own, so that an interval knows of the luck with them.
+    """
+    drawn = _drawn(_frequent_tokens(blocks, special, distances), MARKER + 2 * KEY, examples, (seed, 2))
+    marker, key, another = np.split(drawn, [MARKER, MARKER + KEY], axis=1)
+    text, _ = _passages(blocks, LEAD + max(distances) - MARKER - KEY, examples, seed)
+    whole, tokens, gain = [], [], []
+    for distance in distances:
+        between = text[:, LEAD : LEAD + distance - MARKER - KEY]
+        places = range(LEAD + distance + MARKER, LEAD + distance + MARKER + KEY)
+        (hits, losses), (_, unseen) = (
+            _predictions(
+                model,
+                np.concatenate([text[:, :LEAD], marker, shown, between, marker, key], axis=1),
+                places,
+                f"passkey at {distance}",
+            )
+            for shown in (key, another)
+        )
+        whole.append(hits.all(1).astype(float))
+        tokens.append(hits.mean(1))
+        gain.append((unseen - losses).mean(1))
+    return [
+        _overall("passkey", whole, unit="share", headline=True),
+        _overall("passkey tokens", tokens, unit="share"),
+        _overall("gain of passkey", gain, unit="nats"),
+        *_curve("passkey", distances, whole, "passkey", unit="share"),
+        *_curve("passkey tokens", distances, tokens, "passkey tokens", unit="share"),
+        *_curve("gain of passkey", distances, gain, "passkey gain", unit="nats"),
+    ]
+
+
+def repeated_passages(model: nn.Module, blocks: np.ndarray, distances, examples: int, seed: int) -> list[Metric]:
+    """Loss on passages of `blocks`, ids of any shape, at their second reading, and how much less it is than at first.
+
+    A sequence is LEAD tokens, the passage, distance - PASSAGE tokens that go on from the first ones, and the passage
+    again; the same passages at each distance, their first token left out. The gain is also positive for a memory of
+    which tokens occurred, in no order; past a model's training context it is less by what the model loses there (the
+    embedded teacher, trained on 256 tokens, gains -2.6 nats at 1,024).
+    """
+    other, passages = _passages(blocks, LEAD + max(distances) - PASSAGE, examples, seed)
+    first, again, right = [], [], []
+    for distance in distances:
+        between = other[:, LEAD : LEAD + distance - PASSAGE]
+        ids = np.concatenate([other[:, :LEAD], passages, between, passages], axis=1)
+        places = [start + place for start in (LEAD, LEAD + distance) for place in range(SKIPPED, PASSAGE)]
+        hits, losses = _predictions(model, ids, places, f"passages at {distance}")
+        count = PASSAGE - SKIPPED
+        first.append(losses[:, :count].mean(1))
+        again.append(losses[:, count:].mean(1))
+        right.append(hits[:, count:].mean(1))
+    gain = [before - after for before, after in zip(first, again, strict=True)]
+    return [
+        _overall("gain on repeated passages", gain, unit="nats", headline=True),
+        _overall("loss of passages read first", first, unit="nats", better="lower"),
+        _overall("loss of passages read again", again, unit="nats", better="lower"),
+        _overall("right tokens of passages read again", right, unit="share"),
+        *_curve("passages", distances, gain, "passages", unit="nats"),
+        *_curve("loss of passages read again", distances, again, "passages loss", unit="nats", better="lower"),
+    ]
+
+
+def _length(distance):
+    """The longest sequence of a distance: a passage's, or a copy's."""
+    return max(LEAD + distance + PASSAGE, 2 * distance)
+
+
+def _overall(name, values, better="higher", **what):
+    """The mean over distances; `values` has each sequence's at each of them."""
+    return Metric(name, np.sum(values, axis=0).tolist(), [float(len(values))] * len(values[0]), better=better, **what)
+
+
+def _curve(name, distances, values, group, better="higher", **what):
+    """A metric for each distance."""
+    return [
+        Metric(
+            f"{name} at {distance}",
+            own.tolist(),
+            [1.0] * len(own),
+            better=better,
+            group=group,
+            x=float(distance),
+            **what,
+        )
+        for distance, own in zip(distances, values, strict=True)
+    ]
+
+
+def _frequent_tokens(blocks, special, distances):
+    """The ids that occur most often, of those that are not special, TOKENS_PER_PAIR for each pair where there are."""
+    ids, counts = np.unique(np.asarray(blocks), return_counts=True)
+    ordinary = ~np.isin(ids, special)
+    ids, counts = ids[ordinary], counts[ordinary]
+    if len(ids) < max(distances):
+        raise ValueError(
+            f"the text has {len(ids)} different tokens; expected {max(distances)} or more, for a distance of "
+            f"{max(distances)}"
+        )
+    return ids[np.argsort(-counts, kind="stable")[: TOKENS_PER_PAIR * pairs_shown(distances)]]
+
+
+def _drawn(tokens, count, examples, seed):
+    """Random tokens that differ within a sequence, (example, count)."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.choice(tokens, count, replace=False) for _ in range(examples)])
+
+
+def _pair_sequences(tokens, pairs, examples, seed):
+    """Ids (example, 4 pairs), and (example, pair) which pair each query asks for."""
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([rng.choice(tokens, (pairs, 2), replace=False) for _ in range(examples)])
+    order = np.stack([rng.permutation(pairs) for _ in range(examples)])
+    again = np.take_along_axis(drawn, order[..., None], axis=1)
+    return np.concatenate([drawn, again], axis=1).reshape(examples, -1), order
+
+
+def _passages(blocks, length, examples, seed):
+    """Other text (example, length) and passages (example, PASSAGE), nowhere the same place."""
+    text = np.asarray(blocks).reshape(-1)
+    if len(text) < length + PASSAGE:
+        raise ValueError(f"the text has {len(text)} tokens; expected {length + PASSAGE} or more")
+    rng = np.random.default_rng(seed)
+    # Places on a ring, so that each is as likely as any other and the passage lies anywhere outside the other text.
+    other = rng.integers(len(text), size=(examples, 1))
+    passage = other + length + rng.integers(len(text) - length - PASSAGE + 1, size=(examples, 1))
+    return tuple(text[(start + np.arange(count)) % len(text)] for start, count in ((other, length), (passage, PASSAGE)))
+
+
+def _predictions(model, ids, places, what):
+    """Whether the tokens at these places are the most likely ones there, and their -log p: (example, place)."""
+    hits, losses = [], []
+    for rows, log_p in _log_probabilities(model, ids, [place - 1 for place in places], what):
+        targets = rows[:, list(places)]
+        hits.append(log_p.argmax(-1) == targets)
+        losses.append(-log_p.gather(2, targets[..., None])[..., 0])
+    return _joined(hits).astype(bool), _joined(losses)
+
+
+def _log_probabilities(model: nn.Module, ids: np.ndarray, places, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids (example, length) and the log-probabilities after these places (example, place, vocabulary), by batches."""
+    device = next(model.parameters()).device
+    batches = torch.from_numpy(ids.astype(np.int64)).split(max(1, BATCH_TOKENS // ids.shape[1]))
+    kept = torch.tensor(list(places), device=device)
+    for rows in tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True):
+        rows = rows.to(device)
+        with torch.inference_mode():
+            logits = numbers(model(input_ids=rows, use_cache=False, logits_to_keep=kept).logits)
+            log_p = F.log_softmax(logits.float(), dim=-1)
+        yield rows, log_p
+
+
+def _joined(parts):
+    return torch.cat(parts).double().cpu().numpy()

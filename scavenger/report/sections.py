@@ -1,0 +1,240 @@
+"""The page of a comparison, and its part in a run's report: tables, curves with intervals, tasks, speed, samples."""
+
+import html
+import itertools
+from pathlib import Path
+
+from scavenger.report import command, comparison, metrics, page, timing
+from scavenger.report.metrics import Metric
+from scavenger.report.page import Figure, Section
+from scavenger.run import checkpoint
+
+
+GROUPS = {  # curves over x: title, axis
+    "position": ("Perplexity by position in the context", "tokens read before"),
+    "pairs": ("Recall of pairs: the value most likely of those shown", "distance to the pair, tokens (at most)"),
+    "copying": ("Copying: tokens right at the second reading", "distance, tokens"),
+    "passkey": ("Passkey: the whole key right", "distance to the key, tokens"),
+    "passages": ("Gain in loss when a passage is read again", "distance, tokens"),
+    "divergence": ("KL to the reference along its own text", "place among the new tokens (of a bin the last)"),
+}
+
+
+def write(found: dict, folder: Path) -> Path:
+    """`compare.json`, the plots, and `index.html`; returns the page."""
+    made = sections(found)
+    write_plots(made, folder)
+    checkpoint.write_json(folder / "compare.json", found)
+    title = f"{' · '.join(found['labels'])}"
+    checkpoint.write_text(folder / "index.html", page.document(title, comparison.verdict(found), made))
+    return folder / "index.html"
+
+
+def write_plots(made: list[Section], folder: Path):
+    """Every plot of the sections as `plots/NAME.svg`."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    for section in made:
+        for figure in section.figures:
+            checkpoint.write_text(folder / "plots" / f"{figure.name}.svg", figure.svg)
+
+
+def sections(found: dict) -> list[Section]:
+    """The page's parts, those that were measured."""
+    header, rows, classes = comparison.headline(found)
+    reference = found["reference"]
+    note = page.paragraph(
+        f"▲ and ▼: better and worse than {reference}, beyond the interval of the difference, which is paired by "
+        "document, question, sequence, prompt or round (bootstrap, wider where they are few or unequal, none for "
+        f"fewer than {metrics.LEAST_ITEMS}); of models that are alike one mark in twenty, or a few more, stands by "
+        "chance. A dash was not measured.",
+        "note",
+    )
+    differing = [row for row in found["rows"] if row["headline"] and row["differences"]]
+    others = found["labels"][1:]
+    apart = page.table(
+        [f"difference to {reference}", *others],
+        [[row["metric"], *(comparison.shown_difference(row, label) for label in others)] for row in differing],
+    )
+    settings = page.table(
+        ["measured with", ""], [[name, command.described(own)] for name, own in found["settings"].items()]
+    )
+    in_words = "".join(page.paragraph(comparison.verdict(found, [label])) for label in found["labels"][1:-1])
+    made = [
+        Section(
+            "Comparison",
+            page.paragraph(comparison.verdict(found, found["labels"][-1:]))
+            + page.table(header, rows, classes)
+            + note
+            + (f"<details><summary>the other models in words</summary>{in_words}</details>" if in_words else "")
+            + f"<details><summary>differences, with intervals</summary>{apart}</details>"
+            + f"<details><summary>settings</summary>{settings}</details>",
+        )
+    ]
+    for title, groups in (
+        ("By position", ["position"]),
+        ("Recall", ["pairs", "copying", "passkey", "passages"]),
+        ("Generation", ["divergence"]),
+    ):
+        figures = tuple(figure for group in groups if (figure := curves(found, group)))
+        body = samples(found) if title == "Generation" else ""
+        if figures or body:
+            made.append(Section(title, _all_figures(found, title.lower()) + body, figures))
+    if "harness" in found["details"]:
+        made.append(Section("Tasks", _all_figures(found, "harness"), (tasks_plot(found),)))
+    if "speed" in found["details"]:
+        made.append(speed_section(found))
+    return made
+
+
+def curves(found: dict, group: str) -> Figure | None:
+    """Every model's metrics of a group over x, with intervals; None where there are none."""
+    rows = [row for row in found["rows"] if row["group"] == group]
+    if not rows:
+        return None
+    title, axis = GROUPS[group]
+    figure, axes = page.plot()
+    percent = 100 if rows[0]["unit"] == "share" else 1
+    for number, (colour, label) in enumerate(zip(itertools.cycle(page.PALETTE), found["labels"], strict=False)):
+        own = [(row["x"], row["models"][label]) for row in rows if label in row["models"]]
+        if not own:
+            continue
+        x = [place for place, _ in own]
+        style = {"linestyle": page.LINES[number % len(page.LINES)], "marker": "o", "markersize": 3, "color": colour}
+        axes.plot(x, [percent * value["value"] for _, value in own], label=page.named(label), **style)
+        low, high = ([percent * _end(value, end) for _, value in own] for end in ("low", "high"))
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    chance = _chance(found, group)
+    if chance is not None:
+        axes.axhline(percent * chance, color="#888888", linestyle=":", label="chance")
+    axes.set_xlabel(axis)
+    _powers_of_two(axes)
+    if rows[0]["exponential"] or group == "divergence":
+        axes.set_yscale("log")
+        page.plain_ticks(axes.yaxis)
+    contexts = {found["models"][label]["training_context"] for label in found["labels"]}
+    if len(contexts) == 1 and None not in contexts and max(row["x"] for row in rows) >= max(contexts):
+        axes.axvline(max(contexts), color="#888888", linewidth=0.8, linestyle="--", label="training context")
+    axes.set_ylabel({"share": "%", "nats": "nats per token"}.get(rows[0]["unit"], "perplexity"))
+    axes.legend(fontsize=7)
+    table = [[f"{row['x']:g}", *(comparison.shown(row, label) for label in found["labels"])] for row in rows]
+    return page.drawn(figure, group, f"{title}.", [axis, *found["labels"]], table)
+
+
+def tasks_plot(found: dict) -> Figure:
+    """Every task's headline share with its interval, and what was published."""
+    tasks = [row for row in found["rows"] if row["measurement"] == "harness" and row["headline"]]
+    rows = [row for row in tasks if row["unit"] == "share"]  # perplexities have no place on the axis
+    figure, axes = page.plot(height=0.5 + 0.45 * max(1, len(rows)))
+    legend = {label: page.named(label) for label in found["labels"]} | {"": "published"}  # each is named once
+    for number, (colour, label) in enumerate(zip(itertools.cycle(page.PALETTE), found["labels"], strict=False)):
+        for place, row in enumerate(rows):
+            if label not in row["models"]:
+                continue
+            value = row["models"][label]
+            y = -place + 0.12 * (number - len(found["labels"]) / 2)
+            ends = [100 * _end(value, end) for end in ("low", "high")]
+            axes.plot(ends, [y, y], color=colour, linewidth=1)
+            axes.plot(100 * value["value"], y, "o", color=colour, markersize=4, label=legend.pop(label, None))
+            known = found["published"].get(label, {}).get(row["metric"])
+            if known is not None:
+                axes.plot(100 * known, y, "|", color=colour, markersize=9, label=legend.pop("", None))
+    axes.set_yticks([-place for place in range(len(rows))], [row["metric"] for row in rows])
+    axes.set_xlabel("%")
+    axes.legend(fontsize=7)
+    table = [[row["metric"], *(comparison.shown(row, label) for label in found["labels"])] for row in tasks]
+    return page.drawn(figure, "tasks", "Zero-shot tasks.", ["task", *found["labels"]], table)
+
+
+def speed_section(found: dict) -> Section:
+    """Throughput, latency and memory, where the student's pays and where the teacher's does."""
+    results = list(found["details"]["speed"].values())
+    body = page.points([*timing.verdicts(results), *timing.break_even_lines(results)])
+    if results[0]["rows"]:
+        body += page.table(*timing.table(results)) + _all_figures(found, "speed")
+    return Section("Speed and memory", body, speed_plots(results))
+
+
+def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
+    """Step and state by context, with the lengths from which a student is quicker, and smaller."""
+    header, rows = timing.context_table(results)
+    even, made = timing.break_even(results), []
+    for name, key, scale, length, label, caption in (
+        ("step", "step_seconds", 1e3, "tokens", "ms a step", "Time of a step after a context"),
+        ("state", "state_bytes", 2**-10, "bytes", "KiB", "What one sequence keeps between tokens"),
+    ):
+        figure, axes = page.plot(4.8, 3.6)
+        for colour, result in zip(itertools.cycle(page.PALETTE), results, strict=False):
+            caches = dict.fromkeys(row["cache"] for row in result["contexts"])
+            for style, cache in zip(("-", "--", ":"), caches, strict=False):
+                own = [row for row in result["contexts"] if row["cache"] == cache and row[key] is not None]
+                x, y = [row["prompt"] for row in own], [scale * row[key] for row in own]
+                named = page.named(f"{result['model']}, {cache}")
+                axes.plot(x, y, "o" + style, markersize=3, color=colour, label=named)
+            place = even.get(result["model"], {}).get(length)
+            if place is not None:
+                axes.axvline(place, color=colour, linewidth=0.8, linestyle=":")
+                where = {"xycoords": ("data", "axes fraction"), "fontsize": 7, "color": colour}
+                axes.annotate(f" {place:,}", (place, 0.96), **where)
+        axes.set(xlabel="context, tokens", ylabel=label, yscale="log")
+        page.plain_ticks(axes.yaxis)
+        _powers_of_two(axes)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # beneath the curves
+        caption = f"{caption}; dotted: from there on better than {results[0]['model']}'s."
+        made.append(page.drawn(figure, name, caption, header, rows))
+    return tuple(made)
+
+
+def samples(found: dict) -> str:
+    """Continuations of the same prompts side by side; what equals the reference's is marked."""
+    details = found["details"].get("generation")
+    if not details:
+        return ""
+    shown = []
+    for number, first in enumerate(details[found["labels"][0]]["samples"]):
+        columns = []
+        for label in found["labels"]:
+            sample = details[label]["samples"][number]
+            same = sample["greedy"][: sample["agreed_characters"]]
+            columns.append(
+                f'<div><h3>{html.escape(label)}</h3><pre><span class="same">{html.escape(same)}</span>'
+                f"{html.escape(sample['greedy'][len(same) :])}</pre>"
+                f"<details><summary>sampled</summary><pre>{html.escape(sample['sampled'])}</pre></details></div>"
+            )
+        shown.append(
+            f'<h3>Prompt {number + 1}</h3><pre class="given">{html.escape(first["prompt"])}</pre>'
+            f'<div class="columns">{"".join(columns)}</div>'
+        )
+    return page.paragraph(
+        "Greedy continuations of held-out text; green is what the reference writes too, up to where they part.", "note"
+    ) + "".join(shown)
+
+
+def _powers_of_two(axes):
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+
+
+def _all_figures(found, measurement):
+    """Every metric of a measurement, a click away; of what models write, beside the text that really follows."""
+    name = {"by position": "perplexity"}.get(measurement, measurement)
+    rows = [row for row in found["rows"] if row["measurement"] == name]
+    header, cells = ["", *found["labels"]], []
+    reference = found["details"][name].get(found["reference"], {})
+    follows = {entry["name"]: Metric(**entry) for entry in reference.get("held_out", [])}
+    for row in rows:
+        cells.append([row["metric"], *(comparison.shown(row, label) for label in found["labels"])])
+        if follows:
+            own = follows.get(row["metric"])
+            cells[-1].append("–" if own is None else metrics.show(metrics.estimate(own, found["seed"]), own.unit))
+    header += ["held-out text"] if follows else []
+    return f"<details><summary>all figures</summary>{page.table(header, cells)}</details>"
+
+
+def _end(value, end):
+    return value["value"] if value[end] is None else value[end]
+
+
+def _chance(found, group):
+    for result in found["details"].get("recall", {}).values():
+        return result.get("chance", {}).get(group)
+    return None

@@ -1,0 +1,148 @@
+"""How many processes there are, on what devices, and who logs."""
+
+import importlib.util
+import logging
+import netrc
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import logging as transformers_logging
+
+from scavenger.recipe import Recipe, RecipeError
+from scavenger.run import energy
+
+
+PATIENCE = timedelta(days=7)  # the other processes wait while the first one reads and tokenises the text
+
+
+def start(recipe: Recipe) -> Accelerator:
+    """accelerate's view of the launch: devices, processes and the recipe's tracker.
+
+    Raises RecipeError where the launcher started several processes that do not see each other (each would run the
+    whole recipe, on top of the others), where one was started for several, and where the launch cannot train what the
+    recipe asks for.
+    """
+    transformers_logging.disable_progress_bar()  # one bar is ours; one per saved shard is noise
+    # It tells at each checkpoint that the head, which a loss holds as its own too, is written once.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    _require_one_job()
+    if recipe.training.energy:
+        energy.require_codecarbon()
+    on_cpu = not torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns wherever it is installed
+    # A launcher gives its own number here, and accelerate takes that before ours.
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(recipe.training.accumulate)
+    group = {"timeout": PATIENCE}
+    if on_cpu and deepspeed:
+        group["backend"] = "gloo"  # accelerate finds none by itself, and leaves DeepSpeed out where it is told `cpu`
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,
+        gradient_accumulation_steps=recipe.training.accumulate,
+        log_with=_tracker(recipe),
+        kwargs_handlers=[InitProcessGroupKwargs(**group)],
+        project_config=ProjectConfiguration(recipe.run_dir, logging_dir=str(Path(recipe.run_dir) / "logs")),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RecipeError(
+            f"launch: {launched} processes were started but do not see each other; expected a launch "
+            "configuration such as accelerate_configs/cpu_two_processes.yaml"
+        )
+    _require_whole_parts(recipe, accelerator.num_processes)
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise RecipeError(
+            f"launch: found mixed_precision {accelerator.mixed_precision}; expected bf16 or no: in float16 the "
+            "gradients of a mean over a batch's tokens round to nothing"
+        )
+    if accelerator.device.type == "cpu":
+        # accelerate leaves one thread to a process; the machine's cores are what there is.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _fit_deepspeed(recipe, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _fit_fsdp(accelerator)
+    return accelerator
+
+
+def _require_one_job():
+    """What `accelerate launch --cpu --num_processes 2` does: it names a meeting place and starts one process."""
+    meeting = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
+    if meeting and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
+        raise RecipeError(
+            "launch: several processes were asked for (MASTER_PORT is set), and one was started; expected "
+            "--num_processes 1, or a launch configuration such as accelerate_configs/cpu_two_processes.yaml"
+        )
+
+
+def _tracker(recipe):
+    """The recipe's tracker, None for none. Without an account it writes to this machine only; trackio always does."""
+    tracker = None if recipe.training.tracker == "none" else recipe.training.tracker
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise RecipeError(
+            f"training.tracker: {tracker} is not installed; expected `pip install {tracker}`, or tracker: none"
+        )
+    if tracker == "wandb" and "WANDB_MODE" not in os.environ and not _has_wandb_account():
+        os.environ["WANDB_MODE"] = "offline"  # the log stays here, for `wandb sync`
+    return tracker
+
+
+def _has_wandb_account():
+    """Whether a key is in the environment or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _require_whole_parts(recipe, processes):
+    """Every batch splits into parts of one size, `accumulate` for each process."""
+    stages = {"teacher.train": (recipe.teacher.train,)}
+    if recipe.transfer:
+        stages |= {"transfer.activations": recipe.transfer.activations, "transfer.logits": recipe.transfer.logits}
+    parts = processes * recipe.training.accumulate
+    for name, phases in stages.items():
+        for index, phase in enumerate(phases):
+            if phase is not None and phase.batch_size % parts:
+                place = f".{index}" if len(phases) > 1 else ""
+                raise RecipeError(
+                    f"{name}{place}.batch_size: found {phase.batch_size}; expected a multiple of {parts}, processes "
+                    f"({processes}) times training.accumulate ({recipe.training.accumulate})"
+                )
+
+
+def _fit_deepspeed(recipe, accelerator):
+    """What only DeepSpeed needs to be told, and what it cannot do."""
+    if recipe.student.filter.form == "modal":
+        raise RecipeError(
+            "student.filter.form: found modal; expected implicit under DeepSpeed: poles are put back inside the unit "
+            "circle after each step, and it has copies of the parameters that would not see it"
+        )
+    # accelerate tells transformers of the third stage, which would split whatever is loaded, the frozen teacher too.
+    unset_hf_deepspeed_config()
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    # It wants the sequences of a part before it sees one, and only checks its own arithmetic by it.
+    config["train_micro_batch_size_per_gpu"] = 1
+    if accelerator.mixed_precision == "bf16":
+        # Its own half precision would cast all parameters, filters too; autocast is what the other launches have.
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+def _fit_fsdp(accelerator):
+    """The same for FSDP."""
+    if not accelerator.is_fsdp2:
+        raise RecipeError(
+            "launch: found FSDP of version 1; expected fsdp_version: 2, as in accelerate_configs/fsdp.yaml"
+        )
+    # Its own half precision would cast filters too; autocast is what the other launches have.
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None

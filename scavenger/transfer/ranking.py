@@ -1,0 +1,160 @@
+"""Which layers should keep their attention: what the teacher loses when each one alone is replaced.
+
+All mixers are matched to the teacher's attention at once, as in the first step of transfer; then each stands alone in
+the teacher, and the divergence from the teacher on held-out text says what its layer is worth. One layer at a time, so
+what two layers do together is not seen.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import matplotlib
+import torch
+from tqdm import tqdm
+from transformers import GPTNeoXForCausalLM
+
+from scavenger import data, measure, student, teacher
+from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.recipe import Recipe, RecipeError, resolved, teacher_shape
+from scavenger.run import checkpoint
+from scavenger.transfer import teacher_outputs, transfer
+
+
+matplotlib.use("Agg")  # files, no window
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+
+def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> list[dict]:
+    """Make `ranking/`: ranking.json, ranking.png; returns one entry per layer, the one that matters most first."""
+    folder = run_dir / "ranking"
+    frozen = teacher.load(recipe, run_dir).to(accelerator.device)
+    kept = teacher_outputs.run(recipe, run_dir, frozen, accelerator)
+    matched = transfer.match_activations(recipe, run_dir, frozen, run_dir / "activations", accelerator, tokenizer, kept)
+    if accelerator.is_main_process and not checkpoint.complete(folder):
+        beside = checkpoint.partial(folder)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        found = measured(frozen, matched, data.blocks(run_dir / "data", "validation"), accelerator.device)
+        checkpoint.write_json(beside / "ranking.json", found)
+        _draw(found, beside / "ranking.png")
+        checkpoint.finish(folder)
+    accelerator.wait_for_everyone()
+    return checkpoint.read_json(folder / "ranking.json")
+
+
+def check(recipe: Recipe, keep: int, path: Path):
+    """What can be known to be wrong before any work."""
+    if recipe.transfer is None:
+        raise RecipeError("transfer: found nothing; expected a section: layers are ranked by matching activations")
+    shape = teacher_shape(recipe)
+    if keep < 1 or (shape is not None and keep >= shape["num_hidden_layers"]):
+        right = f"1 to {shape['num_hidden_layers'] - 1}" if shape else "1 or more"
+        raise RecipeError(f"--keep: found {keep}; expected {right}, some and not all of the teacher's layers")
+    if path.is_dir():
+        raise RecipeError(f"--to: {path} is a folder; expected the name of a new file")
+    if not path.parent.is_dir():
+        raise RecipeError(f"--to: {path.parent} is no folder; expected the name of a new file in one that is")
+
+
+def without_attention(recipe: Recipe) -> Recipe:
+    """The recipe of a ranking: no layer kept, activations only, in a folder of its own beside the recipe's."""
+    return dataclasses.replace(
+        recipe,
+        run_dir=f"{Path(recipe.run_dir)}-ranking",
+        student=dataclasses.replace(recipe.student, attention_layers=()),
+        transfer=dataclasses.replace(
+            recipe.transfer,
+            activations=tuple(
+                dataclasses.replace(phase, schedule="parallel", flat=None) for phase in recipe.transfer.activations
+            ),
+        ),
+        cache=dataclasses.replace(recipe.cache, logits=None) if recipe.cache and recipe.cache.activations else None,
+        baseline=None,
+        recurrence=None,
+        report=None,
+        hub=None,
+    )
+
+
+def measured(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, blocks, device) -> list[dict]:
+    """For each layer KL(teacher || teacher with that layer's mixer), nats per token, largest first."""
+    entries = []
+    for layer in tqdm(range(matched.config.num_hidden_layers), desc="ranking", unit="layer", dynamic_ncols=True):
+        against = measure.held_out(alone(frozen, matched, layer).to(device), blocks, frozen)
+        entries.append(
+            {
+                "layer": layer,
+                "divergence": against.divergence,
+                "agreement": against.agreement,
+                "perplexity": against.perplexity,
+                "tokens": against.tokens,
+            }
+        )
+    return sorted(entries, key=lambda entry: -entry["divergence"])
+
+
+@torch.no_grad()
+def alone(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, layer: int) -> HyenaNeoXForCausalLM:
+    """The teacher with the matched mixer of one layer; all others keep their attention, whole."""
+    config = type(matched.config).from_dict(
+        matched.config.to_dict()
+        | {
+            "attention_layers": [other for other in range(matched.config.num_hidden_layers) if other != layer],
+            "attention_window": 0,
+        }
+    )
+    model = HyenaNeoXForCausalLM(config)
+    own = f"gpt_neox.layers.{layer}.mixer."
+    model.load_state_dict(
+        student.copied(frozen) | {key: value for key, value in matched.state_dict().items() if key.startswith(own)}
+    )
+    return model.eval()
+
+
+def recommended(recipe: Recipe, found: list[dict], keep: int) -> Recipe:
+    """The recipe with the `keep` layers of the largest divergence kept, and a run folder of its own."""
+    layers = tuple(sorted(entry["layer"] for entry in found[:keep]))
+    return dataclasses.replace(
+        recipe,
+        run_dir=f"{Path(recipe.run_dir)}-keeps-{'-'.join(map(str, layers))}",
+        student=dataclasses.replace(recipe.student, attention_layers=layers),
+    )
+
+
+def write_recipe(recipe: Recipe, found: list[dict], path: Path):
+    """The recommended recipe, the ranking in its head; a file that says something else is not touched."""
+    marker, body = resolved(recipe).split("\n", 1)
+    kept = ", ".join(map(str, recipe.student.attention_layers))
+    head = [
+        marker,
+        f"# Attention is kept in layer {kept}. What each layer costs when it alone is replaced, after matching",
+        f"# activations (KL to the teacher, nats per token, over {found[0]['tokens']:,} held-out tokens):",
+        *(f"#   layer {entry['layer']:>2}  {entry['divergence']:.4f}" for entry in found),
+    ]
+    text = "\n".join([*head, body])
+    if path.exists() and path.read_bytes() != text.encode():
+        raise RecipeError(f"--to: {path} is there already; expected the name of a new file")
+    checkpoint.write_text(path, text)
+
+
+def table(found: list[dict]) -> str:
+    """The ranking as aligned text."""
+    lines = [f"{'layer':>5}  {'KL (nats)':>9}  {'agreement':>9}  {'perplexity':>10}"]
+    for entry in found:
+        lines.append(
+            f"{entry['layer']:>5}  {entry['divergence']:>9.4f}  {100 * entry['agreement']:>7.1f} %  "
+            f"{entry['perplexity']:>10.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _draw(found, path):
+    by_layer = sorted(found, key=lambda entry: entry["layer"])
+    plt.figure(figsize=(4.6, 2.8), dpi=130)
+    plt.bar([str(entry["layer"]) for entry in by_layer], [entry["divergence"] for entry in by_layer], color="#2d6fc2")
+    plt.xlabel("layer replaced, alone")
+    plt.ylabel("KL to the teacher (nats per token)")
+    plt.tight_layout()
+    plt.savefig(path)
+    plt.close()

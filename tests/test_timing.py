@@ -1,0 +1,319 @@
+"""Speed of generation: caches that say the same, bytes by hand, and words that follow from figures. Nothing on time."""
+
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_student, tiny_teacher
+
+from scavenger.report import timing
+from scavenger.report.evaluated import Evaluated
+from scavenger.report.results import Results
+from scavenger.report.timing import Case, Decoded, DynamicTeacher, Exact, PackedTeacher, Settings, StaticTeacher, Steps
+
+
+COMMAND = Path(__file__).parents[1] / "eval/speed.py"
+TOKEN = 2 * 3 * 30 * 4  # bytes of a token's keys and values in the tiny teacher's three layers of 30 channels
+QUICK = Settings(cases=(Case(1, 10, 5), Case(2, 30, 9)), contexts=(20, 70), rounds=2, seconds=60.0)
+
+
+@pytest.fixture(scope="module")
+def trio(evaluated):
+    """Teacher, distilled and recurrent student of the workshop, measured together."""
+    return evaluated, timing.run(evaluated, QUICK, progress=False)
+
+
+def rows_of(results, key="rows"):
+    return {(result["model"], row["cache"], row["case"]): row for result in results for row in result[key]}
+
+
+@pytest.mark.parametrize(
+    ("make", "contenders"),
+    [
+        (tiny_teacher, (DynamicTeacher, StaticTeacher)),
+        (tiny_student, (Exact,)),
+        (lambda: tiny_student(30), (Exact,)),
+        (lambda: tiny_student(modal=True), (Steps, Decoded)),
+        (lambda: tiny_student(30, modal=True, attention_layers=[1], attention_window=7), (Steps, Decoded)),
+        (lambda: tiny_student(modal=True, attention_layers=[1], attention_window=0), (Steps,)),
+    ],
+)
+@torch.inference_mode()
+def test_every_cache_generates_what_the_model_does(make, contenders):
+    model, new = make(), 23
+    ids = torch.randint(1, 97, (3, 17))
+    model.generation_config.eos_token_id = None
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)[:, 17:]
+    again = ids
+    for _ in range(new):
+        again = torch.cat([again, model(input_ids=again, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(again[:, 17:], expected)
+    for kind in contenders:
+        contender = kind(model, Case(3, 17, new))
+        contender.step(contender.read(ids[:, :2]).argmax(-1))  # must leave no trace
+        tokens = [contender.read(ids).argmax(-1)]
+        for _ in range(new - 1):
+            tokens.append(contender.step(tokens[-1]).argmax(-1))
+        assert torch.equal(torch.stack(tokens, dim=1), expected), kind.name
+        found = timing.generated(contender, ids, new, math.inf)
+        assert found["tokens"][:-1] == expected[0].tolist() and len(found["steps"]) == new
+
+
+def test_all_contenders_of_a_model(trio):
+    models, results = trio
+    teachers = [DynamicTeacher, StaticTeacher, PackedTeacher]
+    assert [timing.kinds(model) for model in models] == [teachers, [Exact], [Steps, Decoded]]
+    assert [result["model"] for result in results] == ["teacher", "distilled", "recurrent"]
+    for result, model in zip(results, models, strict=True):
+        names = [kind.name for kind in timing.kinds(model)]
+        assert [(row["case"], row["cache"]) for row in result["rows"]] == [
+            (case, name) for case in ("1x10+5", "2x30+9") for name in names
+        ]
+        assert [(row["prompt"], row["cache"]) for row in result["contexts"]] == [
+            (length, name) for length in (20, 70) for name in names
+        ]
+        for row in result["rows"] + result["contexts"]:
+            figures = [value for key, value in row.items() if key in timing.ROW and key != "generation_seconds"]
+            assert all(0 <= figure < math.inf for figure in figures), row
+            assert row["rounds"] == len(row["generation_seconds"]) == 2 and row["timed"] == row["new"]
+            assert row["tokens_per_second_low"] <= row["tokens_per_second"] <= row["tokens_per_second_high"]
+            assert row["first_token_seconds"] >= row["prefill_seconds"]
+        for metric, row in zip(result["metrics"], ("1x10+5", "2x30+9"), strict=True):
+            assert metric["name"] == f"new tokens/s at {row}" and metric["better"] == "higher"
+            best = max((own for own in result["rows"] if own["case"] == row), key=lambda own: own["tokens_per_second"])
+            assert metric["denominators"] == pytest.approx(best["generation_seconds"], rel=1e-6)
+            assert metric["numerators"] == 2 * [best["batch"] * best["new"]]
+    json.dumps(results, allow_nan=False)
+
+
+def test_bytes_are_those_of_keys_values_modes_and_inputs(trio):
+    models, results = trio
+    rows = rows_of(results) | rows_of(results, "contexts")
+    for case in ("1x10+5", "2x30+9", "1x20+32", "1x70+32"):
+        dynamic, static = (rows["teacher", kind.name, case] for kind in (DynamicTeacher, StaticTeacher))
+        assert dynamic["state_bytes"] == TOKEN * dynamic["prompt"]
+        whole = TOKEN * (dynamic["prompt"] + dynamic["new"])
+        assert dynamic["state_bytes_last"] == static["state_bytes"] == static["state_bytes_last"] == whole
+        for kind in (Steps, Decoded):
+            row = rows["recurrent", kind.name, case]
+            assert row["state_bytes"] == row["state_bytes_last"] == models[2].config.state_bytes
+    # A token of a prompt adds, in each of three layers, outer products of five heads of six channels, and taps.
+    exact = [rows["distilled", "exact", f"1x{length}+32"] for length in (20, 70)]
+    assert exact[1]["state_bytes"] - exact[0]["state_bytes"] == 50 * 3 * (30 * 6 + 5) * 4
+    assert exact[0]["state_bytes_last"] > exact[0]["state_bytes"]
+
+
+def test_results_are_their_models_in_any_order(trio, tmp_path):
+    models, _ = trio
+    settings = Settings(cases=(Case(1, 5, 4),), contexts=(), rounds=1)
+    for order in (models, [models[0], models[2], models[1]]):
+        found = timing.kept(order, settings, Results(tmp_path))
+        assert [(result["model"], result["path"]) for result in found] == [(m.label, m.path) for m in order]
+
+
+def test_largest_batch(trio):
+    _, results = trio
+    assert timing.largest_batch(1.0, 2**29, 1000) == 2**29 // 1000
+    assert timing.largest_batch(0.25, 2**29, 1000) == 0
+    teacher = rows_of(results)["teacher", DynamicTeacher.name, "1x10+5"]
+    assert teacher["largest_batch"] == (16 * 2**30 - teacher["weights_bytes"]) // (15 * TOKEN)
+    weights = sum(p.nbytes for p in trio[0][0].model.parameters())
+    assert teacher["weights_bytes"] == weights
+    assert rows_of(results)["recurrent", Decoded.name, "1x10+5"]["weights_bytes"] > weights, "packed copies"
+
+
+def test_break_even_of_measured_bytes_is_the_configurations(trio):
+    models, results = trio
+    found = timing.break_even(results)
+    config = models[2].config
+    assert found["recurrent"]["bytes"] == config.break_even_length > 1
+    assert found["recurrent"]["state_bytes"] == config.state_bytes
+    assert found["distilled"]["bytes"] is None and found["distilled"]["state_bytes"] is None
+    assert found["recurrent"]["longest"] == 70
+    lines = timing.break_even_lines(results)
+    assert lines[0].startswith("distilled: keeps more with every token")
+    assert f"no more than teacher's dynamic cache from {config.break_even_length:,} tokens on" in lines[1]
+
+
+def made(model, speeds, contexts, constant=True, state=1000, cache="Decoder"):
+    """A result by hand; speeds: {case: (low, median, high)}, contexts: {length: seconds of a step}."""
+    empty = dict.fromkeys(timing.ROW) | {"rounds": 5, "timed": 9, "cache": cache}
+    keys = ("tokens_per_second_low", "tokens_per_second", "tokens_per_second_high")
+    return {
+        "model": model,
+        "settings": {"memory_gib": 16.0},
+        "constant_state": constant,
+        "rows": [
+            empty | {"case": case, "prompt": 10, "state_bytes": state} | dict(zip(keys, own, strict=True))
+            for case, own in speeds.items()
+        ],
+        "contexts": [
+            empty | {"case": f"1x{length}+32", "prompt": length, "step_seconds": step}
+            for length, step in contexts.items()
+        ],
+    }
+
+
+def test_verdicts():
+    never = (None, None, None)
+    static = dict(cache="static cache")
+    teacher = made(
+        "teacher", {"wins": (9, 10, 11), "level": (9, 10, 11), "loses": (9, 10, 11), "none": never}, {}, **static
+    )
+    student = made("recurrent", {"wins": (7, 8, 8.5), "level": (8, 9, 9.5), "loses": (20, 25, 30), "none": never}, {})
+    other = made("distilled", {"wins": (3, 4, 5), "level": never, "loses": (3, 4, 5), "none": never}, {}, cache="exact")
+    assert timing.verdicts([teacher, student, other]) == [
+        "At wins teacher (static cache) is the quickest, 10.0 new tokens/s: 1.25 times recurrent (Decoder) "
+        "and 2.50 times distilled (exact). teacher wins.",
+        "At level teacher (static cache) is level with recurrent (Decoder): 1.11 times, in rounds that overlap.",
+        "At loses recurrent (Decoder) is the quickest, 25.0 new tokens/s: 2.50 times teacher (static cache) "
+        "and 6.25 times distilled (exact). teacher is 2.50 times distilled (exact).",
+        "At none nothing was measured: there was not enough memory.",
+    ]
+    dynamic = made("teacher", {"wins": (4, 5, 6)}, {}, cache="dynamic cache")
+    teacher["rows"] = [teacher["rows"][0], *dynamic["rows"]]
+    assert timing.verdicts([teacher]) == [
+        "At wins teacher (static cache) is the quickest, 10.0 new tokens/s: 2.00 times teacher (dynamic cache)."
+    ]
+    assert "1.25 times recurrent" in timing.verdicts([teacher, student])[0], "the better cache counts"
+    teacher["rows"][0]["rounds"] = 1
+    assert ", in 1 round: 1.25 times recurrent" in timing.verdicts([teacher, student])[0]
+
+
+def test_break_even():
+    slow = {64: 2.0, 128: 2.5, 256: 3.0, 512: 4.0}
+    teacher = made("teacher", {"c": (1, 1, 1)}, slow, constant=False, state=640, cache="dynamic cache")  # 64 a token
+    teacher["contexts"] += made("teacher", {}, {64: 1.0, 128: 2.6}, cache="static cache")["contexts"]
+
+    def against(steps, **changes):
+        return timing.break_even([teacher, made("student", {"c": (1, 1, 1)}, steps, **changes)])["student"]
+
+    assert against({64: 0.5, 128: 2.6, 256: 2.9, 512: 2.9}, state=1281)["bytes"] == 21
+    assert against({}, state=1280)["bytes"] == 20 and against({}, constant=False)["bytes"] is None
+    assert against({64: 0.5, 128: 2.6, 256: 2.9, 512: 2.9})["tokens"] == 256, "not yet at 128"
+    assert against({64: 1.5, 128: 1.5, 256: 1.5, 512: 1.5})["tokens"] == 128, "the static cache is quicker at 64"
+    assert against({64: 0.5, 128: 1.5, 256: 1.5, 512: 1.5})["tokens"] == 64
+    assert against({64: 0.5, 128: 0.5, 256: 0.5, 512: 4.0})["tokens"] is None, "a tie is no gain"
+    assert against({64: 0.5, 128: 0.5, 256: None})["tokens"] == 64 and against({})["tokens"] is None
+    student = made("student", {"c": (1, 1, 1)}, {64: 3.0, 128: 2.0, 256: 9.0})
+    (line,) = timing.break_even_lines([teacher, student])
+    assert line.startswith("student: keeps 1,000 bytes for a sequence of any length") and "from 16 tokens on" in line
+    assert line.endswith("at 256 tokens, the longest at which both were measured.")
+    student["contexts"] = student["contexts"][:2]
+    (line,) = timing.break_even_lines([teacher, student])
+    assert "from 128 tokens on (up to 128 measured)" in line
+
+
+def test_what_was_not_measured_is_a_dash(trio, monkeypatch):
+    models, _ = trio
+    whole = Steps.read
+
+    def full(self, ids):
+        if ids.shape[1] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return whole(self, ids)
+
+    monkeypatch.setattr(Steps, "read", full)
+    monkeypatch.setattr(timing, "begin_peak", lambda device: None)
+    settings = Settings(cases=(Case(2, 10, 5),), contexts=(), rounds=1)
+    results = timing.run([models[0], models[2]], settings, progress=False)
+    row = rows_of(results)["recurrent", Steps.name, "2x10+5"]
+    assert row["rounds"] == row["timed"] == 0 and all(row[key] is None for key in timing.ROW)
+    header, cells = timing.table(results)
+    assert len(header) == len(cells[0]) and "out of memory" in cells[3]
+    assert cells[3].count("–") == len(header) - 4 and cells[0][header.index("peak MiB")] == "–"
+    assert timing.context_table(results)[1] == [] and timing.break_even(results)["recurrent"]["tokens"] is None
+    assert len(timing.verdicts(results)) == 1
+
+
+@torch.inference_mode()
+def test_a_part_stands_for_the_rest_within_the_seconds(monkeypatch):
+    """A clock that every step of `ids` moves by a second: of even contenders three runs, of exact ones the first."""
+    ids = torch.randint(1, 97, (2, 9))
+    teacher, student = DynamicTeacher(tiny_teacher(), Case(2, 9, 60)), Exact(tiny_student(), Case(2, 9, 60))
+    clock = [0.0]
+    monkeypatch.setattr(timing, "now", lambda device: clock[0])
+    for contender in (teacher, student):
+        whole = contender.step
+        monkeypatch.setattr(
+            contender, "step", lambda tokens, whole=whole: clock.__setitem__(0, clock[0] + 1) or whole(tokens)
+        )
+    found = timing.generated(teacher, ids, 60, 12)
+    assert len(found["steps"]) == 12 and found["generation"] == 60, "one second each"
+    assert found["kept_last"] == 2 * 2 * 3 * 30 * 8 * (9 + 60) and len(found["tokens"]) == 5
+    found = timing.generated(student, ids, 60, 40)
+    assert len(found["steps"]) == 40 and found["generation"] == 60 and found["kept_last"] is None
+    assert len(timing.generated(student, ids, 60, 1)["steps"]) == timing.LEAST
+    row = timing._row(Case(2, 9, 60), Exact, [found | {"prompt": 1.0, "weights": 10, "peak": None}], Settings())
+    assert row["timed"] == 40 and row["state_bytes_last"] is None and row["largest_batch"] is None
+
+
+def test_prompts_are_pieces_of_the_stream(trio):
+    models, _ = trio
+    stream = np.arange(300, dtype=np.uint16)
+    prompts = timing._prompts(320, 5, stream)
+    ids = prompts(Case(4, 21, 1))
+    assert ids.shape == (4, 21) and torch.equal(ids, prompts(Case(4, 21, 7)))
+    assert torch.equal(ids - ids[:, :1], torch.arange(21).expand(4, 21)) and len(set(ids[:, 0].tolist())) > 1
+    assert prompts(Case(1, 700, 1)).shape == (1, 700)
+    with pytest.raises(ValueError, match="found 300 ids up to 299; expected some, all below 200"):
+        timing._prompts(200, 5, stream)
+    settings = Settings(cases=(), contexts=(9,), rounds=1)
+    assert timing.run(models[:1], settings, stream, progress=False)[0]["metrics"] == []
+
+
+def test_state_that_grows_has_no_decoder(tmp_path):
+    model = tiny_student(modal=True, attention_layers=[1], attention_window=0).float()
+    model.save_pretrained(tmp_path)
+    grown = Evaluated("grown", str(tmp_path))
+    assert timing.kinds(grown) == [Steps]
+    found = timing.run([grown], Settings(cases=(Case(1, 9, 40),), contexts=(), rounds=1, seconds=1e-9), progress=False)
+    (row,) = found[0]["rows"]
+    assert row["timed"] == 6 and row["state_bytes_last"] - row["state_bytes"] == 40 * (2 * 30 * 4 + 1)
+    assert not found[0]["constant_state"] and row["to_best"] == 1 and row["to_dynamic"] is None
+
+
+def test_command(workshop, finished, tmp_path, monkeypatch, capsys):
+    words = [f"teacher={workshop / 'teacher'}", f"recurrent={finished / 'recurrence'}", "--cases", "1x10+3", "3x12+2"]
+    words += ["--contexts", "9", "--rounds", "2", "--threads", "1", "--results", tmp_path]
+    done = subprocess.run([sys.executable, COMMAND, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [result["model"] for result in found] == ["teacher", "recurrent"]
+    assert found[0]["metrics"]["new tokens/s at 3x12+2"]["items"] == 2 and found[0]["machine"]["threads"] == 1
+    for said in ("5 rows in each of 2 cases", "batch in 16 GiB, computed", "At 1x10+3 ", "recurrent: keeps"):
+        assert said in done.stdout
+    monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, words)])
+    monkeypatch.setattr(timing, "run", None)
+    threads = torch.get_num_threads()
+    try:
+        assert runpy.run_path(str(COMMAND))["main"]() == 0, "kept, not measured again"
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().out.splitlines()[-1] == done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cases", "2x1+3"], "--cases: found 2x1+3; expected BATCHxPROMPT+NEW"),
+        (["--rounds", "0"], "found 0 rounds; expected 1 or more"),
+        (["--memory", "-1"], "found memory -1.0; expected a number above 0"),
+        (["--contexts", "1"], "found a context of 1 tokens; expected 2 or more"),
+        (["--threads", "0"], "--threads: found 0; expected 1 or more"),
+        (["--cases", "--contexts"], "found no cases and no contexts"),
+        ([], "nowhere: cannot be loaded"),
+    ],
+)
+def test_mistakes_are_one_line(words, said, monkeypatch, capsys):
+    main = runpy.run_path(str(COMMAND))["main"]
+    monkeypatch.setattr(sys, "argv", ["speed.py", "nowhere", *words])
+    assert main() == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"speed: error: {said}") and shown.count("\n") == 1
