@@ -19,8 +19,8 @@ from scavenger.run import interruption
 
 
 def main() -> int:
-    """Run what the command line says; returns the exit code, 2 for a mistake in what was given, 75 after a SIGTERM."""
-    # Python has put the recipe in argv[0] where it was asked to run the recipe itself.
+    """Run the command line; returns the exit code: 2 for a mistake of the user, 75 after a SIGTERM."""
+    # As `python recipe.yaml`, the recipe is argv[0].
     arguments = sys.argv if sys.argv[0].endswith((".yaml", ".yml")) else sys.argv[1:]
     try:
         with interruption.handled():
@@ -29,17 +29,22 @@ def main() -> int:
         print(f"scavenger: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder without permission, a network that went away
-        print(f"scavenger: error: {error}; what is complete is kept, the same command goes on", file=sys.stderr)
+        print(
+            f"scavenger: error: {error}; what is complete is kept: run the same command again to resume",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
-        print("\nscavenger: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "\nscavenger: interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr
+        )
         return 130
     except interruption.Stopped as stopped:
         how = f" ({stopped})" if str(stopped) else ""
-        print(f"\nscavenger: ended by SIGTERM{how}; the same command goes on", file=sys.stderr)
+        print(f"\nscavenger: ended by SIGTERM{how}; run the same command again to resume", file=sys.stderr)
         return interruption.EXIT_CODE
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("WORLD_SIZE", "1") != "1":
-        # Threads of process groups outlive Python's end and now and then abort it, when all is done.
+        # Threads of process groups outlive the interpreter and sometimes abort the process although all is done.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -72,7 +77,7 @@ def parsed(arguments) -> argparse.Namespace:
 def run(recipe, plan_only=False) -> int:
     """The whole pipeline, or its plan; a stage whose folder is complete returns at once."""
     from scavenger import hub, plan
-    from scavenger.recurrence import recurrence
+    from scavenger.recurrence import preview, recurrence
     from scavenger.report import report
     from scavenger.run import energy, processes
     from scavenger.transfer import baseline, transfer
@@ -80,7 +85,7 @@ def run(recipe, plan_only=False) -> int:
     if plan_only:
         print(plan.show(recipe))
         if recipe.recurrence and (Path(recipe.run_dir) / "transfer").is_dir():
-            print(plan.recurrences(recipe))
+            print(preview.show(recipe))
         return 0
     if recipe.hub:
         hub.require_token()
@@ -88,38 +93,40 @@ def run(recipe, plan_only=False) -> int:
     accelerator = processes.start(recipe)
     planned = plan.stages(recipe, accelerator.num_processes)
     accelerator.print(plan.text(recipe, planned, accelerator.num_processes) + "\n")
-    with opened(recipe, accelerator) as (run_dir, tokenizer):
+    with opened(recipe, accelerator) as run:
         if accelerator.is_main_process:
-            plan.write(planned, run_dir)
+            plan.write(planned, run.folder)
         for stage in (transfer, baseline, recurrence, report):
             name = stage.__name__.rpartition(".")[2]
             if getattr(recipe, name):  # a section has the name of the file that reads it
-                with energy.measured(recipe, run_dir, name, accelerator):
-                    stage.run(recipe, run_dir, accelerator, tokenizer)
+                with energy.measured(run, name):
+                    stage.run(run)
         accelerator.end_training()
-        hub.run(recipe, run_dir, accelerator)
+        hub.run(run)
     return 0
 
 
 @contextlib.contextmanager
 def opened(recipe, accelerator):
-    """The run's folder and tokenizer, with text and teacher ready; the folder is held until the context ends."""
+    """The run, its text and teacher ready; its folder is locked until the context ends."""
     from scavenger import data, teacher
     from scavenger.run import checkpoint, energy
+    from scavenger.run.run import Run
 
-    with checkpoint.open_run(recipe, accelerator) as run_dir:
+    with checkpoint.open_run(recipe, accelerator) as folder:
         with accelerator.main_process_first():
-            tokenizer = teacher.tokenizer(recipe, run_dir)
+            tokenizer = teacher.tokenizer(recipe, folder)
             if recipe.teacher.train is None:
-                data.check_vocabulary(tokenizer, teacher.load_configuration(recipe, run_dir))
-            data.run(recipe, run_dir, tokenizer)
-        names = {"wandb": {"name": run_dir.name, "dir": str(run_dir)}}
-        names["trackio"] = {"name": run_dir.name, "resume": "allow"}  # an interrupted run stays one
+                data.check_vocabulary(tokenizer, teacher.load_configuration(recipe.teacher, folder))
+            data.run(recipe, folder, tokenizer)
+        run = Run(recipe, folder, accelerator, tokenizer)
+        names = {"wandb": {"name": folder.name, "dir": str(folder)}}
+        names["trackio"] = {"name": folder.name, "resume": "allow"}  # an interrupted run stays one
         accelerator.init_trackers("scavenger", init_kwargs=names)
         if recipe.teacher.train:
-            with energy.measured(recipe, run_dir, "teacher", accelerator):
-                teacher.run(recipe, run_dir, accelerator, tokenizer)
-        yield run_dir, tokenizer
+            with energy.measured(run, "teacher"):
+                teacher.run(run)
+        yield run
 
 
 def rank(arguments) -> int:
@@ -139,8 +146,8 @@ def rank(arguments) -> int:
     ranking.check(recipe, args.keep, args.to)
     alone = ranking.without_attention(recipe)
     accelerator = processes.start(alone)
-    with opened(alone, accelerator) as (run_dir, tokenizer):
-        found = ranking.run(alone, run_dir, accelerator, tokenizer)
+    with opened(alone, accelerator) as run:
+        found = ranking.run(run)
         accelerator.end_training()
         if accelerator.is_main_process:
             made = ranking.recommended(recipe, found, args.keep)

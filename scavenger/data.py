@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from scavenger.recipe import Data, Recipe, RecipeError
 from scavenger.run import checkpoint
+from scavenger.run.run import blocks
 
 
 SPLITS = ("train", "validation", "test")
@@ -108,18 +109,6 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
     for name in ("state.json", "held_out.bin"):
         (folder / name).unlink()
     return folder
-
-
-def blocks(folder: Path, split: str) -> np.ndarray:
-    """The blocks of a split, memory-mapped: (block, length)."""
-    path = folder / f"{split}.npy"
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        wrong = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({_first_line(error)})"
-        raise RecipeError(
-            f"data: {path} {wrong}; expected this run's tokens: delete {folder}, and the same command makes them again"
-        ) from None
 
 
 def batch(array: np.ndarray, first: int, size: int, seed: int) -> Batch:

@@ -20,9 +20,10 @@ from huggingface_hub.errors import HTTPError  # of whichever HTTP library it use
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from scavenger.model import HyenaNeoXConfig
-from scavenger.recipe import EMBEDDED_TEACHER, Hub, Recipe, RecipeError
+from scavenger.recipe import EMBEDDED_TEACHER, Hub, RecipeError
 from scavenger.report import comparison, report
 from scavenger.run import checkpoint
+from scavenger.run.run import Run
 
 
 # What from_pretrained reads. Anything else in the folder (and whatever is pickled) stays where it is.
@@ -46,10 +47,10 @@ REPLACED = (
 PATHS = (("run_dir",), ("teacher", "path"), ("data", "path"))
 
 
-def run(recipe: Recipe, run_dir: Path, accelerator):
-    """Push the run where its recipe names a repository; the other processes have nothing to wait for."""
-    if recipe.hub and accelerator.is_main_process:
-        push(run_dir, recipe.hub)
+def run(run: Run):
+    """Push the run where its recipe names a repository; only the main process does."""
+    if run.recipe.hub and run.accelerator.is_main_process:
+        push(run.folder, run.recipe.hub)
 
 
 def push(run_dir: Path, target: Hub):

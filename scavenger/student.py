@@ -1,25 +1,24 @@
-"""The student: the teacher with Hyena in the place of attention."""
+"""The student: the teacher with Hyena mixers instead of attention."""
 
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
-from scavenger.recipe import Recipe, RecipeError
+from scavenger.recipe import RecipeError, Student
 
 
 NEW_PARAMETERS = (
     "mixer.short_filter",
     "mixer.filter.",
     "mixer.gates.",
-)  # all that a student has and its teacher has not
+)  # what a student has beyond its teacher's parameters
 
 
-def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
-    """The teacher's shape with the recipe's mixer."""
+def configuration(settings: Student, context_length: int, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
+    """The teacher's shape with the recipe's mixer; RecipeError where the mixer does not fit the teacher."""
     rope = teacher.rope_parameters
     if rope.get("rope_type", "default") != "default":
         raise RecipeError(f"teacher: its rotary embedding is of type {rope['rope_type']}; expected the default type")
-    settings = recipe.student
     filters = (
         teacher.hidden_size if settings.mixer == "hyena" else settings.num_filter_heads or teacher.num_attention_heads
     )
@@ -58,9 +57,7 @@ def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
     return HyenaNeoXConfig(
         **shared,
         attention_layers=kept,
-        attention_window=(
-            recipe.data.context_length if settings.attention_window is None else settings.attention_window
-        ),
+        attention_window=context_length if settings.attention_window is None else settings.attention_window,
         rotary_fraction=rope["partial_rotary_factor"],
         rotary_base=rope["rope_theta"],
         num_filters=filters,
@@ -71,20 +68,22 @@ def configuration(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
         position_features=settings.filter.position_features,
         sine_frequency=settings.filter.sine_frequency,
         filter_window=settings.filter.window,
-        context_length=recipe.data.context_length,
+        context_length=context_length,
         **modal,
     )
 
 
-def new(recipe: Recipe, teacher: GPTNeoXConfig) -> HyenaNeoXForCausalLM:
-    """A student that knows nothing; the seed decides its weights."""
-    torch.manual_seed(recipe.seed)
-    return HyenaNeoXForCausalLM(configuration(recipe, teacher))
+def new(settings: Student, context_length: int, teacher: GPTNeoXConfig, seed: int) -> HyenaNeoXForCausalLM:
+    """An untrained student; the seed decides its weights."""
+    torch.manual_seed(seed)
+    return HyenaNeoXForCausalLM(configuration(settings, context_length, teacher))
 
 
-def from_teacher(recipe: Recipe, teacher: GPTNeoXForCausalLM) -> HyenaNeoXForCausalLM:
-    """A student with everything of the teacher's but attention's softmax; its filters and short filters are new."""
-    student = new(recipe, teacher.config)
+def from_teacher(
+    settings: Student, context_length: int, teacher: GPTNeoXForCausalLM, seed: int
+) -> HyenaNeoXForCausalLM:
+    """A student with all weights of its teacher; only long filters and short filters are new."""
+    student = new(settings, context_length, teacher.config, seed)
     missing, unexpected = student.load_state_dict(copied(teacher), strict=False)
     strange = [key for key in missing if not any(name in key for name in NEW_PARAMETERS)] + unexpected
     if strange:

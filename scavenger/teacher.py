@@ -1,4 +1,4 @@
-"""The teacher: a GPT-NeoX, loaded or trained here, frozen; and what goes in and out of its attention layers."""
+"""The teacher: a GPT-NeoX, loaded or trained here, frozen; and the inputs and outputs of its attention layers."""
 
 import contextlib
 import functools
@@ -14,69 +14,62 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from scavenger import data, measure, training
-from scavenger.recipe import Recipe, RecipeError
+from scavenger.recipe import Recipe, RecipeError, Teacher, TeacherTraining
 from scavenger.run import checkpoint
+from scavenger.run.run import Run
 
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"  # as in the tokenizer of GPT-NeoX-20B
 
 
-def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path | None:
-    """Train the teacher where the recipe says so; returns its folder."""
-    folder = run_dir / "teacher"
-    train = recipe.teacher.train
+def run(run: Run) -> Path | None:
+    """Train the teacher where the recipe asks for it; returns its folder."""
+    folder, train = run.folder / "teacher", run.recipe.teacher.train
     if train is None or checkpoint.complete(folder):
         return folder if train else None
-    torch.manual_seed(recipe.seed)
-    model = GPTNeoXForCausalLM(configuration(recipe, tokenizer))
-    blocks = data.blocks(run_dir / "data", "train")
-    history, model = training.train(
-        "teacher",
-        training.NextTokens(model),
-        training.next_token_loss,
-        lambda step: data.batch(blocks, step * train.batch_size, train.batch_size, recipe.seed),
-        train,
-        checkpoint.partial(folder) / "steps",
-        accelerator,
-        recipe,
+    seed = run.recipe.seed
+    torch.manual_seed(seed)
+    model = GPTNeoXForCausalLM(configuration(train, run.recipe.data.context_length, run.tokenizer))
+    blocks = run.blocks("train")
+    optimisation = training.Optimisation(
+        name="teacher",
+        module=training.NextTokens(model),
+        settings=train,
+        steps_dir=checkpoint.partial(folder) / "steps",
+        batch=lambda step: data.batch(blocks, step * train.batch_size, train.batch_size, seed),
+        loss=training.next_token_loss,
     )
-    checkpoint.finish_model(
-        model,
-        tokenizer,
-        history,
-        folder,
-        accelerator,
-        more=lambda beside: _write_card(recipe, run_dir, model, history, beside),
-    )
+    history, model = training.train(run, optimisation)
+    checkpoint.finish_model(run, model, history, folder, lambda beside: _write_card(run, model, history, beside))
     return folder
 
 
-def load(recipe: Recipe, run_dir: Path, device: torch.device | str = "cpu") -> GPTNeoXForCausalLM:
+def load(settings: Teacher, run_dir: Path, device: torch.device | str = "cpu") -> GPTNeoXForCausalLM:
     """The teacher on the device, without gradients and in evaluation mode.
 
-    It is kept in the checkpoint's own dtype where the recipe names no other: Pythia's float16 takes half the memory of
-    float32. On a CPU, which has no fast products of half precision, that is float32.
+    Without a dtype in the recipe it keeps the checkpoint's own: Pythia's float16 takes half the memory of float32. On a
+    CPU, where half precision is slow, that is float32.
     """
-    load_configuration(recipe, run_dir)
-    where, dtype = _where(recipe, run_dir), recipe.teacher.dtype
+    load_configuration(settings, run_dir)
+    where, dtype = _where(settings, run_dir), settings.dtype
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
     with _clear_errors(where):
         model = GPTNeoXForCausalLM.from_pretrained(
             where,
-            revision=_revision(recipe),
+            revision=_revision(settings),
             dtype=dtype,
-            use_safetensors=None if recipe.teacher.allow_pickle else True,
+            use_safetensors=None if settings.allow_pickle else True,
         )
     return model.requires_grad_(False).eval().to(device)
 
 
-def load_configuration(recipe: Recipe, run_dir: Path) -> GPTNeoXConfig:
-    """The teacher's configuration."""
-    where = _where(recipe, run_dir)
+def load_configuration(settings: Teacher, run_dir: Path) -> GPTNeoXConfig:
+    """The teacher's configuration; RecipeError where it cannot be loaded or is no GPT-NeoX."""
+    where = _where(settings, run_dir)
     with _clear_errors(where):
-        config = AutoConfig.from_pretrained(where, revision=_revision(recipe))
+        config = AutoConfig.from_pretrained(where, revision=_revision(settings))
     if not isinstance(config, GPTNeoXConfig):
         raise RecipeError(f"teacher: {where} is a {config.model_type}; expected a GPT-NeoX model")
     return config
@@ -84,21 +77,21 @@ def load_configuration(recipe: Recipe, run_dir: Path) -> GPTNeoXConfig:
 
 def tokenizer(recipe: Recipe, run_dir: Path) -> PreTrainedTokenizerFast:
     """The teacher's tokenizer; for a teacher trained here, a byte-level BPE trained on the train split."""
-    train = recipe.teacher.train
-    if train is None:
-        where = _where(recipe, run_dir)
+    settings = recipe.teacher
+    if settings.train is None:
+        where = _where(settings, run_dir)
         with _clear_errors(where):
             found = AutoTokenizer.from_pretrained(
-                where, revision=_revision(recipe), trust_remote_code=recipe.teacher.trust_remote_code
+                where, revision=_revision(settings), trust_remote_code=settings.trust_remote_code
             )
         if found.eos_token_id is None:
             raise RecipeError(
-                f"teacher: the tokenizer of {where} has no end-of-text token; expected one, to part documents"
+                f"teacher: the tokenizer of {where} has no end-of-text token; expected one, to separate documents"
             )
         return found
     folder = run_dir / "tokenizer"
     if not checkpoint.complete(folder):
-        made = _train_tokenizer(recipe, train.vocab_size)
+        made = _train_tokenizer(recipe, settings.train.vocab_size)
         beside = checkpoint.partial(folder)
         beside.mkdir(parents=True, exist_ok=True)
         made.save_pretrained(beside)
@@ -106,16 +99,15 @@ def tokenizer(recipe: Recipe, run_dir: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def configuration(recipe: Recipe, tokenizer) -> GPTNeoXConfig:
+def configuration(train: TeacherTraining, context_length: int, tokenizer) -> GPTNeoXConfig:
     """Pythia's architecture (rotary on a quarter of each head, parallel residual) at the recipe's size."""
-    train = recipe.teacher.train
     return GPTNeoXConfig(
         vocab_size=len(tokenizer),
         hidden_size=train.hidden_size,
         num_hidden_layers=train.num_layers,
         num_attention_heads=train.num_heads,
         intermediate_size=4 * train.hidden_size,
-        max_position_embeddings=recipe.data.context_length,
+        max_position_embeddings=context_length,
         use_parallel_residual=True,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.eos_token_id,
@@ -126,46 +118,46 @@ def configuration(recipe: Recipe, tokenizer) -> GPTNeoXConfig:
 
 @torch.no_grad()
 def attention(model: GPTNeoXForCausalLM, ids: Tensor, layers: Sequence[int]) -> tuple[dict, dict]:
-    """What the attention of each of `layers` takes in and gives out, both {layer: (batch, length, channel)}.
+    """Inputs and outputs of the attention of each of `layers`, both {layer: (batch, length, channel)}.
 
-    The model is run up to the last of them and no further.
+    The forward pass ends after the last of them.
     """
 
     def stop(module, args, output):
         raise _Deep
 
-    with listening(model, layers) as heard:
+    with recording(model, layers) as recorded:
         last = model.gpt_neox.layers[max(layers)].attention.register_forward_hook(stop)
         try:
             with contextlib.suppress(_Deep):
                 model.gpt_neox(input_ids=ids, use_cache=False)
         finally:
             last.remove()
-    return heard
+    return recorded
 
 
 @contextlib.contextmanager
-def listening(model: GPTNeoXForCausalLM, layers: Sequence[int]):
-    """While the model runs inside, ({layer: input}, {layer: output}) of the attention of `layers` fill.
+def recording(model: GPTNeoXForCausalLM, layers: Sequence[int]):
+    """Forward passes inside the context fill ({layer: input}, {layer: output}) of the attention of `layers`.
 
-    Hooks, because `output_hidden_states` gives blocks, not mixers, and its last entry is past the final norm.
+    Hooks, because `output_hidden_states` has blocks instead of mixers, and its last entry is after the final norm.
     """
     inputs, outputs = {}, {}
 
-    def hear(layer, module, args, kwargs, output):
+    def record(layer, module, args, kwargs, output):
         inputs[layer] = args[0] if args else kwargs["hidden_states"]
         outputs[layer] = output[0]
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            heard = model.gpt_neox.layers[layer].attention
-            stack.callback(heard.register_forward_hook(functools.partial(hear, layer), with_kwargs=True).remove)
+            attention = model.gpt_neox.layers[layer].attention
+            stack.callback(attention.register_forward_hook(functools.partial(record, layer), with_kwargs=True).remove)
         yield inputs, outputs
 
 
 @torch.no_grad()
 def hidden_states(model: GPTNeoXForCausalLM, ids: Tensor, blocks: bool) -> tuple[Tensor, list[Tensor]]:
-    """What the head reads (batch, length, channel), and with `blocks` what each block gives out."""
+    """The input of the head (batch, length, channel), and with `blocks` the output of each block."""
     outputs = []
     with contextlib.ExitStack() as stack:
         for layer in model.gpt_neox.layers if blocks else ():
@@ -175,7 +167,7 @@ def hidden_states(model: GPTNeoXForCausalLM, ids: Tensor, blocks: bool) -> tuple
 
 
 class _Deep(Exception):
-    """Raised where nothing that follows is wanted."""
+    """Raised to end a forward pass early."""
 
 
 def _train_tokenizer(recipe, vocab_size):
@@ -202,17 +194,17 @@ def _train_tokenizer(recipe, vocab_size):
     )
 
 
-def _where(recipe, run_dir):
-    return recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)
+def _where(settings, run_dir):
+    return settings.folder or (run_dir / "teacher" if settings.train else settings.name)
 
 
-def _revision(recipe):
-    return recipe.teacher.revision if recipe.teacher.folder is None else None
+def _revision(settings):
+    return settings.revision if settings.folder is None else None
 
 
 @contextlib.contextmanager
 def _clear_errors(where):
-    """transformers' long explanations of an unreachable or damaged checkpoint, as one line."""
+    """transformers' errors about an unreachable or damaged checkpoint, as one line."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -223,11 +215,11 @@ def _clear_errors(where):
         ) from error
 
 
-def _write_card(recipe, run_dir, model, history, folder):
-    """The model card and `training.json`: what it was trained on, for how long, what it reaches on unseen text."""
-    train = recipe.teacher.train
-    source = checkpoint.read_json(run_dir / "data" / "source.json")
-    found = measure.held_out(model, data.blocks(run_dir / "data", "test"))
+def _write_card(run, model, history, folder):
+    """The model card and `training.json`: training text, duration, and perplexity on held-out text."""
+    recipe, train = run.recipe, run.recipe.teacher.train
+    source = checkpoint.read_json(run.folder / "data" / "source.json")
+    found = measure.held_out(model, run.blocks("test"))
     facts = {
         "tokens": train.steps * train.batch_size * recipe.data.context_length,
         "distinct_tokens": source["tokens"]["train"],

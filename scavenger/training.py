@@ -16,139 +16,178 @@ from tqdm import tqdm
 from scavenger import losses
 from scavenger.data import Batch
 from scavenger.model.filters import ModalFilter
-from scavenger.recipe import Recipe, RecipeError, Stage
+from scavenger.recipe import RecipeError, Stage
 from scavenger.run import checkpoint, interruption
+from scavenger.run.run import Run
 
 
 BETAS = (0.9, 0.95)  # as GPT-NeoX and Pythia
 WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
 FINAL_RATE = 0.1  # the cosine ends at this share of the learning rate, as Pythia's
-UNITS = ("Attention", "Filter", "Mixer", "MLP")  # what FSDP gathers at once: losses call these without their layer
-MOST_SKIPPED = 5  # steps in a row without a finite loss and gradient; one bad batch passes, a lost training does not
+UNITS = ("Attention", "Filter", "Mixer", "MLP")  # FSDP units: the losses call these modules without their layer
+MOST_SKIPPED = 5  # consecutive steps without a finite loss and gradient: one bad batch passes, a lost training does not
 
 
-def train(
-    name: str,
-    model: nn.Module,
-    loss: Callable[[nn.Module, Batch, object, Batch], tuple[Tensor, dict[str, Tensor]]],
-    batch: Callable[[int], Batch],
-    stage: Stage,
-    steps_dir: Path,
-    accelerator: Accelerator,
-    recipe: Recipe,
-    begins: int = 0,
-    target: Callable[[Batch], object] = lambda part: None,
-    watch: Callable[[], dict[str, float]] = dict,
-    look: Callable[[nn.Module], float] | None = None,
-    rest_rate: float = 1.0,
-) -> tuple[list[dict], nn.Module]:
-    """Train the parameters of `model` that require a gradient; returns the history, one entry per `log_every` steps,
-    and what it trained, `model.model`: whole on the main process, wherever the launch keeps its parameters.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """One training: the module, its data, its loss, and what is logged with it.
 
-    `batch(step)` gives the global batch, of which each process takes its share in `accumulate` parts; `target(part)`
-    what the teacher says to a part; `loss(model, part, target, whole)` the part's share of the whole batch's loss, so
-    that shares add up to it, and likewise further values to log. Parameters outside mixers learn at `rest_rate` times
-    the learning rate. Resumes from the newest whole checkpoint below `steps_dir`. `begins` is the step of the whole run
-    at which this training begins: trackers want an axis that only goes on. What `watch()` finds in the parameters is
-    logged with every checkpoint and at the end. Where `look` is given, what `look(model)` finds on held-out text, every
-    `stage.look_every` steps, ends the training early once it is flat. Poles that a step put outside the unit circle are
-    put back. A step whose loss or gradient is not finite is skipped and counted; MOST_SKIPPED in a row end it with a
-    RecipeError.
+    `batch(step)` returns the global batch; each process takes its share of it in `training.accumulate` micro-batches.
+    `target(part)` returns the teacher's outputs for a micro-batch. `loss(module, part, target, whole)` returns that
+    micro-batch's contribution to the loss of the global batch `whole` (contributions add up to it), and further values
+    to log. `watch()` returns values that are logged with every checkpoint and at the end.
     """
-    optimizer = torch.optim.AdamW(_groups(model, rest_rate), lr=stage.learning_rate, betas=BETAS, fused=True)
-    inner = model.model
-    if accelerator.is_fsdp2:
-        names = {type(module).__name__ for module in model.modules()}
-        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [name for name in names if name.endswith(UNITS)]
-    model, optimizer = accelerator.prepare(model, optimizer)
-    start, history = checkpoint.resume_step(steps_dir, accelerator, recipe)
-    # A checkpoint that a signal asked for lies between two entries of the log.
-    if history and "since" in history[-1]:
-        since = _Since(**history.pop()["since"]).shared(accelerator.num_processes)
-    else:
-        since = _Since(skipped=history[-1].get("skipped", 0) if history else 0)
-    modal = [module for module in model.modules() if isinstance(module, ModalFilter)]
+
+    name: str  # in the log, on the progress bar and in messages
+    module: nn.Module  # computes the loss; the model that is trained is `module.model`
+    settings: Stage
+    steps_dir: Path  # of the step checkpoints
+    batch: Callable[[int], Batch]
+    loss: Callable[[nn.Module, Batch, object, Batch], tuple[Tensor, dict[str, Tensor]]]
+    target: Callable[[Batch], object] = lambda part: None
+    watch: Callable[[], dict[str, float]] = dict
+    look: Callable[[nn.Module], float] | None = None  # held-out error; the training ends once it no longer falls
+    rest_rate: float = 1.0  # learning rate outside the mixers, as a multiple of the mixers'
+    first_step: int = 0  # steps of the run before this training: trackers need an axis that only grows
+
+
+def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
+    """Train the parameters of `optimisation.module` that require a gradient.
+
+    Returns the history, one entry per `log_every` steps, and the trained model, complete on the main process however
+    the launch shards its parameters. Resumes from the newest intact checkpoint below `optimisation.steps_dir`. Poles
+    that a step moved out of the unit circle are moved back. A step with a non-finite loss or gradient is skipped and
+    counted; MOST_SKIPPED in a row raise RecipeError.
+    """
+    accelerator, settings, stage = run.accelerator, run.recipe.training, optimisation.settings
+    module, optimizer = _prepared(optimisation, accelerator)
+    modal = [part for part in module.modules() if isinstance(part, ModalFilter)]
+    start, history = checkpoint.resume_step(run, optimisation.steps_dir)
+    since = _Since.resumed(history, accelerator)
     clock = _Clock(accelerator.device, since.seconds or (history[-1]["seconds"] if history else 0.0))
-    settings, parts = recipe.training, accelerator.num_processes * recipe.training.accumulate
     ended = _is_flat(stage, history)
-    model.train()
-    bar = tqdm(
-        total=stage.steps,
+    module.train()
+    bar = _progress_bar(optimisation, start, accelerator)
+    with bar, interruption.postponed() as signal:
+        for step in range(start, 0 if ended else stage.steps):
+            clock.lap("checkpoints")  # includes the values that are logged with them
+            _set_learning_rate(optimizer, stage, step)
+            whole = optimisation.batch(step)
+            clock.lap("data")
+            found, norm = _gradients(run, optimisation, module, step, whole, clock)
+            value = float(found["loss"])
+            bad, stopped = _agreed(accelerator, not (math.isfinite(norm) and math.isfinite(value)), signal.asked)
+            if bad:
+                since.skip()
+                _give_up_if_lost(run, optimisation, step, whole, since, value, norm, not history)
+            else:
+                optimizer.step()
+                for filters in modal:
+                    filters.stabilise()
+                since.add(found, norm)
+            optimizer.zero_grad()
+            clock.lap("student")
+            bar.update()
+            last, due = step + 1 == stage.steps, (step + 1) % settings.checkpoint_every == 0
+            if (last or (step + 1) % settings.log_every == 0) and since.steps:
+                logged = max(start, history[-1]["step"] if history else 0)
+                entry = {"step": step + 1, "seconds": clock.seconds} | since.means(accelerator)
+                entry |= clock.rates(whole.ids.numel() * (step + 1 - logged))
+                if optimisation.look is not None and (step + 1) % stage.look_every == 0:
+                    entry["held_out"] = optimisation.look(module)
+                history.append(entry)
+                ended = _is_flat(stage, history)
+                if ended or due or last:
+                    entry |= optimisation.watch()
+                since = since.emptied()
+                _log(optimisation, entry, learning_rate(stage, step), accelerator)
+                bar.set_postfix(loss=f"{entry['loss']:.4f}")
+            elif last:  # the last entry has the last step, even if that was skipped
+                history.append(history[-1] | {"step": step + 1, "skipped": since.skipped})
+            ended = ended or last
+            if stopped or (due and not ended):
+                unlogged = since.saved(clock.seconds, accelerator)
+                checkpoint.save_step(run, optimisation.steps_dir, step + 1, history + unlogged)
+            if stopped:
+                raise interruption.Stopped(f"{optimisation.name}: stopped after step {step + 1} of {stage.steps}")
+            if ended:
+                break
+    accelerator.wait_for_everyone()
+    trained = _gathered(module, optimisation.module.model, accelerator)
+    accelerator.free_memory()
+    return history, trained
+
+
+def _prepared(optimisation, accelerator):
+    """The module and its optimizer, wrapped for the launch."""
+    module = optimisation.module
+    groups = _groups(module, optimisation.rest_rate)
+    optimizer = torch.optim.AdamW(groups, lr=optimisation.settings.learning_rate, betas=BETAS, fused=True)
+    if accelerator.is_fsdp2:
+        names = {type(part).__name__ for part in module.modules()}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [name for name in names if name.endswith(UNITS)]
+    return accelerator.prepare(module, optimizer)
+
+
+def _progress_bar(optimisation, start, accelerator):
+    return tqdm(
+        total=optimisation.settings.steps,
         initial=start,
-        desc=name,
+        desc=optimisation.name,
         unit="step",
         dynamic_ncols=True,
         disable=not accelerator.is_main_process,
     )
-    with bar, interruption.postponed() as signal:
-        for step in range(start, 0 if ended else stage.steps):
-            clock.lap("checkpoints")  # and what was looked up for the log
-            for group in optimizer.param_groups:
-                group["lr"] = group["share"] * learning_rate(stage, step)
-            whole = batch(step)
-            clock.lap("data")
-            found, norm = {}, 0.0
-            for part in _parts(whole, accelerator, settings.accumulate):
-                aim = target(part)
-                clock.lap("teacher")
-                # What a loss draws is the same in every part and process, and after a resumption.
-                torch.manual_seed(recipe.seed + 1_000_003 * (begins + step))
-                with accelerator.accumulate(model):
-                    value, logged = loss(model, part, aim, whole)
-                    accelerator.backward(parts * value)  # which both accelerate and the processes' mean divide again
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM) or 0.0
-                for key, item in {"loss": value, **logged}.items():
-                    found[key] = found.get(key, 0.0) + item.detach().double()
-            norm, value = float(norm), float(found["loss"])
-            bad, stop = _agreed(accelerator, not (math.isfinite(norm) and math.isfinite(value)), signal.asked)
-            if bad:
-                optimizer.zero_grad()
-                since.skip()
-                lost = None
-                if accelerator.distributed_type == DistributedType.DEEPSPEED:
-                    lost = "and DeepSpeed has made the step"
-                elif since.in_a_row == MOST_SKIPPED or step + 1 == stage.steps and not history and not since.steps:
-                    lost = f"for {since.in_a_row} steps in a row"
-                if lost is not None:
-                    _give_up(name, stage, step, whole, value, norm, lost, steps_dir, accelerator)
-            else:
-                optimizer.step()
-                optimizer.zero_grad()
-                for filters in modal:
-                    filters.stabilise()
-                since.add(found, norm)
-            clock.lap("student")
-            bar.update()
-            logs = (step + 1) % settings.log_every == 0 or step + 1 == stage.steps
-            if logs and since.steps:
-                entry = {"step": step + 1, "seconds": clock.seconds} | since.means(accelerator)
-                before = max(start, history[-1]["step"] if history else 0)
-                entry |= clock.rates(whole.ids.numel() * (step + 1 - before))
-                if look is not None and (step + 1) % stage.look_every == 0:
-                    entry["held_out"] = look(model)
-                history.append(entry)
-                ended = _is_flat(stage, history)
-                if ended or (step + 1) % settings.checkpoint_every == 0 or step + 1 == stage.steps:
-                    entry |= watch()
-                since = _Since(skipped=since.skipped, in_a_row=since.in_a_row)
-                _log(name, entry, learning_rate(stage, step), rest_rate, begins, accelerator)
-                bar.set_postfix(loss=f"{entry['loss']:.4f}")
-            elif step + 1 == stage.steps:  # the last entry says how far it went, learned or not
-                history.append(history[-1] | {"step": step + 1, "skipped": since.skipped})
-            done = ended or step + 1 == stage.steps
-            if stop or not done and (step + 1) % settings.checkpoint_every == 0:
-                unlogged = since.saved(clock.seconds, accelerator)
-                checkpoint.save_step(steps_dir, step + 1, history + unlogged, accelerator, recipe)
-            if stop:
-                raise interruption.Stopped(f"{name}: stopped after step {step + 1} of {stage.steps}")
-            if done:
-                break
-    accelerator.wait_for_everyone()
-    inner = _whole(model, inner, accelerator)
-    accelerator.free_memory()
-    return history, inner
+
+
+def _set_learning_rate(optimizer, stage, step):
+    for group in optimizer.param_groups:
+        group["lr"] = group["share"] * learning_rate(stage, step)
+
+
+def _gradients(run, optimisation, module, step, whole, clock):
+    """Forward and backward pass of this process's micro-batches; returns the values to log and the gradient norm."""
+    accelerator, accumulate = run.accelerator, run.recipe.training.accumulate
+    parts = accelerator.num_processes * accumulate
+    found, norm = {}, 0.0
+    for part in _micro_batches(whole, accelerator, accumulate):
+        target = optimisation.target(part)
+        clock.lap("teacher")
+        # The same random numbers in every micro-batch and process, and after a resumption.
+        torch.manual_seed(run.recipe.seed + 1_000_003 * (optimisation.first_step + step))
+        with accelerator.accumulate(module):
+            value, logged = optimisation.loss(module, part, target, whole)
+            # accelerate divides by the micro-batches, data parallelism by the processes.
+            accelerator.backward(parts * value)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(module.parameters(), MAX_GRADIENT_NORM) or 0.0
+        for key, item in {"loss": value, **logged}.items():
+            found[key] = found.get(key, 0.0) + item.detach().double()
+    return found, float(norm)
+
+
+def _give_up_if_lost(run, optimisation, step, whole, since, value, norm, unlogged):
+    """Raise RecipeError where a skipped step ends the training; keeps the batch's rows for inspection."""
+    stage, accelerator = optimisation.settings, run.accelerator
+    last_chance = step + 1 == stage.steps and unlogged and not since.steps
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        why = "and DeepSpeed has already made the step"
+    elif since.in_a_row == MOST_SKIPPED or last_chance:
+        why = f"for {since.in_a_row} steps in a row"
+    else:
+        return
+    path = optimisation.steps_dir.parent / "nonfinite.json"
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # JSON has no NaN: as text.
+        facts = {"stage": optimisation.name, "step": step + 1, "loss": str(value), "gradient_norm": str(norm)}
+        checkpoint.write_json(path, facts | {"rows": whole.rows.tolist()})
+    raise RecipeError(
+        f"{optimisation.name}: found loss {value:.3g}, gradient norm {norm:.3g} at step {step + 1}, {why}; expected "
+        f"finite numbers: lower the learning rate ({stage.learning_rate}); the batch is named in {path}, the last "
+        "checkpoint is intact"
+    )
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -159,20 +198,20 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def is_spread(accelerator: Accelerator) -> bool:
-    """Whether the launch keeps a part of the parameters on each process: FSDP, or DeepSpeed's third stage."""
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the launch shards the parameters over the processes: FSDP, or DeepSpeed's third stage."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 class NextTokens(nn.Module):
-    """The sum of -log q(next token) over the positions of a part that have a next one, of a teacher or a student."""
+    """Σ -log q(next token) over the positions of a micro-batch that have one, of a teacher or a student."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.head = model.lm_head.weight  # its own, too, so that a launch that shards parameters gathers it for us
+        self.head = model.lm_head.weight  # a parameter of this module too, so that sharded launches gather it
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden = self.model.gpt_neox(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -185,14 +224,14 @@ class NextTokens(nn.Module):
         return losses.projected(hidden, self.head, terms, one)[0]
 
 
-def next_token_loss(module: nn.Module, part: Batch, aim: None, whole: Batch) -> tuple[Tensor, dict]:
-    """The part's share of the mean over the batch, nats per token."""
+def next_token_loss(module: nn.Module, part: Batch, target: None, whole: Batch) -> tuple[Tensor, dict]:
+    """The micro-batch's contribution to the mean over the global batch, nats per token."""
     return module(part.ids, part.mask) / losses.following(whole.ids, whole.mask)[1].sum(), {}
 
 
 @dataclasses.dataclass
 class _Since:
-    """What has been seen since the last entry of the log."""
+    """Sums over the steps since the last entry of the log."""
 
     sums: dict = dataclasses.field(default_factory=dict)
     norms: float = 0.0
@@ -200,6 +239,15 @@ class _Since:
     skipped: int = 0  # of the whole training
     in_a_row: int = 0
     seconds: float = 0.0
+
+    @classmethod
+    def resumed(cls, history, accelerator):
+        """What a checkpoint kept; its unlogged sums, if it has any, are taken off the end of the history."""
+        if not history or "since" not in history[-1]:
+            return cls(skipped=history[-1].get("skipped", 0) if history else 0)
+        since = cls(**history.pop()["since"])
+        share = {key: item / accelerator.num_processes for key, item in since.sums.items()}
+        return dataclasses.replace(since, sums=share)
 
     def add(self, found, norm):
         for key, item in found.items():
@@ -212,16 +260,16 @@ class _Since:
         self.skipped += 1
         self.in_a_row += 1
 
-    def shared(self, processes):
-        """What was saved, an equal share of which each process goes on with."""
-        return dataclasses.replace(self, sums={key: item / processes for key, item in self.sums.items()})
+    def emptied(self):
+        """After an entry of the log."""
+        return _Since(skipped=self.skipped, in_a_row=self.in_a_row)
 
     def means(self, accelerator):
         found = {key: _total(item, accelerator) / self.steps for key, item in self.sums.items()}
         return found | {"gradient_norm": self.norms / self.steps} | ({"skipped": self.skipped} if self.skipped else {})
 
     def saved(self, seconds, accelerator):
-        """As an entry behind the log's last; none where the log is up to date."""
+        """As an extra entry at the end of a checkpoint's history; none where everything is logged."""
         if not self.steps and not self.in_a_row:
             return []
         sums = {key: _total(item, accelerator) for key, item in self.sums.items()}
@@ -229,7 +277,7 @@ class _Since:
 
 
 class _Clock:
-    """Where the time goes: on a GPU by events in its own queue, so that nothing waits to be timed."""
+    """Shares of the time by what it was spent on; on a GPU by CUDA events, so that timing does not synchronise."""
 
     def __init__(self, device, seconds):
         self.cuda = device.type == "cuda"
@@ -244,7 +292,7 @@ class _Clock:
         self.marks.append((what, self._now()))
 
     def rates(self, tokens):
-        """Tokens a second since the last call, and the share of time in data, teacher, student and checkpoints."""
+        """Tokens per second since the last call, and the time shares of data, teacher, student and checkpoints."""
         spent = {}
         for (_, before), (what, after) in itertools.pairwise(self.marks):
             spent[what] = spent.get(what, 0.0) + self._between(before, after)
@@ -269,7 +317,7 @@ class _Clock:
 
 
 def _groups(model, rest_rate):
-    """Matrices decay; biases, norms and all that shapes a filter do not. By name, which a loaded model shares."""
+    """Parameter groups: matrices have weight decay; biases, norms and everything that shapes a filter do not."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -281,28 +329,28 @@ def _groups(model, rest_rate):
     ]
 
 
-def _parts(whole, accelerator, count):
-    """This process's share of the batch, in `count` parts; both divide every batch, which is checked at the launch."""
+def _micro_batches(whole, accelerator, count):
+    """This process's share of the batch, in `count` micro-batches of one size (processes.start checks that)."""
     first, stride = accelerator.process_index, accelerator.num_processes
     for part in range(count):
         rows = slice(first + part * stride, None, stride * count)
         yield Batch(whole.rows[rows], whole.ids[rows].to(accelerator.device), whole.mask[rows].to(accelerator.device))
 
 
-def _whole(model, inner, accelerator):
-    """`inner` with all its parameters; where the launch has spread them, one of its kind on the main process."""
-    if not is_spread(accelerator):
-        return inner
-    weights = accelerator.get_state_dict(model)
+def _gathered(module, model, accelerator):
+    """The trained model with all its parameters; where the launch shards them, a new one on the main process."""
+    if not is_sharded(accelerator):
+        return model
+    weights = accelerator.get_state_dict(module)
     if not accelerator.is_main_process:
-        return inner
-    made = type(inner)(inner.config)
+        return model
+    made = type(model)(model.config)
     made.load_state_dict({key.removeprefix("model."): item for key, item in weights.items() if key != "head"})
     return made
 
 
 def _agreed(accelerator, *flags):
-    """Each flag, raised where any process has raised it."""
+    """Each flag, true on all processes where it is true on any."""
     if accelerator.num_processes == 1:
         return flags
     found = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
@@ -315,27 +363,14 @@ def _total(value, accelerator):
 
 
 def _is_flat(stage, history):
-    """Whether the held-out error fell by less than `stage.flat` of itself between the last two looks."""
+    """Whether the held-out error fell by less than the share `stage.flat` between the last two measurements."""
     looks = [entry["held_out"] for entry in history if "held_out" in entry]
     return len(looks) > 1 and looks[-1] > (1 - stage.flat) * looks[-2]
 
 
-def _log(name, entry, rate, rest_rate, begins, accelerator):
+def _log(optimisation, entry, rate, accelerator):
+    name, rest_rate = optimisation.name, optimisation.rest_rate
     values = {f"{name}/{key}": item for key, item in entry.items() if key != "step"} | {f"{name}/learning_rate": rate}
     if rest_rate != 1:
         values[f"{name}/rest_learning_rate"] = rest_rate * rate
-    accelerator.log(values, step=begins + entry["step"])
-
-
-def _give_up(name, stage, step, whole, value, norm, lost, steps_dir, accelerator):
-    """Keep what the batch was, for whoever wants to look at it, and end."""
-    path = steps_dir.parent / "nonfinite.json"
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # NaN is no JSON: as text.
-        found = {"stage": name, "step": step + 1, "loss": str(value), "gradient_norm": str(norm)}
-        checkpoint.write_json(path, found | {"rows": whole.rows.tolist()})
-    raise RecipeError(
-        f"{name}: loss {value:.3g}, gradient norm {norm:.3g} at step {step + 1}, {lost}; expected finite ones: lower "
-        f"the learning rate ({stage.learning_rate}); the batch is named in {path}, the last checkpoint is intact"
-    )
+    accelerator.log(values, step=optimisation.first_step + entry["step"])

@@ -20,10 +20,11 @@ from transformers.utils import logging
 from scavenger import data, measure
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.model.filters import ModalFilter
-from scavenger.recipe import Data, Recipe, RecipeError, Recurrence
+from scavenger.recipe import Data, RecipeError, Recurrence
 from scavenger.recurrence import allocation, certificate
 from scavenger.recurrence.reduction.reduced import ReducedFilter
 from scavenger.run import checkpoint
+from scavenger.run.run import Run
 
 
 TOGETHER = 256  # filters reduced in one call; the progress bar moves on after each
@@ -32,14 +33,13 @@ NUMBERS = ("direct", "real_states", "relative_error", "floor", "gain_error", "ga
 ARRAYS = ("poles", "residues", "hankel_values")
 
 
-def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
-    """Make `recurrence/`: the recurrent student, and in certificate.json what filters, layers and model lost."""
-    folder = run_dir / "recurrence"
+def run(run: Run) -> Path:
+    """Make `recurrence/`: the recurrent student, and certificate.json with the error of filters, layers and model."""
+    folder = run.folder / "recurrence"
     if checkpoint.complete(folder):
         return folder
-    student = HyenaNeoXForCausalLM.from_pretrained(run_dir / "transfer", dtype=torch.float32).eval()
-    blocks = data.blocks(run_dir / "data", "validation")
-    return distil(student, recipe.recurrence, folder, accelerator, tokenizer, blocks)
+    student = HyenaNeoXForCausalLM.from_pretrained(run.folder / "transfer", dtype=torch.float32).eval()
+    return distil(student, run.recipe.recurrence, folder, run.accelerator, run.tokenizer, run.blocks("validation"))
 
 
 def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, accelerator) -> Path:

@@ -3,12 +3,13 @@
 import dataclasses
 import html
 import importlib.util
+import itertools
 import statistics
 from pathlib import Path
 
 import numpy as np
 
-from scavenger import data, plan, teacher
+from scavenger import measure, teacher
 from scavenger.recipe import Recipe, RecipeError
 from scavenger.recurrence import certificate
 from scavenger.report import comparison, continuation, drawing, likelihood, lm_eval_tasks, page, retrieval, timing
@@ -18,26 +19,28 @@ from scavenger.report.page import Section
 from scavenger.report.results import Results
 from scavenger.report.text import Blocks
 from scavenger.run import checkpoint, energy
+from scavenger.run.run import Run
 from scavenger.transfer import transfer
 
 
 NAMES = ("teacher", "pre-trained", "distilled", "recurrent")
-TIMES = ("teacher", "student", "data", "checkpoints")  # as the log of a training shares out its time
-PROMPT_TOKENS = 48  # of held-out text, that every model goes on from
+TIMES = ("teacher", "student", "data", "checkpoints")  # shares of a training's time in its log
+PROMPT_TOKENS = 48  # of held-out text, which every model continues
+LOGIT_COPIES = 4  # tensors of an evaluation batch's logits in float32 that live together
 
 
-def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
+def run(run: Run) -> Path:
     """Make `report/`: index.html for people, report.json for programs, the plots as SVG; prints the table.
 
-    What is measured is kept in `report.partial/results`, so that a report that was killed goes on.
+    Measurements are kept in `report.partial/results`, so that an interrupted report resumes.
     """
-    folder = run_dir / "report"
-    if accelerator.is_main_process:
+    folder = run.folder / "report"
+    if run.accelerator.is_main_process:
         if not checkpoint.complete(folder):
             beside = checkpoint.partial(folder)
             beside.mkdir(parents=True, exist_ok=True)
-            figures = measure_run(recipe, run_dir, Results(beside / "results"))
-            made = sections(run_dir, figures)
+            figures = measure_run(run, Results(beside / "results"))
+            made = sections(run.folder, figures)
             parts.write_plots(made, beside)
             checkpoint.write_json(beside / "report.json", figures)
             title = f"scavenger: {figures['run']}"
@@ -45,51 +48,79 @@ def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
             checkpoint.finish(folder)
         print(text_table(checkpoint.read_json(folder / "report.json")))
         print(f"\nreport: {folder / 'index.html'}")
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
     return folder
 
 
 def require_harness(recipe: Recipe):
-    """Refuse tasks where nothing can ask them; said before any training."""
+    """RecipeError where lm-eval is needed and not installed; checked before any training."""
     if recipe.report and recipe.report.tasks and importlib.util.find_spec("lm_eval") is None:
         raise RecipeError("report.tasks: lm_eval is not installed; expected pip install 'scavenger[eval]', or no tasks")
 
 
-def measure_run(recipe: Recipe, run_dir: Path, results: Results) -> dict:
-    """Every figure of the report, from the folders of the run."""
-    models = evaluated(recipe, run_dir)
-    test = data.blocks(run_dir / "data", "test")
-    text = Blocks(f"test split of {Path(recipe.run_dir).name}", test)
-    try:
-        found = comparison.run(models, text, settings(recipe, models, test), results)
-    except ValueError as error:  # a task's documents that are not there, text that is too short
-        raise RecipeError(f"report: {error}; what is measured is kept, the same command goes on") from error
-    read = checkpoint.read_json
-    recurrence = run_dir / "recurrence" / "certificate.json"
+def work(recipe: Recipe, config) -> dict:
+    """The cost of the report, for a plan: tokens that each model reads and generates, seconds of timing, logit bytes.
+
+    `config` is the teacher's. Timings are bounded by their own setting; the bytes are an upper estimate.
+    """
+    asked, length = settings(recipe, [], recipe.data.evaluation_tokens), recipe.data.context_length
+    held_out = recipe.data.evaluation_tokens
+    read = 2 * held_out  # a student's perplexity reads the teacher's predictions too
+    read += min(likelihood.LONG_CONTEXTS * asked.perplexity.longest, held_out)
+    if asked.recall:
+        read += retrieval.tokens_read(asked.recall)
+    generated = 0
+    if asked.generation:
+        own = asked.generation
+        read += 4 * own.prompts * (own.prompt_tokens + own.new_tokens)
+        generated += 2 * own.prompts * own.new_tokens
+    contenders = 3 + 1  # the teacher with a dynamic, a static and, on a CPU, a packed cache; the distilled student
+    contenders += (recipe.baseline is not None) + 2 * (recipe.recurrence is not None)
+    rows = contenders * (len(asked.speed.cases) + len(asked.speed.contexts))
     return {
-        "run": str(run_dir),
+        "tokens_read": read,
+        "tokens_generated": generated,
+        "timing_seconds": 2 * asked.speed.seconds * rows,  # steps, and prompts
+        "logit_bytes": LOGIT_COPIES * 4 * max(measure.BATCH_TOKENS, length) * config.vocab_size,
+    }
+
+
+def measure_run(run: Run, results: Results) -> dict:
+    """Every figure of the report, from the folders of the run."""
+    recipe, folder = run.recipe, run.folder
+    models = evaluated(recipe, folder)
+    test = run.blocks("test")
+    text = Blocks(f"test split of {folder.name}", test)
+    try:
+        found = comparison.run(models, text, settings(recipe, models, test.size), results)
+    except ValueError as error:  # documents of a task that are missing, text that is too short
+        raise RecipeError(f"report: {error}; what is measured is kept: run the same command again to resume") from error
+    read = checkpoint.read_json
+    recurrence = folder / "recurrence" / "certificate.json"
+    return {
+        "run": str(folder),
         "seed": recipe.seed,
         "student": dataclasses.asdict(recipe.student),
         "test_tokens": len(test) * (test.shape[1] - 1),
-        "models": rows(found, recipe, run_dir),
-        "teacher_held_out_loss": transfer.held_out_loss(models[0].model, run_dir)["held_out_loss"],
+        "models": rows(found, recipe, folder),
+        "teacher_held_out_loss": transfer.held_out_loss(models[0].model, run.blocks("validation"))["held_out_loss"],
         "comparison": found,
         "history": {
             name: read(path)
             for name, path in {
-                "activations": run_dir / "transfer" / "activations" / "history.json",
-                "logits": run_dir / "transfer" / "history.json",
-                "baseline": run_dir / "baseline" / "history.json",
+                "activations": folder / "transfer" / "activations" / "history.json",
+                "logits": folder / "transfer" / "history.json",
+                "baseline": folder / "baseline" / "history.json",
             }.items()
             if path.is_file()
         },
-        "trainings": trainings(run_dir, recipe),
-        "plan": plan.compared(run_dir),
-        "energy": energy.rows(run_dir),
+        "trainings": trained(folder, recipe.data.context_length),
+        "plan": compared_with_plan(folder),
+        "energy": energy.rows(folder),
         "recurrence": read(recurrence) if recurrence.is_file() else None,
-        "recipe": (run_dir / "recipe.yaml").read_text(encoding="utf-8"),
-        "data": read(run_dir / "data" / "source.json"),
-        "environment": read(run_dir / "environment.json"),
+        "recipe": (folder / "recipe.yaml").read_text(encoding="utf-8"),
+        "data": read(folder / "data" / "source.json"),
+        "environment": read(folder / "environment.json"),
     }
 
 
@@ -100,7 +131,7 @@ def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
             "teacher",
             str(recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)),
             revision=recipe.teacher.revision,
-            loader=lambda: teacher.load(recipe, run_dir).float(),  # as the students: a speed is of one dtype
+            loader=lambda: teacher.load(recipe.teacher, run_dir).float(),  # as the students: speeds are of one dtype
         )
     ]
     folders = {"pre-trained": "baseline", "distilled": "transfer", "recurrent": "recurrence"}
@@ -109,10 +140,10 @@ def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
     ]
 
 
-def settings(recipe: Recipe, models: list[Evaluated], test: np.ndarray) -> comparison.Settings:
-    """What the recipe's report measures: everything that its contexts and its text have room for."""
+def settings(recipe: Recipe, models: list[Evaluated], test_tokens: int) -> comparison.Settings:
+    """What the recipe's report measures: everything that its contexts and its test split have room for."""
     own, length, seed = recipe.report, recipe.data.context_length, recipe.seed
-    prompts = min(own.prompts, test.size // (PROMPT_TOKENS + own.sample_tokens))
+    prompts = min(own.prompts, test_tokens // (PROMPT_TOKENS + own.sample_tokens))
     asked = {"tasks": own.tasks, "limit": own.task_limit, "seed": seed, "local": own.tasks_path}
     asked["include"] = own.task_files
     return comparison.Settings(
@@ -156,8 +187,8 @@ def rows(found: dict, recipe: Recipe, run_dir: Path) -> dict[str, dict]:
     return made
 
 
-def trainings(run_dir: Path, recipe: Recipe) -> list[dict]:
-    """How each training of the student went: its tokens, time and where that went, and steps that were skipped."""
+def trained(run_dir: Path, context_length: int) -> list[dict]:
+    """Each training of the student: its tokens, its time by what it was spent on, its skipped steps."""
     read, found = checkpoint.read_json, []
     turns = read(run_dir / "transfer" / "turns.json")
     first = len(read(run_dir / "transfer" / "activations" / "turns.json"))
@@ -174,8 +205,7 @@ def trainings(run_dir: Path, recipe: Recipe) -> list[dict]:
                 {
                     "name": turn["name"],
                     "steps": turn["steps"],
-                    "tokens": (turn.get("sequences") or turn["steps"] * turn["batch_size"])
-                    * recipe.data.context_length,
+                    "tokens": (turn.get("sequences") or turn["steps"] * turn["batch_size"]) * context_length,
                     "seconds": entries[-1]["seconds"],
                     "loss": entries[-1]["loss"],
                     "skipped": entries[-1].get("skipped", 0),
@@ -183,6 +213,33 @@ def trainings(run_dir: Path, recipe: Recipe) -> list[dict]:
                 | {f"time_in_{what}": statistics.mean(entry[f"time_in_{what}"] for entry in entries) for what in TIMES}
             )
     return found
+
+
+def compared_with_plan(run_dir: Path) -> list[dict]:
+    """For each complete stage of a run, the seconds that `plan.json` expected and those of its history."""
+    found, taken = [], {}
+    for stage in checkpoint.read_json(run_dir / "plan.json") if (run_dir / "plan.json").is_file() else []:
+        folder = run_dir / stage["folder"]
+        if folder not in taken:
+            taken[folder] = _taken(folder)
+        own, taken[folder] = taken[folder][: stage["turns"]], taken[folder][stage["turns"] :]
+        if own and stage["seconds"] is not None:
+            found.append({"stage": stage["name"], "planned": stage["seconds"], "taken": sum(own)})
+    return found
+
+
+def _taken(folder):
+    """The seconds of each training whose history is in `folder`."""
+    if not (folder / "history.json").is_file():
+        return []
+    history = checkpoint.read_json(folder / "history.json")
+    if not (folder / "turns.json").is_file():
+        return [history[-1]["seconds"]]
+    turns = checkpoint.read_json(folder / "turns.json")
+    if (folder / "activations").is_dir():  # whose turns it names before its own
+        turns = turns[len(checkpoint.read_json(folder / "activations/turns.json")) :]
+    seconds = {entry["step"]: entry["seconds"] for entry in history}
+    return [seconds[step] for step in itertools.accumulate(turn["steps"] for turn in turns)]
 
 
 def text_table(figures: dict) -> str:
@@ -206,7 +263,7 @@ def sections(run_dir: Path, figures: dict) -> list[Section]:
 
 
 def verdict(figures: dict) -> str:
-    """The comparison in a sentence or two."""
+    """The comparison in one or two sentences."""
     models = figures["models"]
     distilled, teacher_row = models["distilled"], models["teacher"]
     parts = [

@@ -132,6 +132,16 @@ def fitting(distances, context_length: int) -> list[int]:
     return fit
 
 
+def tokens_read(settings: Settings) -> int:
+    """Tokens that `run` reads with a model."""
+    each = 4 * pairs_shown(settings.distances)
+    for distance in settings.distances:
+        each += 2 * distance  # copying
+        each += 2 * (LEAD + distance + MARKER + KEY)  # passkeys, with the key and with another one
+        each += LEAD + distance + PASSAGE  # passages
+    return settings.examples * each
+
+
 def pairs_shown(distances) -> int:
     """As many pairs as bring the last key's return, at most, to the furthest distance: 4 tokens for each pair."""
     return max(distances) // 4

@@ -1,8 +1,8 @@
-"""Folders that are either complete or visibly not.
+"""Folders that are either complete or visibly not, and the step checkpoints that a training resumes from.
 
-Work in progress lives in `<folder>.partial` and is renamed when it is whole, so a folder that exists is complete, and
-a kill at any moment leaves either the folder or something to go on from. Training goes on from step checkpoints, each
-with a manifest of what its files were when they were written.
+Work in progress lives in `<folder>.partial` and is renamed when it is complete. So a folder that exists is complete,
+and a kill at any moment leaves either the folder or something to resume from. Every step checkpoint has a manifest with
+the size and checksum of each of its files.
 """
 
 import contextlib
@@ -20,15 +20,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
 from scavenger.recipe import Recipe, RecipeError, differences, resolved
+from scavenger.run.run import Run
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scipy", "safetensors")
-KEPT = 2  # step checkpoints: the newest, and the one before it should that turn out to be damaged
+KEPT = 2  # step checkpoints: the newest, and the one before it in case the newest is damaged
 MANIFEST = "manifest.json"
 
 
 def start_run(recipe: Recipe) -> Path:
-    """The run's folder, holding the resolved recipe; refuses a folder that was made by another recipe."""
+    """Make the run's folder with its resolved recipe; refuses a folder that was made by another recipe."""
     run_dir = Path(recipe.run_dir)
     saved = run_dir / "recipe.yaml"
     if saved.is_file():
@@ -37,7 +38,7 @@ def start_run(recipe: Recipe) -> Path:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise RecipeError(
                 f"{saved}: the run was started with another recipe: {'; '.join(differing[:3])}{more}; "
-                "name another run_dir, or delete the folder to start anew"
+                "expected the same recipe: choose another run_dir, or delete the folder to start anew"
             )
         return run_dir
     if run_dir.exists() and not run_dir.is_dir():
@@ -57,7 +58,7 @@ def start_run(recipe: Recipe) -> Path:
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe, accelerator):
-    """The run's folder, held until the context ends, however the process ends; refuses one that another run holds."""
+    """The run's folder, locked until the context or the process ends; refuses a folder that another process uses."""
     with accelerator.main_process_first():
         run_dir = start_run(recipe)
     with contextlib.ExitStack() as stack:
@@ -73,7 +74,7 @@ def open_run(recipe: Recipe, accelerator):
 
 
 def complete(folder: Path) -> bool:
-    """Whether the folder is there, hence whole; what a kill left behind after the rename is swept away."""
+    """Whether the folder exists, hence is complete; removes what a kill right after the rename left in it."""
     if folder.is_dir():
         _sweep(folder)
         return True
@@ -81,12 +82,12 @@ def complete(folder: Path) -> bool:
 
 
 def partial(folder: Path) -> Path:
-    """Where the folder is made."""
+    """Where the folder is written before it is complete."""
     return folder.with_name(folder.name + ".partial")
 
 
 def finish(folder: Path) -> Path:
-    """Declare a folder whole: `<folder>.partial`, on the disk, becomes `<folder>`, and its step checkpoints go."""
+    """Declare a folder complete: sync `<folder>.partial` to disk, rename it, remove its step checkpoints."""
     beside = partial(folder)
     for path in [*beside.rglob("*"), beside]:
         _synchronise(path)
@@ -97,7 +98,7 @@ def finish(folder: Path) -> Path:
 
 
 def _synchronise(path):
-    """Wait until the file or folder is on the disk: a rename may reach it before what is renamed."""
+    """fsync: otherwise the rename may reach the disk before the contents do."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,31 +107,31 @@ def _synchronise(path):
 
 
 def _sweep(folder):
-    """Remove what only making the folder needed: step checkpoints, and the students between turns."""
+    """Remove what was only needed to make the folder: step checkpoints, and the students between turns."""
     for path in [folder / "steps", *folder.glob("turn_*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def finish_model(model, tokenizer, history: list[dict], folder: Path, accelerator, more=lambda beside: None):
-    """Write model, tokenizer and history so that `from_pretrained` opens the folder, and declare it whole.
+def finish_model(run: Run, model, history: list[dict], folder: Path, more=lambda beside: None):
+    """Write model, tokenizer and history so that `from_pretrained` opens the folder, and declare it complete.
 
     `more(folder)` may write further files before that.
     """
     beside = partial(folder)
     there = list(beside.iterdir()) if beside.is_dir() else []
-    with written(beside, beside / "steps", accelerator, keep=there):
-        if accelerator.is_main_process:
+    with written(beside, beside / "steps", run.accelerator, keep=there):
+        if run.accelerator.is_main_process:
             beside.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
+            run.tokenizer.save_pretrained(beside)
             write_json(beside / "history.json", history)
             more(beside)
             finish(folder)
 
 
-def save_step(steps_dir: Path, step: int, history: list[dict], accelerator, recipe: Recipe):
-    """Write the state of a training after `step` steps; the one before it stays, all others go."""
-    folder = steps_dir / f"{step:09d}"
+def save_step(run: Run, steps_dir: Path, step: int, history: list[dict]):
+    """Write the state of a training after `step` steps; keeps the checkpoint before it and removes all others."""
+    accelerator, folder = run.accelerator, steps_dir / f"{step:09d}"
     beside = partial(folder)
     with written(beside, steps_dir, accelerator):
         if accelerator.is_main_process:
@@ -141,36 +142,39 @@ def save_step(steps_dir: Path, step: int, history: list[dict], accelerator, reci
     with written(beside, steps_dir, accelerator):
         if accelerator.is_main_process:
             write_json(beside / "history.json", history)
-            write_json(beside / MANIFEST, _sealed({"step": step, "recipe": resolved(recipe), "files": _files(beside)}))
+            facts = {"step": step, "recipe": resolved(run.recipe), "files": _files(beside)}
+            write_json(beside / MANIFEST, _sealed(facts))
             finish(folder)
             kept = _steps(steps_dir)[-KEPT:]
             for path in set(steps_dir.iterdir()) - set(kept):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def resume_step(steps_dir: Path, accelerator, recipe: Recipe) -> tuple[int, list[dict]]:
-    """Load the newest whole step checkpoint of this recipe; returns its step and history, 0 and [] for none.
+def resume_step(run: Run, steps_dir: Path) -> tuple[int, list[dict]]:
+    """Load the newest intact step checkpoint of this recipe; returns its step and history, 0 and [] if there is none.
 
-    One process looks, all do as it finds. Nothing is unpickled before its checksum is found to be right.
+    The main process chooses for all. Nothing is unpickled before its checksum has been verified (a check against
+    damage, not against malice: the checksum lies in the same folder).
     """
-    found = [_newest_whole(steps_dir, recipe) if accelerator.is_main_process else None]
+    found = [_newest_whole(steps_dir, run.recipe) if run.accelerator.is_main_process else None]
     folder = broadcast_object_list(found)[0]
     if folder is None:
         return 0, []
-    accelerator.load_state(str(folder))
+    run.accelerator.load_state(str(folder))
     return int(folder.name), read_json(folder / "history.json")
 
 
 @contextlib.contextmanager
 def written(beside: Path, steps_dir: Path, accelerator, keep=()):
-    """What every process writes to `beside` within is written by all, or all end with one line and only `keep` is left
-    of it; the line says what the same command goes on from.
+    """Inside the context every process may write to `beside`; if any of them fails, all raise the same RecipeError.
+
+    Then everything in `beside` except `keep` is removed. The message names the checkpoint that a rerun resumes from.
     """
     why = None
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's own writer has no class of error, but names its source file.
+        # torch's writer raises a plain RuntimeError that names its source file.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         why = _reason(error, beside)
@@ -184,11 +188,11 @@ def written(beside: Path, steps_dir: Path, accelerator, keep=()):
             beside.rmdir()
     steps = _steps(steps_dir)
     intact = f"the checkpoint of step {int(steps[-1].name)} is intact" if steps else "there is no checkpoint before it"
-    raise RecipeError(f"{beside}: cannot be written ({why}); {intact}, the same command goes on")
+    raise RecipeError(f"{beside}: cannot be written ({why}); {intact}; run the same command again to resume")
 
 
 def _reason(error, folder):
-    """In the words of the operating system where the error has them."""
+    """The operating system's words where the error has them."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, SafetensorError):
@@ -203,7 +207,7 @@ def _steps(steps_dir):
 
 
 def _newest_whole(steps_dir, recipe):
-    """The newest step checkpoint to go on from, or None; those that are refused on the way are named and put aside."""
+    """The newest step checkpoint that can be resumed from, or None; damaged ones are reported and set aside."""
     refused, found = {}, None
     for folder in reversed(_steps(steps_dir)):
         why = _fault(folder, recipe)
@@ -211,7 +215,7 @@ def _newest_whole(steps_dir, recipe):
             found = folder
             break
         refused[folder] = why
-    instead = f"going on from step {int(found.name)}" if found else "the stage begins anew"
+    instead = f"resuming from step {int(found.name)}" if found else "the stage starts anew"
     for folder, why in refused.items():
         print(f"scavenger: {folder}: {why}; {instead}", file=sys.stderr)
         aside = folder.with_name(folder.name + ".refused")  # until the next checkpoint is written
@@ -221,7 +225,7 @@ def _newest_whole(steps_dir, recipe):
 
 
 def _fault(folder, recipe):
-    """Why training cannot go on from a step checkpoint; None where it is whole and of this recipe."""
+    """Why training cannot resume from a step checkpoint; None if it is intact and of this recipe."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest != _sealed(manifest):
@@ -230,7 +234,7 @@ def _fault(folder, recipe):
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    # Where the run lies, and where the student goes, is not what it is.
+    # The folder of the run, and the repository it is pushed to, do not change the training.
     differing = [text for text in differences(manifest["recipe"], recipe) if not text.startswith("run_dir ")]
     if differing:
         return f"it is of another recipe: {differing[0].replace('the run has', 'it has')}"
@@ -251,7 +255,7 @@ def _fault(folder, recipe):
 
 
 def _files(folder):
-    """Size and checksum of every file below a step checkpoint, but the manifest itself."""
+    """Size and checksum of every file below a step checkpoint, except the manifest."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         with open(path, "rb") as file:
@@ -261,13 +265,13 @@ def _files(folder):
 
 
 def _sealed(manifest):
-    """A manifest with the checksum of itself."""
+    """A manifest with its own checksum."""
     facts = {key: value for key, value in manifest.items() if key != "sha256"}
     return facts | {"sha256": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
 
 
 def write_text(path: Path, text: str):
-    """Write beside and rename: readers see the old file or the new one."""
+    """Write a temporary file and rename it: readers see the old file or the new one."""
     beside = path.with_name(path.name + ".partial")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

@@ -1,7 +1,7 @@
-"""Energy and CO2 of each stage, by codecarbon: measured where the hardware tells, else estimated, saying which.
+"""Energy and CO2 of each stage, by codecarbon: measured where the hardware reports it, else estimated; it says which.
 
-The table is `energy.json` in the run's folder, one entry for each stage, added up over the times it was started. It
-counts the machine of the first process: its processors, memory and graphics cards, whoever else uses them.
+The result is `energy.json` in the run's folder, one entry per stage, summed over the times the stage was started. It
+covers the machine of the main process: its processors, memory and graphics cards, including what other programs use.
 """
 
 import contextlib
@@ -10,8 +10,9 @@ import logging
 import threading
 from pathlib import Path
 
-from scavenger.recipe import Recipe, RecipeError
+from scavenger.recipe import RecipeError
 from scavenger.run import checkpoint
+from scavenger.run.run import Run
 
 
 SECONDS = 15.0  # between two readings; a process that is killed loses what came after the last one
@@ -19,18 +20,20 @@ WORLD = "world average (CODECARBON_COUNTRY_ISO_CODE is not set to a country that
 
 
 @contextlib.contextmanager
-def measured(recipe: Recipe, run_dir: Path, stage_name: str, accelerator):
-    """Measure what runs inside: a stage whose folder is `run_dir/stage_name`. One that is complete costs nothing."""
-    if not recipe.training.energy or not accelerator.is_main_process or checkpoint.complete(Path(run_dir) / stage_name):
+def measured(run: Run, stage_name: str):
+    """Measure what runs inside: the stage whose folder is `run.folder/stage_name`; nothing where that is complete."""
+    accelerator = run.accelerator
+    skipped = not run.recipe.training.energy or not accelerator.is_main_process
+    if skipped or checkpoint.complete(run.folder / stage_name):
         yield
         return
-    ledger = _Ledger(Path(run_dir) / "energy.json", stage_name)
+    ledger = _Ledger(run.folder / "energy.json", stage_name)
     ledger.tracker.start()
     try:
         yield
     finally:
         ledger.tracker.stop()
-        found = getattr(ledger.tracker, "final_emissions_data", None)  # codecarbon swallows its own mistakes
+        found = getattr(ledger.tracker, "final_emissions_data", None)  # codecarbon swallows its own errors
         if found is None:
             accelerator.print(f"energy of {stage_name}: codecarbon could not measure it on this machine")
         else:
@@ -69,7 +72,7 @@ def require_codecarbon():
 
 
 class _Ledger:
-    """Where codecarbon tells what it read, so that what a killed process used is counted too."""
+    """Receives codecarbon's readings, so that what a killed process used is counted too."""
 
     def __init__(self, path, stage):
         self.path, self.stage = path, stage
@@ -81,7 +84,7 @@ class _Ledger:
         self.tracker = _tracker(self)
 
     def live_out(self, total, delta):
-        """codecarbon's call after each reading, in a thread of its own; a full disk is told at the end of the stage."""
+        """codecarbon's call after each reading, in its own thread; a full disk is reported when the stage ends."""
         with contextlib.suppress(OSError):
             self.write(total)
 
@@ -111,7 +114,7 @@ class _Ledger:
 
 
 def _tracker(ledger):
-    """codecarbon's tracker that asks nobody where it is: silent, without files or addresses to report to."""
+    """codecarbon's offline tracker: silent, without files, addresses or location queries."""
     require_codecarbon()
     from codecarbon import OfflineEmissionsTracker
 
@@ -129,7 +132,7 @@ def _tracker(ledger):
 
 
 def _how(tracker):
-    """What was measured and what estimated; codecarbon says it only in its log, hence the private names."""
+    """What was measured and what estimated; codecarbon says so only in its log, hence the private names."""
     sure, guessed = [], []
     for item in tracker._hardware:
         kind = type(item).__name__
@@ -145,7 +148,7 @@ def _how(tracker):
 
 
 def _grid(tracker, total):
-    """Whose electricity it was taken to be: codecarbon's own configuration says, in a file or the environment."""
+    """The electricity grid that was assumed; codecarbon's configuration file or environment variables set it."""
     if tracker.force_carbon_intensity_g_co2e_kwh is not None:
         return "as codecarbon's configuration gives it"
     return total.country_name or WORLD

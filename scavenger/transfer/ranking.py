@@ -1,8 +1,8 @@
-"""Which layers should keep their attention: what the teacher loses when each one alone is replaced.
+"""Which layers should keep their attention: the teacher's loss when each layer's attention alone is replaced.
 
-All mixers are matched to the teacher's attention at once, as in the first step of transfer; then each stands alone in
-the teacher, and the divergence from the teacher on held-out text says what its layer is worth. One layer at a time, so
-what two layers do together is not seen.
+All mixers are matched to the teacher's attention at once, as in step one of the transfer. Then each mixer alone
+replaces the attention of its layer in the teacher, and the KL divergence from the teacher on held-out text ranks the
+layer. Interactions between layers are not measured.
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ import torch
 from tqdm import tqdm
 from transformers import GPTNeoXForCausalLM
 
-from scavenger import data, measure, student, teacher
+from scavenger import measure, student, teacher
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Recipe, RecipeError, resolved, teacher_shape
 from scavenger.run import checkpoint
+from scavenger.run.run import Run
 from scavenger.transfer import teacher_outputs, transfer
 
 
@@ -25,26 +26,26 @@ matplotlib.use("Agg")  # files, no window
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 
-def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> list[dict]:
-    """Make `ranking/`: ranking.json, ranking.png; returns one entry per layer, the one that matters most first."""
-    folder = run_dir / "ranking"
-    frozen = teacher.load(recipe, run_dir).to(accelerator.device)
-    kept = teacher_outputs.run(recipe, run_dir, frozen, accelerator)
-    matched = transfer.match_activations(recipe, run_dir, frozen, run_dir / "activations", accelerator, tokenizer, kept)
-    if accelerator.is_main_process and not checkpoint.complete(folder):
+def run(run: Run) -> list[dict]:
+    """Make `ranking/`: ranking.json, ranking.png; returns one entry per layer, the largest divergence first."""
+    folder = run.folder / "ranking"
+    frozen = teacher.load(run.recipe.teacher, run.folder).to(run.device)
+    kept = teacher_outputs.run(run, frozen)
+    matched = transfer.match_activations(run, frozen, run.folder / "activations", kept)
+    if run.accelerator.is_main_process and not checkpoint.complete(folder):
         beside = checkpoint.partial(folder)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        found = measured(frozen, matched, data.blocks(run_dir / "data", "validation"), accelerator.device)
+        found = measured(frozen, matched, run.blocks("validation"), run.device)
         checkpoint.write_json(beside / "ranking.json", found)
         _draw(found, beside / "ranking.png")
         checkpoint.finish(folder)
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
     return checkpoint.read_json(folder / "ranking.json")
 
 
 def check(recipe: Recipe, keep: int, path: Path):
-    """What can be known to be wrong before any work."""
+    """Raise RecipeError for mistakes that are visible before any work."""
     if recipe.transfer is None:
         raise RecipeError("transfer: found nothing; expected a section: layers are ranked by matching activations")
     shape = teacher_shape(recipe)
@@ -54,11 +55,11 @@ def check(recipe: Recipe, keep: int, path: Path):
     if path.is_dir():
         raise RecipeError(f"--to: {path} is a folder; expected the name of a new file")
     if not path.parent.is_dir():
-        raise RecipeError(f"--to: {path.parent} is no folder; expected the name of a new file in one that is")
+        raise RecipeError(f"--to: {path.parent} is no folder; expected the name of a new file in an existing folder")
 
 
 def without_attention(recipe: Recipe) -> Recipe:
-    """The recipe of a ranking: no layer kept, activations only, in a folder of its own beside the recipe's."""
+    """The recipe of a ranking: no layer kept, activations only, in the folder `<run_dir>-ranking`."""
     return dataclasses.replace(
         recipe,
         run_dir=f"{Path(recipe.run_dir)}-ranking",
@@ -96,7 +97,7 @@ def measured(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, blocks, 
 
 @torch.no_grad()
 def alone(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, layer: int) -> HyenaNeoXForCausalLM:
-    """The teacher with the matched mixer of one layer; all others keep their attention, whole."""
+    """The teacher with the matched mixer in one layer; all other layers keep their full attention."""
     config = type(matched.config).from_dict(
         matched.config.to_dict()
         | {
@@ -113,7 +114,7 @@ def alone(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, layer: int)
 
 
 def recommended(recipe: Recipe, found: list[dict], keep: int) -> Recipe:
-    """The recipe with the `keep` layers of the largest divergence kept, and a run folder of its own."""
+    """The recipe that keeps the `keep` layers with the largest divergence, with its own run folder."""
     layers = tuple(sorted(entry["layer"] for entry in found[:keep]))
     return dataclasses.replace(
         recipe,
@@ -123,7 +124,7 @@ def recommended(recipe: Recipe, found: list[dict], keep: int) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, found: list[dict], path: Path):
-    """The recommended recipe, the ranking in its head; a file that says something else is not touched."""
+    """Write the recommended recipe, with the ranking as a comment; never overwrites a different file."""
     marker, body = resolved(recipe).split("\n", 1)
     kept = ", ".join(map(str, recipe.student.attention_layers))
     head = [
@@ -134,7 +135,7 @@ def write_recipe(recipe: Recipe, found: list[dict], path: Path):
     ]
     text = "\n".join([*head, body])
     if path.exists() and path.read_bytes() != text.encode():
-        raise RecipeError(f"--to: {path} is there already; expected the name of a new file")
+        raise RecipeError(f"--to: {path} exists already; expected the name of a new file")
     checkpoint.write_text(path, text)
 
 

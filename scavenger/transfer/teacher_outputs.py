@@ -1,8 +1,12 @@
-"""The teacher's outputs on disk, so that several passes, seeds and students need its forward once.
+"""The teacher's outputs on disk (the recipe's section `cache`), so that its forward pass is needed only once.
 
-A folder for each teacher, text and length holds shards. A shard holds what the teacher says to some sequences, each
-known by a digest of its tokens: recipes that differ in seed, steps, learning rates or students share what they have in
-common, and a longer one adds what is missing. A shard carries a checksum of itself; one that is damaged is made anew.
+A folder for each teacher, text and length holds shards. A shard holds the outputs for some sequences, each sequence
+identified by a digest of its tokens: recipes that differ in seed, steps, learning rates or student share what they have
+in common, and a longer one adds what is missing. A shard carries a checksum; a damaged one is made anew.
+
+Kinds of outputs: `activations`, the inputs and outputs of every attention layer; `top<k>`, the k most likely tokens.
+Cached activations pay from the second pass on, on a CPU: on the quickstart a pass takes 30 % less CPU time, and filling
+the cache 1.2 times what a pass saves (240 sequences of 256 tokens, three rounds in turn, one thread).
 """
 
 import contextlib
@@ -29,50 +33,51 @@ from tqdm import tqdm
 from transformers import GPTNeoXForCausalLM
 
 from scavenger import data, losses, teacher
-from scavenger.recipe import Recipe, RecipeError
+from scavenger.recipe import RecipeError
 from scavenger.run import checkpoint
+from scavenger.run.run import Run
 
 
-FORMAT = 1  # of the shards; another one is another folder
-SHARD_BYTES = 2**28  # what an interruption loses at most; a terabyte is then four thousand files
+FORMAT = 1  # of the shards; another format is another folder
+SHARD_BYTES = 2**28  # the most that an interruption loses; a terabyte is then four thousand files
 OPEN_SHARDS = 64  # files mapped at once: some batches' worth, far from any system's limit
-# Bytes for each of the teacher's parameters that are left free: three step checkpoints (two are kept, one is being
-# written) of a student of its size, float32 weights and two moments each.
+# Bytes left free for each of the teacher's parameters: three step checkpoints (two are kept, one is being written) of a
+# student of its size, float32 weights and two moments each.
 SPARE = checkpoint.KEPT * 12 + 12
 ACTIVATIONS = "activations"
 
 
-def run(recipe: Recipe, run_dir: Path, frozen: GPTNeoXForCausalLM, accelerator) -> "Cache | None":
-    """What the teacher says to all sequences that the recipe's transfer reads: what is not on the disk is written.
+def run(run: Run, frozen: GPTNeoXForCausalLM) -> "TeacherOutputs | None":
+    """The teacher's outputs for all sequences that the transfer reads; what the disk lacks is computed and written.
 
-    None where the recipe has no section `cache`. The processes share the work, each makes every n-th shard. Raises
-    RecipeError, before anything is written, where the disk is too small.
+    None where the recipe has no section `cache`. Process n of N makes every N-th shard. Raises RecipeError, before
+    anything is written, where the disk is too small.
     """
-    settings, config = recipe.cache, frozen.config
+    settings, config = run.recipe.cache, frozen.config
     if settings is None:
         return None
     if settings.logits is not None and settings.logits > config.vocab_size:
         raise RecipeError(
             f"cache.logits: found {settings.logits}; expected 1 to the teacher's vocabulary, {config.vocab_size}"
         )
-    blocks = data.blocks(run_dir / "data", "train")
-    wanted = _wanted(recipe, len(blocks))
+    blocks = run.blocks("train")
+    wanted = _wanted(run.recipe, len(blocks))
     keys = _keys(blocks, np.unique(np.concatenate(list(wanted.values()))))
     sizes = {kind: row_bytes(kind, config, blocks.shape[1]) for kind in wanted}
-    facts = _facts(recipe, frozen)
+    facts = _facts(run, frozen)
     folder = Path(settings.folder) / _name(facts)
-    with _held(folder, accelerator):
-        there = _whole_shards(folder, wanted, accelerator)
+    with _held(folder, run.accelerator):
+        there = _whole_shards(folder, wanted, run.accelerator)
         work = _missing(folder, there, wanted, keys, sizes)
-        _plan(recipe, folder, wanted, work, sizes, SPARE * frozen.num_parameters(), accelerator)
-        _fill(recipe, frozen, blocks, work, accelerator)
+        _require_room(run, folder, wanted, work, sizes, SPARE * frozen.num_parameters())
+        _fill(run, frozen, blocks, work)
         shards = there + [shard for shard, _ in work]
-        if accelerator.is_main_process:
+        if run.accelerator.is_main_process:
             counts = {kind: sum(len(shard.keys) for shard in shards if kind in shard.kinds) for kind in wanted}
             held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             checkpoint.write_json(folder / "cache.json", facts | {"sequences": counts, "bytes": held})
     places = {kind: _places(kind, shards, wanted[kind], keys) for kind in wanted}
-    return Cache(settings.activations, settings.logits, [shard.path for shard in shards], places)
+    return TeacherOutputs(settings.activations, settings.logits, [shard.path for shard in shards], places)
 
 
 class Shard(NamedTuple):
@@ -84,27 +89,27 @@ class Shard(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class TeacherOutputs:
     """Reads what `run` wrote; `rows` are places in the train array, as in data.Batch."""
 
     activations: bool
     logits: int | None
     shards: list[Path]
-    places: dict[str, np.ndarray]  # (block, 2) of each kind: the shard and the place in it; -1 of what is not read
+    places: dict[str, np.ndarray]  # (block, 2) of each kind: the shard and the place in it; -1 for blocks not read
     opened: Callable = dataclasses.field(default_factory=lambda: functools.lru_cache(OPEN_SHARDS)(_opened))
 
     def attention(self, rows: np.ndarray, layers: Sequence[int], device: torch.device) -> tuple[dict, dict]:
-        """As teacher.attention, to 16 bits: a relative error of 4e-8 in energy, where that was float16 (measured)."""
+        """As teacher.attention, rounded to 16 bits: a relative error of 4e-8 in energy for float16 (measured)."""
         return tuple(
             {layer: self._read(ACTIVATIONS, rows, f"{side}.{layer}").to(device) for layer in layers}
             for side in ("inputs", "outputs")
         )
 
     def top(self, rows: np.ndarray, device: torch.device) -> losses.TopK:
-        """The distribution of each position, of total mass 1 again after its rounding to 16 bits.
+        """The distribution at each position, of total mass 1.
 
-        The rounding costs, in KL divergence from the unrounded, 7e-8 nats a position and 2e-7 at most (measured on the
-        quickstart's teacher and text, 64 tokens kept).
+        It is stored in 16 bits; the KL divergence from the unrounded distribution is 7e-8 nats per position on average
+        and 2e-7 at most (measured on the quickstart's teacher and text, 64 tokens kept).
         """
         kind = top_kind(self.logits)
         log_p, tokens, log_rest = (self._read(kind, rows, name).to(device) for name in losses.TopK._fields)
@@ -131,7 +136,7 @@ def _opened(path):
 def _wanted(recipe, count):
     """For each kind of output, the places in the train array at which the transfer reads it, sorted.
 
-    A phase that ends when it is flat leaves open where those after it begin: then from the earliest place it could be.
+    A phase that may end early leaves open where those after it begin: then from the earliest possible place.
     """
     kinds = [ACTIVATIONS if recipe.cache.activations else None] * len(recipe.transfer.activations)
     kinds += [top_kind(recipe.cache.logits) if recipe.cache.logits else None] * len(recipe.transfer.logits)
@@ -146,14 +151,14 @@ def _wanted(recipe, count):
     return found
 
 
-def top_kind(kept):
+def top_kind(kept: int) -> str:
     return f"top{kept}"
 
 
 def _keys(blocks, places):
-    """A digest of the tokens of each block at `places`, (block,); of the others 0.
+    """A digest of the tokens of each block at `places`, (block,); 0 for the others.
 
-    64 bits: among ten million sequences two are taken for one another with a probability of 3e-6.
+    64 bits: among ten million sequences, two have the same digest with a probability of 3e-6.
     """
     keys = np.zeros(len(blocks), dtype=np.int64)
     for place in places:
@@ -162,7 +167,7 @@ def _keys(blocks, places):
     return keys
 
 
-def row_bytes(kind, config, length):
+def row_bytes(kind: str, config, length: int) -> int:
     """Bytes of one sequence on the disk."""
     if kind == ACTIVATIONS:
         return 2 * 2 * config.num_hidden_layers * length * config.hidden_size
@@ -174,19 +179,20 @@ def _token_type(config):
     return torch.uint16 if config.vocab_size <= 2**16 else torch.int32
 
 
-def _facts(recipe, frozen):
-    """What the folder is, for people and for its name: the teacher by its weights, wherever they came from."""
+def _facts(run, frozen):
+    """What the folder holds, for people and for its name: the teacher by its weights, wherever they came from."""
+    recipe = run.recipe
     naming = ("_name_or_path", "transformers_version", "architectures", "dtype")
     shape = {key: value for key, value in frozen.config.to_diff_dict().items() if key not in naming}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for part in _as_bytes(frozen.state_dict()):
         digest.update(part)
     text = dataclasses.asdict(recipe.data)
-    del text["evaluation_tokens"]  # which are none of what is trained on
+    del text["evaluation_tokens"]  # held-out text is not trained on
     return {
         "format": FORMAT,
         "teacher": {
-            "name": str(recipe.teacher.folder or recipe.teacher.name or Path(recipe.run_dir) / "teacher"),
+            "name": str(recipe.teacher.folder or recipe.teacher.name or run.folder / "teacher"),
             "revision": recipe.teacher.revision,
             "dtype": str(frozen.dtype).removeprefix("torch."),
             "sha256": digest.hexdigest(),
@@ -201,7 +207,7 @@ def _name(facts):
 
 
 def _as_bytes(tensors):
-    """Everything that tells one set of named tensors from another."""
+    """Everything that distinguishes one set of named tensors from another."""
     for name in sorted(tensors):
         tensor = tensors[name].cpu().contiguous()
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
@@ -210,7 +216,7 @@ def _as_bytes(tensors):
 
 @contextlib.contextmanager
 def _held(folder, accelerator):
-    """One run at a time looks and writes; another waits, and finds what this one has made."""
+    """One run at a time uses the folder; another waits, and finds what this one has written."""
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             try:
@@ -230,7 +236,7 @@ def _held(folder, accelerator):
 
 
 def _whole_shards(folder, wanted, accelerator):
-    """The shards that hold something wanted; those that are damaged are named and removed."""
+    """The intact shards that hold something wanted; damaged ones are reported and removed."""
     paths = sorted(path.name for path in folder.glob("*.safetensors") if set(_kinds(path)) & wanted.keys())
     paths = [folder / name for name in broadcast_object_list([paths])[0]]
     own = paths[accelerator.process_index :: accelerator.num_processes]
@@ -253,32 +259,32 @@ def _kinds(path):
 
 
 def _fault(path):
-    """Why a shard cannot be used; None where it is whole."""
+    """Why a shard cannot be used; None if it is intact."""
     try:
         with safe_open(path, "pt") as file:
             checksum = (file.metadata() or {}).get("crc32")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         return f"cannot be read ({str(error).removeprefix('Error while deserializing header: ')})"
-    return None if checksum == _checksum(tensors) else "is altered (its checksum is another)"
+    return None if checksum == _checksum(tensors) else "is altered (its checksum is wrong)"
 
 
 def _checksum(tensors):
-    """Against damage, not against malice: three times as quick as SHA-256 (measured), and all is read at each start."""
+    """Against damage, not against malice: three times as fast as SHA-256 (measured), and all is read at each start."""
     return f"{functools.reduce(lambda found, part: zlib.crc32(part, found), _as_bytes(tensors), 0):08x}"
 
 
 def _missing(folder, there, wanted, keys, sizes):
-    """The shards that are not there, each with the places in the train array of its sequences.
+    """The shards that are to be made, each with the places in the train array of its sequences.
 
-    What is lacking of both kinds goes into shards of both, by one forward. The same recipe cuts in the same places,
-    whichever shards are there already.
+    Sequences that lack both kinds go into shards of both, made by one forward pass. The same recipe cuts in the same
+    places, whichever shards exist already.
     """
     lacking = np.zeros((len(keys), len(wanted)), dtype=bool)
     for column, (kind, places) in enumerate(wanted.items()):
         have = [shard.keys for shard in there if kind in shard.kinds]
         places = places[~np.isin(keys[places], np.concatenate(have))] if have else places
-        lacking[places[np.unique(keys[places], return_index=True)[1]], column] = True  # sequences that recur, once
+        lacking[places[np.unique(keys[places], return_index=True)[1]], column] = True  # recurring sequences once
     work = []
     for lacks in np.unique(lacking[lacking.any(1)], axis=0)[::-1]:
         kinds = tuple(kind for kind, lacks_it in zip(wanted, lacks, strict=True) if lacks_it)
@@ -290,13 +296,14 @@ def _missing(folder, there, wanted, keys, sizes):
     return work
 
 
-def _plan(recipe, folder, wanted, work, sizes, spare, accelerator):
-    """Say what will be written, and refuse it where it does not fit."""
+def _require_room(run, folder, wanted, work, sizes, spare):
+    """Print what will be written; RecipeError where the disk has no room for it."""
+    accelerator, settings = run.accelerator, run.recipe.cache
     free = broadcast_object_list([shutil.disk_usage(folder).free])[0]
     lacking = {kind: sum(len(shard.keys) for shard, _ in work if kind in shard.kinds) for kind in wanted}
     needed = {kind: lacking[kind] * sizes[kind] for kind in wanted}
     if not work:
-        accelerator.print(f"cache     {folder}: all is there")
+        accelerator.print(f"cache     {folder}: complete")
         return
     what = "; ".join(
         f"{_in_words(kind)} of {lacking[kind]:,} sequences ({len(wanted[kind]):,} are read), {_in_bytes(needed[kind])}"
@@ -310,8 +317,8 @@ def _plan(recipe, folder, wanted, work, sizes, spare, accelerator):
     fits = ["another cache.folder"]
     rest = free - spare - needed.get(ACTIVATIONS, 0)
     top = next((kind for kind in wanted if kind != ACTIVATIONS), None)
-    if top is not None and recipe.cache.logits * rest // max(needed[top], 1) >= 1:
-        fits.append(f"cache.logits={recipe.cache.logits * rest // needed[top]} or less")
+    if top is not None and settings.logits * rest // max(needed[top], 1) >= 1:
+        fits.append(f"cache.logits={settings.logits * rest // needed[top]} or less")
     if ACTIVATIONS in wanted and top is not None and needed[top] + spare <= free:
         fits.append("cache.activations=false")
     raise RecipeError(
@@ -328,8 +335,9 @@ def _in_bytes(count):
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def _fill(recipe, frozen, blocks, work, accelerator):
+def _fill(run, frozen, blocks, work):
     """Write this process's share of the shards; returns when all processes have written theirs."""
+    accelerator, recipe = run.accelerator, run.recipe
     parts = accelerator.num_processes * recipe.training.accumulate
     size = max(1, min(phase.batch_size for phase in recipe.transfer.phases) // parts)  # no more memory than training
     own = work[accelerator.process_index :: accelerator.num_processes]
@@ -354,25 +362,25 @@ def _fill(recipe, frozen, blocks, work, accelerator):
                 break
     why = next((found for found in gather_object([why]) if found is not None), None)
     if why is not None:
-        raise RecipeError(f"{why}; the shards before it are kept, the same command goes on")
+        raise RecipeError(f"{why}; the shards before it are kept; run the same command again to resume")
 
 
 @torch.no_grad()
 def _outputs(frozen, ids, kinds):
-    """What one forward of the teacher gives, of the kinds asked for: named tensors (batch, …) in main memory."""
+    """The teacher's outputs of these kinds, from one forward pass: named tensors (batch, …) on the CPU."""
     tops = [kind for kind in kinds if kind != ACTIVATIONS]
     layers = range(frozen.config.num_hidden_layers) if ACTIVATIONS in kinds else ()
     if not tops:
         inputs, outputs = teacher.attention(frozen, ids, layers)
     else:
-        with teacher.listening(frozen, layers) as (inputs, outputs):
+        with teacher.recording(frozen, layers) as (inputs, outputs):
             last, _ = teacher.hidden_states(frozen, ids, False)
     found = {}
-    for side, heard in (("inputs", inputs), ("outputs", outputs)):
-        found |= {f"{ACTIVATIONS}.{side}.{layer}": _halved(x).cpu() for layer, x in heard.items()}
+    for side, recorded in (("inputs", inputs), ("outputs", outputs)):
+        found |= {f"{ACTIVATIONS}.{side}.{layer}": _halved(x).cpu() for layer, x in recorded.items()}
     for kind in tops:
         log_p, tokens, log_rest = most_likely(last, frozen.lm_head.weight, int(kind.removeprefix("top")))
-        # float16 is finest about 0: at the likeliest.
+        # Relative to the most likely token: float16 is finest near 0.
         log_p, log_rest = log_p - log_p[..., :1], log_rest - log_p[..., 0]
         kept = losses.TopK(log_p.half(), tokens.to(_token_type(frozen.config)), log_rest.float())
         found |= {f"{kind}.{name}": item.cpu() for name, item in kept._asdict().items()}
@@ -380,7 +388,7 @@ def _outputs(frozen, ids, kinds):
 
 
 def _halved(x):
-    """In 16 bits: as it is where it has no more, in float16 where its range is enough, else in bfloat16."""
+    """In 16 bits: unchanged if it has no more, in float16 where its range suffices, else in bfloat16."""
     if x.element_size() == 2:
         return x
     return x.half() if x.abs().max() <= torch.finfo(torch.float16).max else x.bfloat16()
@@ -389,11 +397,11 @@ def _halved(x):
 def most_likely(last: Tensor, weight: Tensor, kept: int) -> losses.TopK:
     """The `kept` most likely tokens of softmax(last Wᵀ) and the mass of the others, in float32 or wider.
 
-    last (batch, length, channel), W (vocabulary, channel); never all logits at once.
+    last (batch, length, channel), W (vocabulary, channel); the logits are computed in chunks of positions.
     """
     found = []
     for part in last.flatten(0, 1).split(max(1, losses.CHUNK_BYTES // (4 * len(weight)))):
-        logits = part @ weight.T  # in the teacher's own dtype, as it gives them
+        logits = part @ weight.T  # in the teacher's own dtype, as its forward pass computes them
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_p, tokens = logits.topk(kept)
         log_rest = logits.scatter_(-1, tokens, -torch.inf).logsumexp(-1)
@@ -403,7 +411,7 @@ def most_likely(last: Tensor, weight: Tensor, kept: int) -> losses.TopK:
 
 
 def _joined(parts):
-    """The parts as one; where some needed bfloat16, all do."""
+    """The parts as one tensor; in bfloat16 if any of them needed it."""
     whole = torch.cat(parts)
     return whole if whole.dtype == parts[0].dtype else whole.bfloat16()
 
@@ -413,7 +421,7 @@ def _write(path, tensors):
 
 
 def _places(kind, shards, places, keys):
-    """For each place in the train array, the shard that holds its output and where in it; (block, 2)."""
+    """For each place in the train array, the shard that holds its output and the place in it, (block, 2)."""
     shards = [(index, shard.keys) for index, shard in enumerate(shards) if kind in shard.kinds]
     held = np.concatenate([own for _, own in shards])
     where = np.concatenate([np.stack([np.full(len(own), index), np.arange(len(own))], 1) for index, own in shards])

@@ -1,16 +1,18 @@
-"""Stage one: what the teacher knows goes to the student, first by activations, then by logits.
+"""Stage one: the student learns its teacher's activations, then its logits.
 
 Sources: arXiv:2401.17574 (the two steps, layer by layer from the bottom), arXiv:2505.03005 (all layers in parallel,
-then everything free).
+then all parameters).
 """
 
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,26 +21,29 @@ from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Activations, Filter, Logits, Recipe
 from scavenger.recurrence.reduction import hankel
 from scavenger.run import checkpoint
+from scavenger.run.run import Run
+from scavenger.training import Optimisation
 from scavenger.transfer import teacher_outputs
 
 
-SEEN = 16  # filters of a layer whose Hankel values the penalty takes: O(length³) each, and a layer can have thousands
-WATCHED = 4  # whose floor is watched: 0.16 s each at 1,024 taps on one core, of each layer, with every checkpoint
-HELD_OUT = 16  # sequences whose loss comes with every checkpoint: always the same ones, so that its course is smooth
-READING = {"parallel": "teacher", "progressive": "below", "joint": "student"}  # what the mixers of a schedule read
-LOOKED_AT = 32  # held-out sequences of a look: the mean error of a layer is then good to about a hundredth of itself
+SEEN = 16  # filters of a layer in the Hankel penalty: O(length³) each, and a layer can have thousands
+WATCHED = 4  # filters of a layer whose floor is logged with every checkpoint: 0.16 s each at 1,024 taps on one core
+HELD_OUT = 16  # sequences of the held-out loss logged with every checkpoint: always the same, for a smooth curve
+READING = {"parallel": "teacher", "progressive": "below", "joint": "student"}  # input of the mixers, by schedule
+LOOKED_AT = 32  # held-out sequences of `look`: the mean error of a layer is then known to about 1 % of itself
+LOOK_BATCH = 8  # of them at once: no more memory than a small batch
 
 
-def run(recipe: Recipe, run_dir: Path, accelerator, tokenizer) -> Path:
+def run(run: Run) -> Path:
     """Make `transfer/`, the distilled student; `transfer/activations` is the student between the two steps."""
-    folder = run_dir / "transfer"
+    folder = run.folder / "transfer"
     if checkpoint.complete(folder):
         return folder
-    frozen = teacher.load(recipe, run_dir, accelerator.device)
-    kept = teacher_outputs.run(recipe, run_dir, frozen, accelerator)
+    frozen = teacher.load(run.recipe.teacher, run.folder, run.device)
+    kept = teacher_outputs.run(run, frozen)
     between = checkpoint.partial(folder) / "activations"
-    match_activations(recipe, run_dir, frozen, between, accelerator, tokenizer, kept)
-    match_logits(recipe, run_dir, frozen, between, folder, accelerator, tokenizer, kept)
+    match_activations(run, frozen, between, kept)
+    match_logits(run, frozen, between, folder, kept)
     return folder
 
 
@@ -48,146 +53,146 @@ class Turn:
 
     name: str
     phase: Activations | Logits
-    layers: tuple[int, ...]  # whose mixers it matches; none where the logits are matched
-    first: int = 0  # the sequence of the shuffled text that it reads first
-    steps: int = 0  # that it took
+    layers: tuple[int, ...]  # whose mixers are matched; empty where logits are matched
+    first: int = 0  # position in the shuffled text of the first sequence it reads
+    first_step: int = 0  # steps of the run before it
 
 
-def match_activations(recipe, run_dir, frozen, folder, accelerator, tokenizer, kept=None) -> HyenaNeoXForCausalLM:
-    """Step one: each mixer learns to give out what the teacher's attention gives out; nothing else is trained.
+def match_activations(run: Run, frozen, folder: Path, kept=None) -> HyenaNeoXForCausalLM:
+    """Step one: each mixer learns to reproduce its teacher's attention output; nothing else is trained.
 
-    `parallel`: every layer reads the teacher's activations, so one teacher forward serves all and no gradient crosses a
-    layer. `progressive`: from the bottom, each layer in its turn reads the student's own; the steps are shared out, and
-    the teacher is run no deeper than that layer. `joint`: all layers at once on the student's own, gradients and all.
+    `parallel`: every layer reads the teacher's activations, so one forward pass of the teacher serves all layers and no
+    gradient crosses a layer. `progressive`: layer by layer from the bottom, each reading the student's own activations;
+    the layers share the steps, and the teacher runs no deeper than the layer in turn. `joint`: all layers at once on
+    the student's own activations, with gradients through all of them.
     """
     if checkpoint.complete(folder):
-        return _load(folder).to(accelerator.device)
-    layers = tuple(
-        index for index in range(len(frozen.gpt_neox.layers)) if index not in recipe.student.attention_layers
-    )
-
-    def train(model, turn, steps_dir, begins):
-        matching = MixerMatching(model, turn.layers, READING[turn.phase.schedule], recipe.student.filter)
-
-        def target(part):
-            if kept is not None and kept.activations:
-                return kept.attention(part.rows, turn.layers, accelerator.device)
-            return teacher.attention(frozen, part.ids, turn.layers)
-
-        def loss(module, part, aim, whole):
-            errors, tail = module(part.ids, part.mask, *aim)
-            errors = errors.sum(1) / len(whole.rows)
-            logged = {f"layer_{layer}": error for layer, error in zip(turn.layers, errors, strict=True)}
-            return _pressed(errors.sum(), logged, tail, len(part.rows) / len(whole.rows), recipe)
-
-        @torch.no_grad()
-        def look(module):
-            text, count = data.blocks(run_dir / "data", "validation")[:LOOKED_AT], accelerator.num_processes
-            # As many for each process, whose forwards may wait for one another; what is past the end does not count.
-            places = torch.arange(accelerator.process_index, -(-len(text) // count) * count, count)
-            ids = torch.from_numpy(text[(places % len(text)).numpy()].astype("int64")).to(accelerator.device)
-            found = []
-            for part in ids.split(8):  # no more memory than a small batch
-                aim = teacher.attention(frozen, part, turn.layers)
-                found.append(module(part, torch.ones_like(part, dtype=torch.bool), *aim)[0].mean(0))
-            own = torch.cat(found)[(places < len(text)).to(accelerator.device)]
-            return accelerator.reduce(own.sum(), reduction="sum").item() / len(text)
-
-        return training.train(
-            turn.name,
-            matching,
-            loss,
-            partial(_batch, recipe, run_dir, turn),
-            turn.phase,
-            steps_dir,
-            accelerator,
-            recipe,
-            begins=begins,
-            target=target,
-            watch=dict if training.is_spread(accelerator) else partial(watched, model, recipe, run_dir),
-            look=look if turn.phase.flat is not None else None,
-        )
-
+        return _load(folder).to(run.device)
+    recipe = run.recipe
+    attention_layers = recipe.student.attention_layers
+    layers = tuple(layer for layer in range(len(frozen.gpt_neox.layers)) if layer not in attention_layers)
     turns = [turn for phase in recipe.transfer.activations for turn in _turns_of(phase, layers)]
-    made = partial(student.from_teacher, recipe, frozen)
-    return _follow(turns, made, [], train, folder, accelerator, tokenizer, taught(recipe))
+
+    def begin():
+        return student.from_teacher(recipe.student, recipe.data.context_length, frozen, recipe.seed)
+
+    return _follow(run, turns, begin, [], partial(activation_matching, run, frozen, kept), folder)
 
 
-def match_logits(recipe, run_dir, frozen, between, folder, accelerator, tokenizer, kept=None) -> HyenaNeoXForCausalLM:
-    """Step two: the student learns the teacher's distribution."""
-
-    def train(model, turn, steps_dir, begins):
-        matching = LogitMatching(model, turn.phase, recipe.student.filter)
-
-        def target(part):
-            if kept is not None and kept.logits:
-                return kept.top(part.rows, accelerator.device), None, []
-            return frozen.lm_head.weight, *teacher.hidden_states(frozen, part.ids, turn.phase.hidden_states > 0)
-
-        def loss(module, part, aim, whole):
-            following = losses.following(whole.ids, whole.mask)[1].sum().item()
-            share = len(part.rows) / len(whole.rows)
-            counts = torch.tensor([whole.mask.sum().item(), following], device=part.ids.device)
-            value, logged, tail = module(part.ids, part.mask, counts, share, *aim)
-            return _pressed(value, logged, tail, share, recipe)
-
-        rate = turn.phase.rest_learning_rate or turn.phase.learning_rate
-        return training.train(
-            turn.name,
-            matching,
-            loss,
-            partial(_batch, recipe, run_dir, turn),
-            turn.phase,
-            steps_dir,
-            accelerator,
-            recipe,
-            begins=begins,
-            target=target,
-            watch=dict if training.is_spread(accelerator) else partial(watched, model, recipe, run_dir),
-            rest_rate=rate / turn.phase.learning_rate,
-        )
-
-    taken = checkpoint.read_json(between / "turns.json")
+def match_logits(run: Run, frozen, between: Path, folder: Path, kept=None) -> HyenaNeoXForCausalLM:
+    """Step two: the student learns the teacher's distribution, from its logits or from the outputs `kept` on disk."""
     turns = [
         Turn("logits" if index == 0 else f"logits {index + 1}", phase, ())
-        for index, phase in enumerate(recipe.transfer.logits)
+        for index, phase in enumerate(run.recipe.transfer.logits)
     ]
-    return _follow(turns, partial(_load, between), taken, train, folder, accelerator, tokenizer, taught(recipe))
+    taken = checkpoint.read_json(between / "turns.json")
+    return _follow(run, turns, partial(_load, between), taken, partial(logit_matching, run, frozen, kept), folder)
 
 
-def _follow(turns, made, taken, train, folder, accelerator, tokenizer, began):
-    """One turn after the other, each from the student that the one before left; the last makes `folder`.
+def activation_matching(
+    run: Run, frozen, kept, turn: Turn, model: HyenaNeoXForCausalLM, steps_dir: Path
+) -> Optimisation:
+    """The training of a turn of step one."""
+    filter = run.recipe.student.filter
 
-    `turns.json` beside each student says what was read for it, by this step and those before.
+    def target(part):
+        if kept is not None and kept.activations:
+            return kept.attention(part.rows, turn.layers, run.device)
+        return teacher.attention(frozen, part.ids, turn.layers)
+
+    def loss(module, part, target, whole):
+        errors, tail = module(part.ids, part.mask, *target)
+        errors = errors.sum(1) / len(whole.rows)
+        logged = {f"layer_{layer}": error for layer, error in zip(turn.layers, errors, strict=True)}
+        return _with_penalty(errors.sum(), logged, tail, len(part.rows) / len(whole.rows), filter)
+
+    return Optimisation(
+        name=turn.name,
+        module=MixerMatching(model, turn.layers, READING[turn.phase.schedule], filter),
+        settings=turn.phase,
+        steps_dir=steps_dir,
+        batch=partial(_batch, run, turn),
+        loss=loss,
+        target=target,
+        watch=watched_unless_sharded(run, partial(watched, run, model)),
+        look=partial(held_out_error, run, frozen, turn.layers) if turn.phase.flat is not None else None,
+        first_step=turn.first_step,
+    )
+
+
+def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaNeoXForCausalLM, steps_dir: Path) -> Optimisation:
+    """The training of a turn of step two."""
+    phase, filter = turn.phase, run.recipe.student.filter
+
+    def target(part):
+        if kept is not None and kept.logits:
+            return kept.top(part.rows, run.device), None, []
+        return frozen.lm_head.weight, *teacher.hidden_states(frozen, part.ids, phase.hidden_states > 0)
+
+    def loss(module, part, target, whole):
+        following = losses.following(whole.ids, whole.mask)[1].sum().item()
+        counts = torch.tensor([whole.mask.sum().item(), following], device=part.ids.device)
+        share = len(part.rows) / len(whole.rows)
+        value, logged, tail = module(part.ids, part.mask, counts, share, *target)
+        return _with_penalty(value, logged, tail, share, filter)
+
+    return Optimisation(
+        name=turn.name,
+        module=LogitMatching(model, phase, filter),
+        settings=phase,
+        steps_dir=steps_dir,
+        batch=partial(_batch, run, turn),
+        loss=loss,
+        target=target,
+        watch=watched_unless_sharded(run, partial(watched, run, model)),
+        rest_rate=(phase.rest_learning_rate or phase.learning_rate) / phase.learning_rate,
+        first_step=turn.first_step,
+    )
+
+
+def _follow(
+    run: Run,
+    turns: list[Turn],
+    begin: Callable[[], HyenaNeoXForCausalLM],
+    taken: list[dict],
+    optimisation: Callable[[Turn, HyenaNeoXForCausalLM, Path], Optimisation],
+    folder: Path,
+) -> HyenaNeoXForCausalLM:
+    """One turn after the other, each starting from the student of the one before; the last makes `folder`.
+
+    `begin()` makes the student of the first turn. `turns.json` in each student's folder lists the turns so far, this
+    step's and those of the step before (`taken`).
     """
     history, place = [], None
     for index, turn in enumerate(turns):
         last = index + 1 == len(turns)
         reached = folder if last else checkpoint.partial(folder) / f"turn_{index:02d}"
         if not checkpoint.complete(reached):
-            before = sum(turn["steps"] * turn["batch_size"] for turn in taken)
-            begins = began + sum(turn["steps"] for turn in taken)
-            model = made() if place is None else _load(place)
-            turn = dataclasses.replace(turn, first=before)
-            found, model = train(model, turn, checkpoint.partial(reached) / "steps", begins)
+            turn = dataclasses.replace(
+                turn,
+                first=sum(made["steps"] * made["batch_size"] for made in taken),
+                first_step=teacher_steps(run.recipe) + sum(made["steps"] for made in taken),
+            )
+            model = begin() if place is None else _load(place)
+            found, model = training.train(run, optimisation(turn, model, checkpoint.partial(reached) / "steps"))
             model.requires_grad_(True)
             own = history[-1]["step"] if history else 0
             history = history + [entry | {"step": own + entry["step"]} for entry in found]
-            turn = {"name": turn.name, "first": before, "steps": found[-1]["step"], "batch_size": turn.phase.batch_size}
+            made = {"name": turn.name, "first": turn.first, "steps": found[-1]["step"]}
+            read = [*taken, made | {"batch_size": turn.phase.batch_size}]
             checkpoint.finish_model(
+                run,
                 model,
-                tokenizer,
                 history,
                 reached,
-                accelerator,
-                more=lambda beside, read=[*taken, turn]: checkpoint.write_json(beside / "turns.json", read),
+                lambda beside, read=read: checkpoint.write_json(beside / "turns.json", read),
             )
         history, taken = checkpoint.read_json(reached / "history.json"), checkpoint.read_json(reached / "turns.json")
         place = reached
-    return _load(folder).to(accelerator.device)
+    return _load(folder).to(run.device)
 
 
-def taught(recipe: Recipe) -> int:
+def teacher_steps(recipe: Recipe) -> int:
     """The steps of the run before its transfer: those of a teacher that it trains."""
     return recipe.teacher.train.steps if recipe.teacher.train else 0
 
@@ -200,8 +205,8 @@ def sequences(folder: Path) -> int:
 class MixerMatching(nn.Module):
     """The relative error of each matched mixer's output; only those mixers are trained.
 
-    `reading` says what the mixers read: the `teacher`'s activations, the student's own without a gradient through the
-    layers `below`, or the `student`'s own with one.
+    `reading` names the mixers' input: "teacher", the teacher's activations; "below", the student's own, without a
+    gradient through the layers below; "student", the student's own, with that gradient.
     """
 
     def __init__(self, model: HyenaNeoXForCausalLM, layers: tuple[int, ...], reading: str, filter: Filter):
@@ -240,9 +245,9 @@ class MixerMatching(nn.Module):
 
 
 class LogitMatching(nn.Module):
-    """The divergence of the student's distribution from its teacher's, with all that the phase adds to it.
+    """The divergence of the student's distribution from its teacher's, and the other terms of the phase's loss.
 
-    The vocabulary projections of both are taken in chunks of positions: no launch holds all logits at once.
+    The logits of both models are computed in chunks of positions and never held all at once.
     """
 
     def __init__(self, model: HyenaNeoXForCausalLM, phase: Logits, filter: Filter):
@@ -251,14 +256,19 @@ class LogitMatching(nn.Module):
         model.requires_grad_(phase.trained == "everything")
         for layer in model.gpt_neox.layers:
             layer.mixer.requires_grad_(True)
-        self.head = model.lm_head.weight  # its own, too, so that a launch that shards parameters gathers it for us
+        self.head = model.lm_head.weight  # a parameter of this module too, so that sharded launches gather it
 
-    def forward(self, ids: Tensor, mask: Tensor, counts: Tensor, share: float, aim, last: Tensor | None, blocks: list):
-        """The part's share of the loss, of what is logged beside it, and the mean Hankel tail.
-
-        `aim` is the teacher's head with what it reads, `last`, or its kept distribution without; `counts` the positions
-        of the whole batch that count for the divergence and for the cross-entropy; `share` the part's of the batch.
-        """
+    def forward(
+        self,
+        ids: Tensor,  # (batch, length)
+        mask: Tensor,  # (batch, length)
+        counts: Tensor,  # positions of the global batch that count for the divergence, and for the cross-entropy
+        share: float,  # of the global batch that this micro-batch is
+        aim: Tensor | losses.TopK,  # the teacher's head (vocabulary, channel), or its kept distribution
+        last: Tensor | None,  # the input of the teacher's head (batch, length, channel); None with a kept distribution
+        blocks: list,  # outputs of the teacher's blocks (batch, length, channel); empty where they are not matched
+    ):
+        """The micro-batch's contribution to the loss, its contributions to the logged values, the mean Hankel tail."""
         phase, body = self.phase, self.model.gpt_neox
         depths = list(_depths(body, ids))
         hidden = body.final_layer_norm(depths[-1]).flatten(0, 1)
@@ -308,7 +318,7 @@ def _depths(body, ids):
 
 
 def _tail(model, length, filter):
-    """The mean Hankel tail of SEEN filters of each layer, drawn anew at each step; nothing without a penalty."""
+    """The mean Hankel tail of SEEN filters of each layer, drawn anew at each step; 0 without a penalty."""
     if not filter.hankel_penalty:
         return torch.zeros((), device=model.device)
     tails = []
@@ -318,32 +328,55 @@ def _tail(model, length, filter):
     return torch.stack(tails).mean()
 
 
-def _pressed(value, logged, tail, share, recipe):
-    """The loss with the Hankel penalty, if the recipe has one."""
-    weight = recipe.student.filter.hankel_penalty
-    if not weight:
+def _with_penalty(value, logged, tail, share, filter):
+    """The loss and the logged values with the Hankel penalty, if the recipe has one."""
+    if not filter.hankel_penalty:
         return value, logged
-    return value + weight * share * tail, logged | {"hankel_tail": share * tail}
+    return value + filter.hankel_penalty * share * tail, logged | {"hankel_tail": share * tail}
 
 
-def watched(model: HyenaNeoXForCausalLM, recipe: Recipe, run_dir: Path) -> dict[str, float]:
-    """What is logged of the student with every checkpoint: the floors of its filters, and its held-out loss."""
-    return floors(model, recipe) | held_out_loss(model, run_dir)
+def watched_unless_sharded(run: Run, watch: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    """`watch`; nothing where no process has all parameters of the student."""
+    return dict if training.is_sharded(run.accelerator) else watch
 
 
-def held_out_loss(model: nn.Module, run_dir: Path) -> dict[str, float]:
-    """Cross-entropy on the first HELD_OUT sequences of the validation split, nats per token."""
-    return {"held_out_loss": measure.held_out(model, data.blocks(run_dir / "data", "validation")[:HELD_OUT]).loss}
+def watched(run: Run, model: HyenaNeoXForCausalLM) -> dict[str, float]:
+    """Logged of the student with every checkpoint: the floors of its filters, and its held-out loss."""
+    recipe = run.recipe
+    found = floors(model, recipe.data.context_length, recipe.student.filter.hankel_states)
+    return found | held_out_loss(model, run.blocks("validation"))
+
+
+def held_out_loss(model: nn.Module, blocks: np.ndarray) -> dict[str, float]:
+    """Cross-entropy on the first HELD_OUT of the blocks (block, length), nats per token."""
+    return {"held_out_loss": measure.held_out(model, blocks[:HELD_OUT]).loss}
 
 
 @torch.no_grad()
-def floors(model: HyenaNeoXForCausalLM, recipe: Recipe) -> dict[str, float]:
-    """For each layer, the least relative error that `hankel_states` real states allow: a mean over WATCHED filters."""
+def floors(model: HyenaNeoXForCausalLM, length: int, states: int) -> dict[str, float]:
+    """For each layer, the least relative error that `states` real states allow, a mean over WATCHED filters."""
     found = {}
-    for layer, taps in _taps(model, recipe.data.context_length):
+    for layer, taps in _taps(model, length):
         least = hankel.tap_floors(taps[:: -(-len(taps) // WATCHED)].double())
-        found[f"floor_{layer}"] = least[:, min(recipe.student.filter.hankel_states, least.shape[1] - 1)].mean().item()
+        found[f"floor_{layer}"] = least[:, min(states, least.shape[1] - 1)].mean().item()
     return found
+
+
+@torch.no_grad()
+def held_out_error(run: Run, frozen, layers: tuple[int, ...], module: nn.Module) -> float:
+    """The activation error on LOOKED_AT sequences of the validation split: a mean over layers and sequences."""
+    accelerator, text = run.accelerator, run.blocks("validation")[:LOOKED_AT]
+    count = accelerator.num_processes
+    # Every process takes equally many sequences, as their forward passes may wait for one another; sequences past the
+    # end are repeated and do not count.
+    places = torch.arange(accelerator.process_index, -(-len(text) // count) * count, count)
+    ids = torch.from_numpy(text[(places % len(text)).numpy()].astype("int64")).to(accelerator.device)
+    found = []
+    for part in ids.split(LOOK_BATCH):
+        target = teacher.attention(frozen, part, layers)
+        found.append(module(part, torch.ones_like(part, dtype=torch.bool), *target)[0].mean(0))
+    own = torch.cat(found)[(places < len(text)).to(accelerator.device)]
+    return accelerator.reduce(own.sum(), reduction="sum").item() / len(text)
 
 
 def _taps(model, length):
@@ -354,7 +387,7 @@ def _taps(model, length):
 
 
 def _turns_of(phase, layers):
-    """The trainings of a phase; a progressive one shares its steps, and its warm-up, out to the layers."""
+    """The turns of a phase; the layers of a progressive one share its steps and its warm-up."""
     if phase.schedule != "progressive":
         return [Turn("activations" if phase.schedule == "parallel" else "activations, jointly", phase, layers)]
     edges = [round(turn * phase.steps / len(layers)) for turn in range(len(layers) + 1)]
@@ -366,9 +399,9 @@ def _turns_of(phase, layers):
     return turns
 
 
-def _batch(recipe, run_dir, turn, step):
+def _batch(run, turn, step):
     size = turn.phase.batch_size
-    return data.batch(data.blocks(run_dir / "data", "train"), turn.first + step * size, size, recipe.seed)
+    return data.batch(run.blocks("train"), turn.first + step * size, size, run.recipe.seed)
 
 
 def _load(folder):

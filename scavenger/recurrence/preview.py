@@ -1,0 +1,108 @@
+"""What each tolerance or budget would keep, before stage two is run (`scavenger RECIPE --plan`)."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scavenger import measure
+from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.model.filters import ModalFilter
+from scavenger.recipe import Recipe
+from scavenger.recurrence import allocation, certificate, recurrence
+from scavenger.run.run import blocks
+
+
+TOLERANCES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3)  # shown besides the recipe's own
+FILTERS = 16  # of each layer, so that the table takes seconds
+SEQUENCES = 8  # of held-out text, for the same reason: the predicted KL is within a factor of about 1.5
+
+
+def show(recipe: Recipe) -> str:
+    """A table of the state and the error of each tolerance or budget, for the run's distilled student.
+
+    By balanced truncation of FILTERS filters of each layer, from which modes and bytes of all of them are estimated.
+    """
+    run_dir = Path(recipe.run_dir)
+    exact = HyenaNeoXForCausalLM.from_pretrained(run_dir / "transfer", dtype=torch.float32).eval()
+    config, settings = exact.config, dataclasses.replace(recipe.recurrence, method="balanced")
+    text = blocks(run_dir / "data", "validation")
+    rows, found = {}, [[[]] for _ in exact.gpt_neox.layers]
+    tolerances = sorted({*TOLERANCES, settings.tolerance}, reverse=True)
+    aims = [{"tolerance": tolerance} for tolerance in tolerances]
+    if settings.state_bytes is not None:
+        aims = recurrence.aims(settings)
+    for layer, filter in recurrence.long_filters(exact).items():
+        taps = measure.filter_taps(filter, settings.horizon or config.context_length)
+        rows[layer] = np.unique(np.linspace(0, len(taps) - 1, FILTERS).round().astype(int)).tolist()
+        found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims)
+        if isinstance(filter, ModalFilter):
+            found[layer] = [recurrence.with_own_modes(filter, made, rows[layer]) for made in found[layer]]
+    changes = allocation.responses(exact, found, text, rows, SEQUENCES)
+    divergences = allocation.divergences(changes, text.shape[1] - 1)
+    choices = {
+        f"{tolerance:g}": [np.full(len(layer[0]), index) for layer in found]
+        for index, tolerance in enumerate(tolerances)
+    }
+    share = sum(map(len, rows.values())) / sum(f.num_filters for f in recurrence.long_filters(exact).values())
+    if settings.state_bytes is not None:
+        least = allocation.state_bytes(config)
+        budgets = [max(least, settings.state_bytes * times // 2) for times in (1, 2, 4)]
+        bytes_ = allocation.mode_costs(config, found)
+        choices = {
+            f"{budget:,}": allocation.allocate(bytes_, divergences, share * (budget - least)) for budget in budgets
+        }
+    table = [
+        line
+        for name, chosen in choices.items()
+        for line in _choice(config, name, found, chosen, divergences, len(exact.gpt_neox.layers))
+    ]
+    what = "state bytes" if settings.state_bytes is not None else "tolerance"
+    header = [what, "layer", "filters", "modes", "most", "real states", "KiB", "worst error", "its floor", "KL"]
+    header.append("cache is larger from")
+    asked = "" if share == 1 else f" {100 * share:.0f} % of the filters were reduced."
+    return (
+        "\n"
+        + certificate.aligned(header, table)
+        + f"\nBy balanced truncation.{asked} KL: predicted for the model's output, nats per token, summed over layers. "
+        "KiB of `all`: with short convolutions and kept attention."
+    )
+
+
+def _choice(config, name, found, chosen, divergences, layers):
+    """The rows of one choice: one per layer, and one for all."""
+    lines, sizes, total = [], [[] for _ in range(layers)], 0.0
+    count = config.num_filters * config.hyena_order
+    for layer, (rungs, own) in enumerate(zip(found, chosen, strict=True)):
+        filters = [rungs[rung][index] for index, rung in enumerate(own)]
+        if not filters:
+            continue  # kept attention
+        share = count / len(filters)
+        sizes[layer] = np.resize([f.state_size for f in filters], count).tolist()
+        divergence = share * float(allocation.picked(divergences[layer], own).sum())
+        total += divergence
+        worst = max(filters, key=lambda f: f.relative_error)
+        lines.append(
+            [
+                name,
+                str(layer),
+                str(count),
+                f"{sum(sizes[layer]):,}",
+                str(max(sizes[layer])),
+                f"{share * sum(f.real_states for f in filters):,.0f}",
+                f"{allocation.mode_bytes(config) * sum(sizes[layer]) / 1024:,.1f}",
+                f"{worst.relative_error:.1e}",
+                f"{worst.floor:.1e}",
+                f"{divergence:.1e}",
+                "",
+            ]
+        )
+    whole = recurrence.recurrent_configuration(config, sizes)
+    held, even = whole.state_bytes, whole.break_even_length
+    lines.append(
+        [name, "all", str(count * len(lines)), f"{sum(map(sum, sizes)):,}", str(max(map(max, filter(None, sizes)))), ""]
+        + ["grows" if held is None else f"{held / 1024:,.1f}", "", "", f"{total:.1e}"]
+        + ["never" if even is None else f"{even:,} tokens"]
+    )
+    return lines
