@@ -21,7 +21,6 @@ of a logit step make, gradients included: in chunks, and with all logits at once
 """
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -30,19 +29,22 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger import losses, plan, student, training
+from scavenger import losses, student, training
 from scavenger.model.rotary import rotary_angles
 from scavenger.recipe import PYTHIA_SHAPES, Activations, Cache, Logits, Teacher, load_recipe
 from scavenger.run import checkpoint
+from scavenger.run.run import Run
 from scavenger.transfer import baseline, teacher_outputs, transfer
 
 
@@ -107,32 +109,30 @@ class Shape:
         text = np.random.default_rng(0).integers(config.vocab_size, size=(4 * self.batch_size, self.length))
         for split in ("train", "validation"):  # of the second, what is looked at with every checkpoint
             np.save(folder / f"data/{split}.npy", text.astype(np.uint16))
-        student.from_teacher(self.recipe, self.frozen).save_pretrained(folder / "between")
-        checkpoint.write_json(folder / "between/turns.json", [])
         (folder / "transfer").mkdir()
         checkpoint.write_json(
             folder / "transfer/turns.json", [{"first": 0, "steps": 100, "batch_size": self.batch_size}]
         )
 
     def trainings(self):
-        """The Training of each row, by its name."""
+        """The row of each training, by its name."""
         sizes = {"steps": 100, "batch_size": self.batch_size, "learning_rate": 1e-4}
-        found = {PLAIN: self._captured(baseline.run)}
+        found = {PLAIN: Row(self.run(), baseline.pretraining, self.student())}
         for schedule in ("parallel", "joint", "progressive"):
-            found[f"activations, {schedule}"] = self._activations(Activations(schedule=schedule, **sizes))
-        found["activations, parallel, cached"] = self._activations(Activations(**sizes), Cache(activations=True))
+            found[f"activations, {schedule}"] = self.activations(Activations(schedule=schedule, **sizes))
+        found["activations, parallel, cached"] = self.activations(Activations(**sizes), Cache(activations=True))
         for objective in ("forward_kl", "reverse_kl", "jensen_shannon"):
-            found[f"logits, {objective}"] = self._logits(Logits(objective=objective, **sizes))
-        found[f"logits, forward_kl, cached {KEPT}"] = self._logits(Logits(**sizes), Cache(logits=KEPT))
+            found[f"logits, {objective}"] = self.logits(Logits(objective=objective, **sizes))
+        found[f"logits, forward_kl, cached {KEPT}"] = self.logits(Logits(**sizes), Cache(logits=KEPT))
         return found
 
     def larger(self):
         """The training by logits in batches where memory is compared."""
-        return self._logits(Logits(steps=100, batch_size=PEAK * self.batch_size, learning_rate=1e-4))
+        return self.logits(Logits(steps=100, batch_size=PEAK * self.batch_size, learning_rate=1e-4))
 
     def floors(self):
         """The passes that no loss can do without, by what a training's name begins with."""
-        model = student.from_teacher(self.recipe, self.frozen).to(self.accelerator.device)
+        model = self.student().to(self.accelerator.device)
         ids = torch.randint(model.config.vocab_size, (self.batch_size, self.length), device=self.accelerator.device)
         hidden = torch.randn(*ids.shape, model.config.hidden_size, device=ids.device)
         positions = torch.arange(self.length, device=ids.device).expand(ids.shape)
@@ -159,73 +159,56 @@ class Shape:
             f"logits, forward_kl, cached {KEPT}": lambda: whole(model, ids),
         }
 
-    def _activations(self, phase, settings=None):
-        # Of the layers in their turn, the one in the middle.
-        turn = len(self.layers) // 2 if phase.schedule == "progressive" else 0
-        with tempfile.TemporaryDirectory(dir=self.folder) as beside:
-            places = (Path(beside) / "made",)
-            return self._captured(transfer.match_activations, places, turn, settings, activations=phase)
+    def activations(self, phase, cache=None):
+        """The row of a phase of step one; of a progressive phase, that of its middle layer."""
+        turns = transfer.turns_of(phase, tuple(self.layers))
+        return self._row(transfer.activation_matching, turns[len(turns) // 2], cache, activations=phase)
 
-    def _logits(self, phase, settings=None):
-        places = self.folder / "between", self.folder / "made"
-        return self._captured(transfer.match_logits, places, 0, settings, logits=phase)
+    def logits(self, phase, cache=None):
+        """The row of a phase of step two."""
+        return self._row(transfer.logit_matching, transfer.Turn("logits", phase, ()), cache, logits=phase)
 
-    def _captured(self, call, places=(), turn=0, settings=None, **phases):
-        """What `call` would give to training.train, of its `turn`-th training; those before it are taken as made."""
+    def _row(self, optimisation, turn, cache, **phases):
+        run = self.run(cache and dataclasses.replace(cache, folder=str(self.folder / "cache")), **phases)
+        kept = teacher_outputs.run(run, self.frozen)
+        return Row(run, lambda *words: optimisation(run, self.frozen, kept, turn, *words[1:]), self.student())
+
+    def run(self, cache=None, **phases):
+        """A run in the shape's folder whose transfer has these phases."""
         made = {key: (phase,) for key, phase in phases.items()}
         recipe = dataclasses.replace(
-            self.recipe,
-            transfer=dataclasses.replace(self.recipe.transfer, **made),
-            cache=settings and dataclasses.replace(settings, folder=str(self.folder / "cache")),
+            self.recipe, transfer=dataclasses.replace(self.recipe.transfer, **made), cache=cache
         )
-        words = [recipe, self.folder]
-        if phases:
-            words += [self.frozen, *places]
-        words += [self.accelerator, SimpleNamespace(save_pretrained=lambda folder: None)]
-        if phases:
-            words.append(teacher_outputs.run(recipe, self.folder, self.frozen, self.accelerator))
-        counted, found = itertools.count(), []
+        return Run(recipe, self.folder, self.accelerator, None)
 
-        def train(name, model, loss, batch, stage, steps_dir, accelerator, recipe, **more):
-            if next(counted) < turn:
-                return [{"step": 1}], model.model
-            found.append(Training(name, model, loss, batch, stage, accelerator, recipe, more))
-            raise _Captured
-
-        with mock.patch.object(training, "train", train), contextlib.suppress(_Captured):
-            call(*words)
-        return found[0]
+    def student(self):
+        return student.from_teacher(self.recipe.student, self.length, self.frozen, self.recipe.seed)
 
 
-class _Captured(Exception):
-    """Raised in the place of a training."""
+class Row:
+    """One training, as a stage hands it to the loop."""
 
-
-class Training:
-    """One row: what a stage gave to the loop."""
-
-    def __init__(self, name, model, loss, batch, stage, accelerator, recipe, more):
-        self.name, self.model, self.loss, self.batch, self.stage = name, model, loss, batch, stage
-        self.accelerator, self.recipe, self.more = accelerator, recipe, more
-        self.target, self.watch = more.get("target", lambda part: None), more.get("watch", dict)
-        self.model.to(accelerator.device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, run, optimisation, model):
+        self.run, self.accelerator = run, run.accelerator
+        self.optimisation = optimisation(run, model.to(run.device), run.folder / "steps")
+        self.module, self.watch = self.optimisation.module, self.optimisation.watch
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
 
     def part(self):
         """The loss of a batch, and its gradient."""
-        ids = self.batch(0)
-        ids = ids._replace(ids=ids.ids.to(self.accelerator.device), mask=ids.mask.to(self.accelerator.device))
-        self.loss(self.model, ids, self.target(ids), ids)[0].backward()
+        own, batch = self.optimisation, self.optimisation.batch(0)
+        batch = batch._replace(ids=batch.ids.to(self.run.device), mask=batch.mask.to(self.run.device))
+        own.loss(self.module, batch, own.target(batch), batch)[0].backward()
 
     def update(self):
-        """A step of AdamW as the loop makes it; its moments are there."""
+        """A step of AdamW as the loop makes it; its moments exist."""
         torch.nn.utils.clip_grad_norm_(self.parameters, training.MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def timed(self, times, device):
         """Seconds of each of these alone, means of so many."""
-        self.model.train()
+        self.module.train()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=training.BETAS, fused=True)
         parts, updates = [], []
         for _ in range(times + 1):  # the first update makes the moments
@@ -235,35 +218,55 @@ class Training:
         return {"loss": statistics.mean(parts), "update": statistics.mean(updates[1:])}
 
     def loop(self, steps, device):
-        """Seconds of a step of the loop, from batch to batch: the first and the last are left out."""
+        """Seconds of a step of the loop, from batch to batch; the first and the last are left out."""
         times = []
 
         def batch(step):
             times.append(now(device))
-            return self.batch(step)
+            return self.optimisation.batch(step)
 
-        settings = dataclasses.replace(self.recipe.training, log_every=steps + 2, checkpoint_every=steps + 2)
+        quiet = dataclasses.replace(self.run.recipe.training, log_every=steps + 2, checkpoint_every=steps + 2)
+        run = dataclasses.replace(self.run, recipe=dataclasses.replace(self.run.recipe, training=quiet))
+        shortened = dataclasses.replace(self.optimisation.settings, steps=steps + 2, warmup_steps=0)
         with tempfile.TemporaryDirectory() as folder:
-            training.train(
-                self.name,
-                self.model,
-                self.loss,
-                batch,
-                dataclasses.replace(self.stage, steps=steps + 2, warmup_steps=0),
-                Path(folder) / "steps",
-                self.accelerator,
-                dataclasses.replace(self.recipe, training=settings),
-                **self.more | {"watch": dict},
-            )
+            own = {"steps_dir": Path(folder) / "steps", "batch": batch, "settings": shortened, "watch": dict}
+            training.train(run, dataclasses.replace(self.optimisation, **own))
         return statistics.mean(after - before for before, after in itertools.pairwise(times[1:]))
 
     def peak(self):
-        """Bytes of the tensors that the operations of a loss and its gradient make, at most."""
-        self.model.zero_grad()
-        with plan.Allocations() as found:
+        """The most bytes of tensors that the operations of a loss and its gradient hold."""
+        self.module.zero_grad()
+        with Allocations() as found:
             self.part()
-        self.model.zero_grad()
+        self.module.zero_grad()
         return found.peak
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors that operations make: `now`, and at most (`peak`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        known = {item.untyped_storage()._cdata for item in _tensors((args, kwargs))}
+        for item in _tensors(made):
+            storage = item.untyped_storage()
+            if storage._cdata not in known:  # neither a view nor written in place
+                known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _freed(self, count):
+        self.now -= count
+
+
+def _tensors(values):
+    return [item for item in tree_leaves(values) if isinstance(item, torch.Tensor)]
 
 
 def measured(shape, rounds):

@@ -91,7 +91,7 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
     for row in rows:
         measured = []
         for folder, recipe in row:
-            frozen = teacher.load(recipe, folder).to(device())
+            frozen = teacher.load(recipe.teacher, folder).to(device())
             text = _held_out_text(folder)
             if text not in teachers:
                 teachers[text] = {"seed": recipe.seed} | of_teacher(frozen, recipe, folder, distances)

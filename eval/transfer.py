@@ -68,7 +68,7 @@ def run(folders: list[Path]) -> dict:
     for group in mixers.grouped(runs):
         distilled, pretrained = [], []
         for folder, recipe in tqdm(group, desc="transfer", unit="run", leave=False):
-            frozen = teacher.load(recipe, folder).to(mixers.device())
+            frozen = teacher.load(recipe.teacher, folder).to(mixers.device())
             distilled.append(of_student("transfer", frozen, recipe, folder, teachers))
             if (folder / "baseline").is_dir():
                 pretrained.append(of_student("baseline", frozen, recipe, folder, teachers))

@@ -55,7 +55,8 @@ def stages(recipe: Recipe, processes: int = 1) -> list[PlannedStage]:
             rows = -(-phase.batch_size // (processes * recipe.training.accumulate))
             alike = dataclasses.replace(phase, steps=1, warmup_steps=0, learning_rate=0.1)
             if alike not in times:
-                with torch.random.fork_rng():  # the run draws the same random numbers with and without a plan
+                # The run draws the same random numbers with and without a plan.
+                with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
                     times[alike] = timed(recipe, config, alike, layers, rows, stage.flops / stage.sequences, device)
             memory = _held(recipe, config, phase, layers, device)
             if processes > 1:

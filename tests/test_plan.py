@@ -1,10 +1,7 @@
-"""A plan knows its stages, leaves no trace, and its memory is what a step takes."""
+"""A plan knows its stages and leaves no trace; what it counts is what the run does."""
 
 import dataclasses
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scavenger import plan, teacher
 from scavenger.recipe import Cache, load_recipe
+from scavenger.report import comparison, report
+from scavenger.report.results import Results
+from scavenger.report.text import Blocks
 from scavenger.run import checkpoint
+from scavenger.run.run import blocks
 
 
 PHASES = """
@@ -47,27 +48,61 @@ def test_every_training_is_in_the_plan(recipe, tmp_path):
     assert [stage.steps for stage in planned] == [6, 9, 5, 4, 3, 27]
     assert [stage.sequences for stage in planned] == [24, 36, 10, 16, 24, 110]
     assert [stage.turns for stage in planned] == [1, 3, 1, 1, 1, 1]
-    assert all(stage.tokens == 24 * stage.sequences and stage.seconds > 0 and stage.whole for stage in planned)
+    assert all(stage.tokens == 24 * stage.sequences and stage.seconds > 0 for stage in planned)
     shown = plan.text(recipe, planned)
     for stage in planned:
         (line, held) = [line for line in shown.splitlines() if line.startswith(f"{stage.name:<14}")]
         assert f" {stage.steps} " in line and str(stage.folder) in line and "complete" not in line
-    assert "Activations end sooner where the held-out error is flat." in shown
+    assert "Activations end earlier where the held-out error no longer falls" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"], "a plan writes nothing"
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_memory_by_what_holds_it(recipe):
+def test_memory_by_what_it_holds(recipe):
     size = sum(p.numel() for p in tiny_teacher(vocab_size=320).parameters())
     made = {stage.name: stage.memory for stage in plan.stages(recipe)}
     for name, memory in made.items():
         assert memory["teacher"] == (0 if name == "baseline" else 4 * size)
-        assert memory["moments"] == 2 * memory["gradients"] and memory["step"] > 0
+        assert memory["moments"] == 2 * memory["gradients"]
     assert made["logits 2"]["gradients"] == made["logits 2"]["weights"] == made["baseline"]["gradients"]
     assert made["logits"]["gradients"] == made["activations"]["gradients"] == 3 * made["activations 2"]["gradients"]
-    for stage in plan.stages(recipe, 2):  # gradients once more in DDP's buckets, and half the sequences
-        assert stage.memory["gradients"] == 2 * made[stage.name]["gradients"]
-        assert stage.memory["step"] < made[stage.name]["step"]
+    for stage in plan.stages(recipe, 2):  # gradients once more in the buckets of data parallelism
+        assert stage.memory == made[stage.name] | {"gradients": 2 * made[stage.name]["gradients"]}
+
+
+def test_parameters_and_gradients_are_those_of_the_real_training(recipe):
+    """What is held, against the modules that the timed step really makes."""
+    config, cpu = plan._configuration(recipe), torch.device("cpu")
+    for _, phase, layers in plan._trainings(recipe, config):
+        step = plan._Step(recipe, config, phase, layers, cpu)
+        held = plan._held(recipe, config, phase, layers, cpu)
+        assert held["gradients"] == sum(p.nbytes for p in step.parameters)
+        assert held["weights"] == sum(p.nbytes for p in step.module.model.parameters())
+        assert held["teacher"] == (sum(p.nbytes for p in step.frozen.parameters()) if step.frozen else 0)
+
+
+def test_a_step_that_is_too_large_is_timed_in_part_or_not_at_all(recipe, monkeypatch):
+    timed, forward_backward = [], plan._Step.forward_backward
+
+    def watched(self, rows, length):
+        timed.append((rows, length))
+        return forward_backward(self, rows, length)
+
+    monkeypatch.setattr(plan._Step, "forward_backward", watched)
+    config = plan._configuration(recipe)
+    stage, phase, layers = list(plan._trainings(recipe, config))[0]
+    words = (recipe, config, phase, layers, 4, stage.flops / stage.sequences, torch.device("cpu"))
+    whole, _ = plan.timed(*words)
+    monkeypatch.setattr(plan, "TIMED_FLOPS", 2.5 * stage.flops / stage.sequences)
+    part, _ = plan.timed(*words)
+    assert whole > 0 and part > 0 and timed == [(1, 8), (4, 24), (1, 8), (2, 24)]
+    monkeypatch.setattr(plan, "TIMED_FLOPS", 0.9 * stage.flops / stage.sequences)
+    assert plan.timed(*words) is None and len(timed) == 4
+    planned = plan.stages(recipe)
+    assert planned[0].seconds is None and planned[0].memory["weights"] > 0
+    shown = plan.text(recipe, planned)
+    assert "Not timed, as a step is too large to be timed on this CPU: activations" in shown
+    assert next(line for line in shown.splitlines() if line.startswith("activations ")).split()[4] == "–"
 
 
 def test_what_is_made_is_not_tried_again(recipe, monkeypatch):
@@ -81,97 +116,19 @@ def test_what_is_made_is_not_tried_again(recipe, monkeypatch):
     assert [stage.done for stage in planned.values()] == [1, pytest.approx((1 + 2 / 3) / 3), 0, 0, 0, 0]
     assert planned["activations"].seconds is None and planned["activations 2"].seconds > 0
     shown = plan.text(recipe, list(planned.values())).splitlines()
-    assert [line.split("(")[1] for line in shown if line.endswith(("(complete)", "(goes on)"))] == [
+    assert [line.split("(")[1] for line in shown if line.endswith(("(complete)", "(resumes)"))] == [
         "complete)",
-        "goes on)",
+        "resumes)",
     ]
     shutil.move(beside / "activations.partial", beside / "activations")
     (beside / "turn_00").mkdir()
     assert [stage.done for stage in plan.stages(recipe)] == [1, 1, 1, 1, 0, 0]
     shutil.move(beside, run / "transfer")
     (run / "baseline").mkdir()
-    monkeypatch.setattr(plan, "_Rehearsal", None)
+    monkeypatch.setattr(plan, "timed", None)
     planned = plan.stages(recipe)
     assert [stage.done for stage in planned] == [1] * 6
     assert "MiB" not in plan.text(recipe, planned)
-
-
-def test_memory_is_that_of_small_models_made_large(recipe, monkeypatch):
-    whole = plan.stages(recipe, 4)  # one sequence: what there is once, whatever the batch, would be taken for its part
-    monkeypatch.setattr(plan, "TIMED_WHOLE", 0)
-    monkeypatch.setattr(plan, "SHORTER", 1)
-    small = plan.stages(recipe, 4)
-    assert "From one sequence in models of two depths" in plan.text(recipe, small)
-    for one, other in zip(small, whole, strict=True):
-        assert not one.whole and one.flops == other.flops and one.seconds > 0
-        assert {**one.memory, "step": 0} == {**other.memory, "step": 0}
-        ratio = (one.memory["step"] + one.memory["gradients"]) / (other.memory["step"] + other.memory["gradients"])
-        assert 0.5 < ratio < 2, (one.name, ratio)
-
-
-@pytest.mark.parametrize(("batch_size", "vocabulary"), [(3, 6000), (9, 500)])
-def test_memory_is_what_a_process_takes(batch_size, vocabulary):
-    """Against the growth of the resident set in a step with its update, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", RESIDENT, str(batch_size), str(vocabulary)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    planned, taken = map(float, done.stdout.split())
-    assert 0.8 < planned / taken < 1.25  # measured: 0.98 and 0.99
-
-
-RESIDENT = """
-import ctypes, dataclasses, gc, sys
-from pathlib import Path
-import torch
-from transformers import GPTNeoXConfig
-from scavenger import plan
-from scavenger.recipe import Logits, load_recipe
-
-batch_size, vocabulary = map(int, sys.argv[1:])
-recipe = load_recipe("recipes/quickstart.yaml", ["student.attention_layers=[]"])
-config = GPTNeoXConfig(
-    vocab_size=vocabulary, hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=200
-)
-phase = Logits(steps=1, batch_size=batch_size, learning_rate=0.1)
-rehearsal = plan._Rehearsal(recipe, config, phase, (0, 1, 2), torch.device("cpu"))
-rehearsal.part(1, 8)  # libraries, and what they keep
-rehearsal.optimizer.zero_grad()
-gc.collect()
-ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, so that resident is in use
-ctypes.CDLL(None).malloc_trim(0)
-Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
-
-def resident(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
-
-before = resident("VmRSS")
-rehearsal.part(batch_size, 256)
-rehearsal.update()
-taken = resident("VmHWM") - before
-rehearsal.optimizer.zero_grad()
-held = 4 * rehearsal.trained  # the gradients; the moments come after the peak
-print(held + rehearsal.counted(batch_size, 256, False), taken)
-"""
-
-
-def test_allocations_are_those_of_tensors_alive():
-    with plan.Allocations() as found:
-        a = torch.ones(1000)
-        a.view(10, 100).add_(1)
-        b = a + 1
-        assert (found.now, found.peak) == (8000, 8000)
-        del b
-        assert (found.now, found.peak) == (4000, 8000)
-        c = (a * 2)[:10]  # a view keeps all of it
-        assert (found.now, found.peak) == (8000, 8000)
-        c = c.clone()
-        assert (found.now, found.peak) == (4040, 8040)
-    assert len(c) == 10
 
 
 def test_operations_are_those_of_the_matrices(recipe):
@@ -212,7 +169,7 @@ def test_with_a_cache_the_teacher_is_not_run(recipe, monkeypatch):
     assert all(stage.seconds > 0 for stage in planned)
     shown = plan.text(recipe, planned)
     assert f"cache     cache: {3 * 2 * 2 * 30 + 7 * 4 + 4:,} bytes a token" in shown
-    assert "Not in it: reading text, checkpoints, filling and reading the cache." in shown
+    assert "Not included: reading text, checkpoints, recurrence and report, filling and reading the cache." in shown
 
 
 def test_a_plan_is_compared_with_its_run(finished, workshop, tmp_path):
@@ -220,15 +177,15 @@ def test_a_plan_is_compared_with_its_run(finished, workshop, tmp_path):
     planned = plan.stages(recipe)
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "plan.json").unlink(missing_ok=True)
-    assert plan.compared(run) == []
+    assert report.compared_with_plan(run) == []
     plan.write(planned, run)
-    found = plan.compared(run)
+    found = report.compared_with_plan(run)
     assert [row["stage"] for row in found] == ["activations", "logits", "baseline"]
     assert [row["planned"] for row in found] == [stage.seconds for stage in planned]
     for row, place in zip(found, ("transfer/activations", "transfer", "baseline"), strict=True):
         assert row["taken"] == checkpoint.read_json(run / place / "history.json")[-1]["seconds"] > 0
     plan.write([], run)
-    assert plan.compared(run) == found, "the first launch's plan stays"
+    assert report.compared_with_plan(run) == found, "the first launch's plan stays"
 
 
 def test_seconds_of_turns(tmp_path):
@@ -251,7 +208,7 @@ def test_seconds_of_turns(tmp_path):
     ]
     facts = [{"name": name, "turns": turns, "seconds": s, "folder": f} for name, turns, s, f in stages]
     checkpoint.write_json(run / "plan.json", facts)
-    taken = [(row["stage"], row["planned"], row["taken"]) for row in plan.compared(run)]
+    taken = [(row["stage"], row["planned"], row["taken"]) for row in report.compared_with_plan(run)]
     assert taken == [("activations", 9.0, 6.0), ("logits", 5.0, 7.0), ("logits 2", 2.0, 1.5)]
 
 
@@ -265,3 +222,22 @@ def test_the_teacher_is_planned_in_its_own_dtype(workshop):
     assert plan._teacher_dtype(named, config, cuda) == torch.bfloat16
     own = load_recipe(str(workshop / "recipe.yaml"))
     assert plan._teacher_dtype(own, plan._configuration(own), cuda) == torch.float32
+
+
+def test_the_report_reads_and_generates_what_the_plan_says(finished, workshop):
+    """Tokens counted at the model's embedding while it is measured, but for the timings."""
+    recipe = load_recipe(str(workshop / "recipe.yaml"))
+    models = report.evaluated(recipe, finished)
+    distilled = models[2]
+    read = []
+    distilled.model.gpt_neox.embed_in.register_forward_hook(lambda module, args, out: read.append(args[0].shape))
+    test = blocks(finished / "data", "test")
+    asked = dataclasses.replace(report.settings(recipe, models, test.size), speed=None)
+    comparison.run([models[0], distilled], Blocks("test", test), asked, Results(None))
+    work = report.work(recipe, models[0].config)
+    generated = sum(rows for rows, length in read if length == 1)
+    assert sum(rows * length for rows, length in read) - generated <= work["tokens_read"]
+    assert work["tokens_read"] <= 3 * (sum(rows * length for rows, length in read) - generated)
+    prompts = asked.generation.prompts
+    assert work["tokens_generated"] == 2 * prompts * asked.generation.new_tokens == generated + 2 * prompts
+    assert work["timing_seconds"] == 2 * 10 * 7 * 2, "seconds of steps and of prompts, caches, contexts"

@@ -18,7 +18,7 @@ from scavenger import measure, plan
 from scavenger.__main__ import main
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import RecipeError, Recurrence, load_recipe
-from scavenger.recurrence import allocation, certificate, recurrence
+from scavenger.recurrence import allocation, certificate, preview, recurrence
 from scavenger.recurrence.allocation import Taps
 from scavenger.run import checkpoint
 
@@ -514,7 +514,7 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path):
         "recurrence.max_state_size=9",
     ]
     recipe = load_recipe(str(workshop / "recipe.yaml"), overrides)
-    rows = [line.split() for line in plan.recurrences(recipe).splitlines() if line.startswith(("0.", "1,", "2,", "3,"))]
+    rows = [line.split() for line in preview.show(recipe).splitlines() if line.startswith(("0.", "1,", "2,", "3,"))]
     totals = {float(row[0]): row for row in rows if row[1] == "all"}
     assert list(totals) == [0.3, 0.1, 0.03, 0.02, 0.01, 0.003] and len(rows) == 3 * 6
     modes = [int(row[3]) for row in totals.values()]
@@ -528,10 +528,8 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path):
     assert int(row[-2]) == config.break_even_length
 
     budget = config.state_bytes
-    text = plan.recurrences(
-        load_recipe(str(workshop / "recipe.yaml"), [*overrides, f"recurrence.state_bytes={budget}"])
-    )
+    text = preview.show(load_recipe(str(workshop / "recipe.yaml"), [*overrides, f"recurrence.state_bytes={budget}"]))
     rows = [line.split() for line in text.splitlines() if " all " in line]
     assert len(rows) == 3 and all(float(row[5]) * 1024 <= float(row[0].replace(",", "")) + 60 for row in rows)
     assert [path.name for path in sorted(run.iterdir())] == ["data", "transfer"]
-    assert "Then each filter becomes a recurrence of 9 modes or fewer (balanced)" in plan.show(recipe)
+    assert "Then each filter becomes a recurrence of at most 9 modes (balanced)" in plan.show(recipe)

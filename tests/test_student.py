@@ -12,24 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from scavenger import student, teacher
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
-from scavenger.recipe import Recipe, Student, Teacher, TeacherTraining
+from scavenger.recipe import Student
 
 
-RECIPE = Recipe(
-    run_dir="x",
-    teacher=Teacher(
-        train=TeacherTraining(
-            steps=1, batch_size=1, learning_rate=0.1, hidden_size=30, num_layers=3, num_heads=5, vocab_size=300
-        )
-    ),
-)
+LENGTH = 63  # tokens of a context
 
 
 @pytest.mark.parametrize("mixer", ["hyena", "multihyena"])
 def test_only_filters_and_short_filters_are_new(mixer):
-    recipe = Recipe(run_dir="x", teacher=RECIPE.teacher, student=Student(mixer=mixer))
     model = tiny_teacher()
-    made = student.from_teacher(recipe, model)
+    made = student.from_teacher(Student(mixer=mixer), LENGTH, model, seed=0)
     theirs = {key.replace(".attention.", ".mixer."): value for key, value in model.state_dict().items()}
     new = set(made.state_dict()) - set(theirs)
     filter_parts = [
@@ -53,7 +45,7 @@ def test_only_filters_and_short_filters_are_new(mixer):
 @pytest.mark.parametrize("parallel_residual", [True, False])
 def test_a_student_that_keeps_all_attention_is_the_teacher(parallel_residual):
     model = tiny_teacher(use_parallel_residual=parallel_residual)
-    config = student.configuration(RECIPE, model.config)
+    config = student.configuration(Student(), LENGTH, model.config)
     config.attention_layers, config.attention_window = [0, 1, 2], 23
     made = HyenaNeoXForCausalLM(config).double()
     made.load_state_dict({key.replace(".attention.", ".mixer."): value for key, value in model.state_dict().items()})

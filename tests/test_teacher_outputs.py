@@ -19,6 +19,7 @@ from conftest import scavenger, tiny_teacher
 
 from scavenger import data, losses, student, teacher
 from scavenger.recipe import RecipeError, load_recipe, resolved
+from scavenger.run.run import Run
 from scavenger.transfer import teacher_outputs, transfer
 
 
@@ -56,8 +57,8 @@ def given(workshop, tmp_path, monkeypatch):
 
 def filled(recipe, run_dir, accelerator, frozen=None):
     """The cache and the teacher that it is of."""
-    frozen = frozen or teacher.load(recipe, run_dir)
-    return teacher_outputs.run(recipe, run_dir, frozen, accelerator), frozen
+    frozen = frozen or teacher.load(recipe.teacher, run_dir)
+    return teacher_outputs.run(Run(recipe, run_dir, accelerator, None), frozen), frozen
 
 
 def shards(recipe):
@@ -77,7 +78,7 @@ def forbid(monkeypatch):
 
 def test_a_recipe_without_the_section_has_none(workshop, accelerator):
     recipe = load_recipe(str(workshop / "recipe.yaml"))
-    assert teacher_outputs.run(recipe, workshop, tiny_teacher(), accelerator) is None
+    assert teacher_outputs.run(Run(recipe, workshop, accelerator, None), tiny_teacher()) is None
 
 
 def test_activations_are_the_teachers(given, accelerator):
@@ -85,7 +86,9 @@ def test_activations_are_the_teachers(given, accelerator):
     kept, frozen = filled(recipe, run_dir, accelerator)
     assert kept.activations and len(shards(recipe)) == 5, "22 different sequences"
     batch = data.batch(data.blocks(run_dir / "data", "train"), 11, 9, recipe.seed)  # of several shards, in any order
-    mixers = transfer.MixerMatching(student.from_teacher(recipe, frozen), (0, 2), "teacher", recipe.student.filter)
+    mixers = transfer.MixerMatching(
+        student.from_teacher(recipe.student, 48, frozen, 0), (0, 2), "teacher", recipe.student.filter
+    )
     found, errors = [], []
     for aim in (teacher.attention(frozen, batch.ids, (0, 2)), kept.attention(batch.rows, (0, 2), CPU)):
         found.append(aim)
@@ -166,7 +169,7 @@ def test_a_vocabulary_beyond_16_bits(given, accelerator):
 def test_activations_beyond_float16(given, accelerator):
     """What one sequence needs another range for is bfloat16 in its shard, and in a batch with others."""
     recipe, run_dir = given("cache.activations=true")
-    frozen = teacher.load(recipe, run_dir)
+    frozen = teacher.load(recipe.teacher, run_dir)
     with torch.no_grad():
         frozen.gpt_neox.layers[1].input_layernorm.weight.mul_(1e5)
         frozen.gpt_neox.layers[1].attention.dense.weight.mul_(1e-3)
@@ -196,11 +199,11 @@ def test_a_second_recipe_shares_what_is_there(given, accelerator, monkeypatch, c
     other, other_dir = given(
         "cache.activations=true", "seed=5", "student.mixer=hyena", "transfer.activations.learning_rate=1e-3"
     )
-    frozen = teacher.load(other, other_dir)
+    frozen = teacher.load(other.teacher, other_dir)
     with monkeypatch.context() as patch:
         forbid(patch)
         kept, _ = filled(other, other_dir, accelerator, frozen)
-    assert shards(other) == first and "all is there" in capsys.readouterr().out
+    assert shards(other) == first and ": complete" in capsys.readouterr().out
     batch = data.batch(data.blocks(other_dir / "data", "train"), 0, 4, other.seed)
     exact = teacher.attention(frozen, batch.ids, (1,))[1][1]
     assert losses.activation_error(kept.attention(batch.rows, (1,), CPU)[1][1], exact).max() < 5e-7
@@ -279,7 +282,7 @@ def test_a_damaged_shard_is_made_anew(given, accelerator, capsys):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(given, accelerator, monkeypatch):
     recipe, run_dir = given("cache.activations=true", "cache.logits=100")
-    frozen = teacher.load(recipe, run_dir)
+    frozen = teacher.load(recipe.teacher, run_dir)
     spare = teacher_outputs.SPARE * frozen.num_parameters()
     logits, activations = 22 * 48 * (4 * 100 + 4), 22 * 48 * 30 * 2 * 2 * 3
     usage = namedtuple("usage", "total used free")
@@ -326,7 +329,7 @@ def test_a_full_disk_leaves_whole_shards(given, accelerator, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(teacher_outputs, "_write", write)
         with pytest.raises(
-            RecipeError, match="cannot be written .No space left on device.; .* the same command goes on"
+            RecipeError, match="cannot be written .No space left on device.; .* run the same command again to resume"
         ):
             filled(recipe, run_dir, accelerator)
     before = shards(recipe)
@@ -349,6 +352,7 @@ from accelerate import Accelerator
 from scavenger.transfer import teacher_outputs
 from scavenger import teacher
 from scavenger.recipe import load_recipe
+from scavenger.run.run import Run
 
 def write(path, tensors):
     whole(path, tensors)
@@ -362,7 +366,7 @@ teacher_outputs.SHARD_BYTES, whole, made = {teacher_outputs.SHARD_BYTES}, teache
 teacher_outputs._write = write
 for name in ("together", "killed"):
     recipe = load_recipe(str(run_dir / "recipe.yaml"), [f"cache.folder={{run_dir}}/{{name}}"])
-    teacher_outputs.run(recipe, run_dir, teacher.load(recipe, run_dir), accelerator)
+    teacher_outputs.run(Run(recipe, run_dir, accelerator, None), teacher.load(recipe.teacher, run_dir))
     (run_dir / f"made_{{accelerator.process_index}}").write_text(" ".join(made))
     found = list((run_dir / name).rglob("*.safetensors"))
     assert len(found) == 5, "no process goes on before all have written"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
 from scavenger import data, losses, plan, student, teacher, training
 from scavenger.model import HyenaNeoXForCausalLM
-from scavenger.recipe import Filter, Logits, Recipe, Teacher, TeacherTraining
+from scavenger.recipe import Filter, Logits, Student
 from scavenger.run import checkpoint
 from scavenger.run.checkpoint import read_json
 from scavenger.transfer import transfer
@@ -31,10 +31,7 @@ def batch():
 
 def of_all_attention(model):
     """A student whose mixers are the teacher's attention. Its angles are float64, the teacher's float32."""
-    train = TeacherTraining(
-        steps=1, batch_size=1, learning_rate=0.1, hidden_size=30, num_layers=3, num_heads=5, vocab_size=300
-    )
-    config = student.configuration(Recipe(run_dir="x", teacher=Teacher(train=train)), model.config)
+    config = student.configuration(Student(), 63, model.config)
     config.attention_layers, config.attention_window = [0, 1, 2], 0
     made = HyenaNeoXForCausalLM(config).double()
     made.load_state_dict(student.copied(model))

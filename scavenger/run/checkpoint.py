@@ -248,7 +248,7 @@ def _fault(folder, recipe):
         if found[name]["bytes"] < facts["bytes"]:
             return f"{name} is truncated ({found[name]['bytes']:,} bytes of {facts['bytes']:,})"
         if found[name] != facts:
-            return f"{name} is altered (its checksum is another)"
+            return f"{name} is altered (its checksum is wrong)"
     if found.keys() != manifest["files"].keys():
         return f"{min(found.keys() - manifest['files'].keys())} is not in its manifest"
     return None

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from scavenger import data, student, teacher, training
+from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Stage
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
@@ -18,7 +19,14 @@ def run(run: Run) -> Path:
         return folder
     config = teacher.load_configuration(recipe.teacher, run.folder)
     model = student.new(recipe.student, recipe.data.context_length, config, recipe.seed)
-    blocks = run.blocks("train")
+    history, model = training.train(run, pretraining(run, model, checkpoint.partial(folder) / "steps"))
+    checkpoint.finish_model(run, model, history, folder)
+    return folder
+
+
+def pretraining(run: Run, model: HyenaNeoXForCausalLM, steps_dir: Path) -> training.Optimisation:
+    """Next-token training in the batches of the run's transfer."""
+    recipe, blocks = run.recipe, run.blocks("train")
     turns = checkpoint.read_json(run.folder / "transfer" / "turns.json")
     begins = [sum(turn["steps"] for turn in turns[:index]) for index in range(len(turns) + 1)]
 
@@ -29,16 +37,13 @@ def run(run: Run) -> Path:
 
     warmup = min(recipe.baseline.warmup_steps, begins[-1])  # a transfer that ended early has fewer steps than planned
     settings = Stage(begins[-1], turns[-1]["batch_size"], recipe.baseline.learning_rate, warmup)
-    optimisation = training.Optimisation(
+    return training.Optimisation(
         name="baseline",
         module=training.NextTokens(model),
         settings=settings,
-        steps_dir=checkpoint.partial(folder) / "steps",
+        steps_dir=steps_dir,
         batch=batch,
         loss=training.next_token_loss,
         watch=transfer.watched_unless_sharded(run, partial(transfer.held_out_loss, model, run.blocks("validation"))),
         first_step=transfer.teacher_steps(recipe) + settings.steps,
     )
-    history, model = training.train(run, optimisation)
-    checkpoint.finish_model(run, model, history, folder)
-    return folder

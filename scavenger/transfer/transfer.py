@@ -71,7 +71,7 @@ def match_activations(run: Run, frozen, folder: Path, kept=None) -> HyenaNeoXFor
     recipe = run.recipe
     attention_layers = recipe.student.attention_layers
     layers = tuple(layer for layer in range(len(frozen.gpt_neox.layers)) if layer not in attention_layers)
-    turns = [turn for phase in recipe.transfer.activations for turn in _turns_of(phase, layers)]
+    turns = [turn for phase in recipe.transfer.activations for turn in turns_of(phase, layers)]
 
     def begin():
         return student.from_teacher(recipe.student, recipe.data.context_length, frozen, recipe.seed)
@@ -386,7 +386,7 @@ def _taps(model, length):
             yield index, layer.mixer.filter(length)
 
 
-def _turns_of(phase, layers):
+def turns_of(phase, layers):
     """The turns of a phase; the layers of a progressive one share its steps and its warm-up."""
     if phase.schedule != "progressive":
         return [Turn("activations" if phase.schedule == "parallel" else "activations, jointly", phase, layers)]
