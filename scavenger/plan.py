@@ -19,9 +19,9 @@ from scavenger.run import checkpoint
 from scavenger.transfer import teacher_outputs, transfer
 
 
-# On a CPU no more sequences of a step are timed than take so many operations: about half a minute on two cores. A step
-# of which even one sequence takes more is not timed.
-TIMED_FLOPS = 1e12
+# On a CPU no more sequences of a step are timed than take so many operations: about ten seconds on two cores. A step of
+# which even one sequence takes more is not timed.
+TIMED_FLOPS = 5e11
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def text(recipe: Recipe, planned: list[PlannedStage], processes: int = 1) -> str
         most = f"at most {settings.max_state_size} modes"
         lines.append(f"Then each filter becomes a recurrence of {most} ({settings.method}): {aim}.")
     if recipe.report:
-        lines.append(_report_line(recipe, config))
+        lines.append(_report_line(recipe, config, planned))
     if recipe.hub:
         private = ", private" if recipe.hub.private else ""
         lines.append(
@@ -379,15 +379,22 @@ def _cache_line(recipe, config):
     )
 
 
-def _report_line(recipe, config):
-    """What the report measures, with the tokens that each model reads and the memory of its logits."""
+def _report_line(recipe, config, planned):
+    """What the report measures, and its time and memory: that of reading at the rate of the timed steps."""
     contexts = ", ".join(f"{length:,}" for length in recipe.report.context_lengths)
     work = report.work(recipe, config)
+    timed = [stage for stage in planned if stage.seconds]
+    reading = ""
+    if timed:
+        rate = sum(stage.flops for stage in timed) / sum(stage.seconds for stage in timed)
+        read = work["models"] * (work["tokens_read"] + work["tokens_generated"])
+        seconds = read * _Flops(config, recipe.data.context_length).whole / rate
+        reading = f" (about {_duration(seconds)})"
     return (
         f"Then all models are measured on {recipe.data.evaluation_tokens:,} held-out tokens, in recall, in generated "
-        f"text, and in speed after {contexts} tokens: each reads {work['tokens_read']:,} tokens and generates "
-        f"{work['tokens_generated']:,}, speeds take up to {_duration(work['timing_seconds'])}, logits up to "
-        f"{work['logit_bytes'] / 2**30:.1f} GiB of memory."
+        f"text, and in speed after {contexts} tokens. Each reads {work['tokens_read']:,} tokens and generates "
+        f"{work['tokens_generated']:,}{reading}; timing takes up to {_duration(work['timing_seconds'])}, logits "
+        f"up to {work['logit_bytes'] / 2**30:.1f} GiB of memory."
     )
 
 
