@@ -18,12 +18,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import gradient
 import numpy as np
 import torch
 
 from scavenger.model import HyenaNeoXConfig
 from scavenger.model.hyena import HyenaMixer
-from scavenger.recurrence.reduction import balanced, gradient, irka, projection
+from scavenger.recurrence.reduction import balanced, irka, projection
 from scavenger.recurrence.reduction.reduced import reduce_by
 from scavenger.run.checkpoint import write_text
 

@@ -128,44 +128,6 @@ def test_each_dtype_by_its_own_rounding(shape, dtype, tolerance):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_student_that_keeps_its_filter_reads_prompts_by_it(shape):
-    """The state is the modes' own: a prompt's outputs change with the exact taps, and what comes after does not."""
-    recurrent = tiny_student(modal=True, **shape)
-    model = tiny_student(modal=True, prefill_outputs="exact", **shape)
-    ids = torch.randint(0, 97, (2, LENGTH))
-    missing = model.load_state_dict(recurrent.state_dict(), strict=False).missing_keys
-    assert missing and all(".mixer.exact_filter." in key for key in missing)
-    whole = recurrent(input_ids=ids, use_cache=False).logits
-    assert torch.equal(whole, model(input_ids=ids, use_cache=False).logits)
-    implicit = tiny_student(**shape)
-    values = {key.replace(".filter.", ".exact_filter."): value for key, value in implicit.state_dict().items()}
-    values |= {key: value for key, value in recurrent.state_dict().items() if key in values}
-    implicit.load_state_dict(recurrent.state_dict() | implicit.state_dict(), strict=False)
-    model.load_state_dict({key: value for key, value in values.items() if ".exact_filter." in key}, strict=False)
-    exact = tiny_student(**shape)
-    exact.load_state_dict(
-        {
-            key.replace(".exact_filter.", ".filter."): v
-            for key, v in model.state_dict().items()
-            if ".mixer.filter." not in key
-        }
-    )
-    expected = exact(input_ids=ids, use_cache=False).logits
-    assert relative_error(whole, expected) > 0.05
-    with torch.no_grad():
-        assert_close(expected, model(input_ids=ids, use_cache=True).logits, 5e-14)
-        assert_close(expected[:, :1], model(input_ids=ids[:, :1], use_cache=True).logits, 5e-14)
-        for layer in model.gpt_neox.layers:
-            if getattr(layer.mixer, "exact_filter", None) is not None:
-                layer.mixer.exact_filter.forward = layer.mixer.filter.forward
-        for prompt in (0, 1, 2, 17):
-            assert_close(whole, _prompt_and_steps(model, ids, prompt), 5e-14)
-        cache = model(input_ids=ids[:, :17], use_cache=True).cache
-        model(input_ids=ids[:, 17:18], cache=cache)
-        assert_close(whole[:, 18:], model(input_ids=ids[:, 18:], cache=cache).logits, 5e-14)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
 def test_states_are_copied_and_reordered(shape):
     model = tiny_student(modal=True, **shape)
     ids = torch.randint(0, 97, (3, LENGTH))

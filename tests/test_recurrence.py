@@ -361,16 +361,6 @@ def test_modal_from_the_start(blocks, tmp_path):
         assert all(f["state_size"] <= size for f, size in zip(layer["filters"], before, strict=True))
     assert found["within_tolerance"] == 15 and found["model"]["divergence"] < 1e-6
     assert all(f["relative_error"] >= f["floor"] for layer in found["layers"] for f in layer["filters"])
-    with pytest.raises(RecipeError, match="prefill_outputs: found exact; expected recurrent"):
-        recurrence.distil(student, Recurrence(prefill_outputs="exact"), tmp_path / "no", ALONE, None, blocks)
-
-
-def test_exact_filters_stay_for_the_prefill(student):
-    found = [layer[0] for layer in reduced_by(student, Recurrence(method="balanced", tolerance=0.1))]
-    recurrent = recurrence.recurrent_student(student, found, "exact")
-    for layer in (0, 2):
-        kept, own = recurrent.gpt_neox.layers[layer].mixer.exact_filter, student.gpt_neox.layers[layer].mixer.filter
-        assert torch.equal(kept(LENGTH), own(LENGTH))
 
 
 def test_filters_that_are_not_finite(student, blocks, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .modal import may_overwrite
+from .modal import may_overwrite, writable
 from .rotary import turn
 
 
@@ -88,7 +88,7 @@ class AttentionCacheLayer:
         """Put one token in the place of the oldest; the whole ring, and which of it (batch, 1, window) to look at."""
         self._begin(k, v, real, window)
         place = (self.written % window)[None]
-        write = Tensor.index_copy_ if may_overwrite([self.keys, self.values, self.real]) else Tensor.index_copy
+        write = Tensor.index_copy_ if may_overwrite() else Tensor.index_copy
         self.keys = write(self.keys, 2, place, k.to(self.keys.dtype))
         self.values = write(self.values, 2, place, v.to(self.values.dtype))
         self.real = write(self.real, 1, place, real)
@@ -111,14 +111,15 @@ class AttentionCacheLayer:
         real = torch.cat([self.real[:, order], real], dim=1)
         self.written = self.written + k.shape[2] - window
         places = (torch.arange(window, device=k.device) - self.written) % window
-        self.keys, self.values = k[:, :, -window:][:, :, places], v[:, :, -window:][:, :, places]
-        self.real = real[:, -window:][:, places]
+        self.keys = writable(k[:, :, -window:][:, :, places])
+        self.values = writable(v[:, :, -window:][:, :, places])
+        self.real = writable(real[:, -window:][:, places])
         return k, v, real
 
     def _begin(self, k, v, real, window):
         if self.keys is None:
-            self.keys, self.values = (z.new_zeros(*z.shape[:2], window, z.shape[3]) for z in (k, v))
-            self.real = real.new_zeros(len(real), window)
+            self.keys, self.values = (writable(z.new_zeros(*z.shape[:2], window, z.shape[3])) for z in (k, v))
+            self.real = writable(real.new_zeros(len(real), window))
             self.written = torch.zeros((), dtype=torch.long, device=k.device)
 
     @property
@@ -128,4 +129,4 @@ class AttentionCacheLayer:
     def select(self, rows: Tensor):
         if self.keys is not None:
             rows = rows.to(self.keys.device)
-            self.keys, self.values, self.real = (state.index_select(0, rows) for state in self.states)
+            self.keys, self.values, self.real = (writable(state.index_select(0, rows)) for state in self.states)

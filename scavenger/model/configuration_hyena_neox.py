@@ -16,8 +16,6 @@ class HyenaNeoXConfig(PreTrainedConfig):
     where the groups of channels that share a filter split no turned pair.
     `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex
     modes of each filter (those of the first long convolution first).
-    `prefill_outputs`: where the outputs of a prompt that is read into a cache come from: "recurrent", the modes, or
-    "exact", the implicit filter that the modes stand for, which the student then keeps; the state is the modes' anyway.
     `context_length`: tokens of a training example, the unit of time of the implicit filters; `filter_window`: in how
     many of them the slowest of these filters falls to 1 %.
     """
@@ -58,7 +56,6 @@ class HyenaNeoXConfig(PreTrainedConfig):
     context_length: int = 1024
     filter: str = "implicit"
     state_sizes: list[list[int]] | None = None
-    prefill_outputs: str = "recurrent"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -79,8 +76,6 @@ class HyenaNeoXConfig(PreTrainedConfig):
             raise ValueError(f"rotary is true; expected false: groups of {group} channels split the turned pairs")
         if self.filter not in ("implicit", "modal"):
             raise ValueError(f"filter is {self.filter!r}; expected 'implicit' or 'modal'")
-        if self.prefill_outputs not in ("recurrent", "exact"):
-            raise ValueError(f"prefill_outputs is {self.prefill_outputs!r}; expected 'recurrent' or 'exact'")
         if self.filter == "modal" and len(self.state_sizes or []) != self.num_hidden_layers:
             raise ValueError(f"state_sizes has {len(self.state_sizes or [])} layers; expected {self.num_hidden_layers}")
 

@@ -172,13 +172,13 @@ class Decoder:
             if shutil.which(compiler) is None:
                 warnings.warn(f"{compiler} is not installed; the steps of this decoder are not compiled", stacklevel=3)
                 return self._advance
-            return torch.compile(self._advance, dynamic=False)
+            return torch.compile(self._advance, dynamic=False, fullgraph=True)
         for layer in self.cache.layers:
             for state in layer.states:
                 torch._dynamo.mark_static_address(state)
         for _, _, buffer in self.buffers:
             torch._dynamo.mark_static_address(buffer)
-        return torch.compile(self._advance, dynamic=False, mode="reduce-overhead")
+        return torch.compile(self._advance, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
 
 def packed(model: nn.Module, rows: int) -> nn.Module:

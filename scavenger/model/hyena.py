@@ -46,9 +46,7 @@ class HyenaMixer(nn.Module):
         self.gates = nn.Linear(width, between * width) if between else None
         self.dense = nn.Linear(width, width, bias=config.attention_bias)
         self.short_filter = nn.Parameter(torch.zeros((3 + between) * width, config.short_filter_length))
-        exact = config.filter == "modal" and config.prefill_outputs == "exact"
         self.filter = ModalFilter(config.state_sizes[layer_index]) if config.filter == "modal" else _implicit(config)
-        self.exact_filter = _implicit(config) if exact else None
         # Linear attention adds up what softmax averages; the teacher's own scale is where it starts.
         self.scale = self.filter_head_width**-0.5
         self.reset_parameters()
@@ -154,11 +152,11 @@ class HyenaMixer(nn.Module):
             return v
         convolutions = [(q, k)] if self.hyena_order == 1 else [(gate, torch.ones_like(v)) for gate in (k, *between, q)]
         with torch.autocast(q.device.type, enabled=False):
-            if length == 1 and not (first and self.exact_filter):
+            if length == 1:
                 for (q, k), state in zip(convolutions, layer_cache.modal_states, strict=True):
                     v = state.step(q, k, v)
                 return v
-            taps = (self.exact_filter or self.filter)(length).chunk(self.hyena_order)
+            taps = self.filter(length).chunk(self.hyena_order)
             for (q, k), h, state in zip(convolutions, taps, layer_cache.modal_states, strict=True):
                 v = self._piece(q, k, v, h, state, first)
             return v
@@ -171,7 +169,7 @@ class HyenaMixer(nn.Module):
 
     def _piece(self, q, k, v, taps, state, first):
         state.settle()
-        if self.filter_head_width > 1 and not self.exact_filter and self._scan_pays(q.shape[2]):
+        if self.filter_head_width > 1 and self._scan_pays(q.shape[2]):
             return modal_scan(q, k, v, taps, state)
         y = long_convolution(q, k, v, taps)
         if not first:

@@ -103,18 +103,18 @@ class ChannelState:
         self.layout, self.direct, self.modes = modes.layout, modes.direct, modes.buckets()
         # Re λ, Im λ, Re R and Im R of each bucket: complex numbers have no place in a compiled step.
         self.numbers = [[x for z in own for x in (z.real.contiguous(), z.imag.contiguous())] for own in self.modes]
-        self.parts = [modes.direct.new_zeros(batch, 2, *poles.shape) for poles, _ in self.modes]
+        self.parts = [writable(modes.direct.new_zeros(batch, 2, *poles.shape)) for poles, _ in self.modes]
 
     @property
     def tensors(self) -> list[Tensor]:  # each (batch, real and imaginary part, filter, mode)
         return self.parts
 
     def select(self, rows: Tensor):
-        self.parts = [part.index_select(0, rows.to(part.device)) for part in self.parts]
+        self.parts = [writable(part.index_select(0, rows.to(part.device))) for part in self.parts]
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each (batch, filter, 1, 1)
         u = k * v
-        in_place, reads = may_overwrite(self.parts), []
+        in_place, reads = may_overwrite(), []
         for index, own in enumerate(self.layout.split(u[..., 0], 1)):
             a, b, c, d = self.numbers[index]
             re, im = self.parts[index].unbind(1)
@@ -158,7 +158,7 @@ class ChannelState:
             strides = powers(table[..., -1], own.shape[2]).flip(-1).mT.to(poles.dtype)  # (filter, chunk, mode)
             x = (sums * strides[:, None]).sum(2).movedim(0, 1)
             x = x + torch.complex(*part.unbind(1)) * _power(poles, length)
-            self.parts[index] = torch.stack([x.real, x.imag], dim=1)
+            self.parts[index] = writable(torch.stack([x.real, x.imag], dim=1))
 
 
 class HeadState:
@@ -183,9 +183,9 @@ class HeadState:
             self.decays.append(_real(table, poles.dtype))
             self.reads.append(_real((residues * table).conj(), poles.dtype))  # Re R x = Re R · Re x - Im R · Im x
             count, size = poles.shape
-            self.parts.append(zeros(batch, count, self.places, size, 2, width // self.places, width))
-        self.values = zeros(batch, len(modes.direct), self.places, width)
-        self.keys = self._sliced(torch.zeros_like(self.values))
+            self.parts.append(writable(zeros(batch, count, self.places, size, 2, width // self.places, width)))
+        self.values = writable(zeros(batch, len(modes.direct), self.places, width))
+        self.keys = writable(self._sliced(torch.zeros_like(self.values)))
         self.ages = torch.zeros(batch, self.places, dtype=torch.long, device=self.keys.device)
         self.place = self.ages.new_zeros(1)  # of the next token in the ring: the same for all rows
 
@@ -195,11 +195,12 @@ class HeadState:
 
     def select(self, rows: Tensor):
         rows = rows.to(self.keys.device)
-        self.parts = [part.index_select(0, rows) for part in self.parts]
-        self.keys, self.values, self.ages = (x.index_select(0, rows) for x in (self.keys, self.values, self.ages))
+        self.parts = [writable(part.index_select(0, rows)) for part in self.parts]
+        kept = (self.keys, self.values, self.ages)
+        self.keys, self.values, self.ages = (writable(x.index_select(0, rows)) for x in kept)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each (batch, filter, 1, width)
-        write = torch.Tensor.index_copy_ if may_overwrite(self.tensors) else torch.Tensor.index_copy
+        write = torch.Tensor.index_copy_ if may_overwrite() else torch.Tensor.index_copy
         self.keys = write(self.keys, 2, self.place, self._sliced(k))
         self.values = write(self.values, 2, self.place, v)
         self.ages = self.ages + 1
@@ -230,11 +231,13 @@ class HeadState:
             for index, table in enumerate(tables):
                 added = _outer(keys[index], values[index], table[:, :length].flip(1))
                 self.parts[index] = _add_turned(added, self.parts[index], table[None, :, None, length])
+        self.parts = [writable(part) for part in self.parts]
 
     def settle(self):
         """Bring every slice up to date, so that nothing waits."""
         every = torch.arange(self.places, device=self.place.device)
         self._settle(every, (self.place - 1 - every) % self.places, torch.Tensor.index_copy)
+        self.parts, self.keys = [writable(part) for part in self.parts], writable(self.keys)
 
     def _settle(self, slices, behind, write):
         """X ← λ^{age} X + Σ_p λ^{behind_p} k_p v_pᵀ in these slices, whose channels then leave the waiting keys."""
@@ -286,11 +289,20 @@ def ring_places(width: int) -> int:
     return max(count for count in range(1, PARTS + 1) if width % count == 0)
 
 
-def may_overwrite(states: list[Tensor]) -> bool:
-    """Whether no gradient is wanted, and the states may be written to here: not those of inference mode outside it."""
-    if torch.is_grad_enabled() or any(state.requires_grad for state in states):
-        return False
-    return torch.is_inference_mode_enabled() or not any(state.is_inference() for state in states)
+def may_overwrite() -> bool:
+    """Whether a step writes into its states; where gradients are recorded it makes new ones."""
+    return not torch.is_grad_enabled()
+
+
+def writable(state: Tensor) -> Tensor:
+    """The state as a tensor that a step may write to inside and outside inference mode.
+
+    Called where states are made, not in the step: dynamo breaks a graph at questions about inference mode.
+    """
+    if torch.compiler.is_compiling() or not state.is_inference():
+        return state
+    with torch.inference_mode(False), torch.no_grad():
+        return state.clone()
 
 
 def _outer(k, v, weights):

@@ -140,7 +140,7 @@ class HyenaNeoXPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no decoding that takes tokens back
     _can_record_outputs = {"hidden_states": HyenaNeoXLayer}
     # Loading in half precision must leave poles and residues alone.
-    _keep_in_fp32_modules_strict = ["mixer.filter", "mixer.exact_filter"]
+    _keep_in_fp32_modules_strict = ["mixer.filter"]
 
     @torch.no_grad()
     def _init_weights(self, module):

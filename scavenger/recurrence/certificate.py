@@ -72,7 +72,6 @@ def described(settings: Recurrence, horizon: int) -> dict:
         "state_bytes": settings.state_bytes,
         "max_state_size": settings.max_state_size,
         "horizon": horizon,
-        "prefill_outputs": settings.prefill_outputs,
     }
 
 

@@ -139,10 +139,6 @@ def distil(
 
     Layers are shared out over the processes; every process ends with the same student, the main one measures it.
     """
-    if settings.prefill_outputs == "exact" and student.config.filter == "modal":
-        raise RecipeError(
-            "recurrence.prefill_outputs: found exact; expected recurrent: the student's filters are modal already"
-        )
     if settings.state_bytes is not None:
         if blocks is None:
             raise RecipeError(
@@ -153,7 +149,7 @@ def distil(
     horizon = settings.horizon or student.config.context_length
     beside = checkpoint.partial(folder)
     made, predicted = reduced(student, settings, horizon, blocks, beside / "layers", accelerator)
-    recurrent = recurrent_student(student, made, settings.prefill_outputs)
+    recurrent = recurrent_student(student, made)
     there = list(beside.iterdir())
     with checkpoint.written(beside, beside / "steps", accelerator, keep=there):
         if accelerator.is_main_process:
@@ -280,30 +276,22 @@ def allocated(student, found, settings: Recurrence, blocks, saved: Path, acceler
 
 
 @torch.no_grad()
-def recurrent_student(
-    student: HyenaNeoXForCausalLM, reduced: list[list[ReducedFilter]], prefill_outputs: str = "recurrent"
-) -> HyenaNeoXForCausalLM:
+def recurrent_student(student: HyenaNeoXForCausalLM, reduced: list[list[ReducedFilter]]) -> HyenaNeoXForCausalLM:
     """The same student with modal filters; every other parameter is the student's own."""
     sizes = [[f.state_size for f in layer] for layer in reduced]
-    recurrent = HyenaNeoXForCausalLM(recurrent_configuration(student.config, sizes, prefill_outputs))
+    recurrent = HyenaNeoXForCausalLM(recurrent_configuration(student.config, sizes))
     recurrent.to(student.device, student.dtype)
     kept = {key: value for key, value in student.state_dict().items() if "filter." not in key.split("mixer.")[-1]}
     recurrent.load_state_dict(kept, strict=False)
-    for own, layer, filters in zip(student.gpt_neox.layers, recurrent.gpt_neox.layers, reduced, strict=True):
-        if not filters:
-            continue
-        layer.mixer.filter.load_state_dict(allocation.modal_filter(filters).state_dict())
-        if prefill_outputs == "exact":
-            layer.mixer.exact_filter.load_state_dict(own.mixer.filter.state_dict())
+    for layer, filters in zip(recurrent.gpt_neox.layers, reduced, strict=True):
+        if filters:
+            layer.mixer.filter.load_state_dict(allocation.modal_filter(filters).state_dict())
     return recurrent.eval()
 
 
-def recurrent_configuration(
-    config: HyenaNeoXConfig, sizes: list[list[int]], prefill_outputs: str = "recurrent"
-) -> HyenaNeoXConfig:
+def recurrent_configuration(config: HyenaNeoXConfig, sizes: list[list[int]]) -> HyenaNeoXConfig:
     """The student's configuration with modal filters of these sizes."""
-    changes = {"filter": "modal", "state_sizes": sizes, "prefill_outputs": prefill_outputs}
-    return HyenaNeoXConfig.from_dict(config.to_dict() | changes)
+    return HyenaNeoXConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes})
 
 
 def _key(config, filter, settings, horizon):

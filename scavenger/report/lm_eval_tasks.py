@@ -1,13 +1,11 @@
 """Tasks of the Language Model Evaluation Harness (lm_eval, the extra `eval`), kept question by question.
 
-Each task of each model is a measurement of its own, so that an interrupted evaluation goes on with the next task. A
-recurrent student is evaluated as it generates: the harness calls the model as a prompt is read, and there the outputs
-come from the modes, by the scan of the recurrence (`modal_scan`) or by their taps where that is quicker, which is the
-same sum. A student that keeps its implicit filters beside the modes would read prompts with those; it has them taken
-away while it is measured (`recurrent_form`).
+Each task of each model is a separate measurement, so that an interrupted evaluation resumes with the next task. A
+recurrent student is evaluated as it generates: lm_eval calls the model as a prompt is processed, and there the outputs
+come from the modes, by the scan of the recurrence (`modal_scan`) or by their taps where that is faster, which is the
+same sum.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,17 +16,14 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from scavenger import measure
-from scavenger.model.hyena import HyenaMixer
 from scavenger.report import metrics
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.metrics import Metric
@@ -173,8 +168,7 @@ def of_task(model: Evaluated, task: str, questions: Questions, settings: Setting
     torch.manual_seed(settings.seed)
     # Not simple_evaluate, which does the same and then takes seconds to describe the machine, for each task again.
     asked = {"tasks": {task: questions.tasks[task]}, "groups": {}, "group_map": {}}
-    with recurrent_form(model.model):
-        found = lm_eval.evaluate(harness, asked, limit=settings.limit, bootstrap_iters=0, log_samples=True)
+    found = lm_eval.evaluate(harness, asked, limit=settings.limit, bootstrap_iters=0, log_samples=True)
     measured = _metrics(task, questions.tasks[task], sorted(found["samples"][task], key=lambda each: each["doc_id"]))
     if not measured:
         raise ValueError(f"{task}: found no score that is a mean over questions; expected one at least")
@@ -193,20 +187,6 @@ def language_model(model: Evaluated, settings: Settings):
         softmax_dtype=torch.promote_types(model.model.dtype, torch.float32),
         batch_size=max(1, measure.BATCH_TOKENS // settings.context_length),
     )
-
-
-@contextlib.contextmanager
-def recurrent_form(model: nn.Module) -> Iterator[None]:
-    """While it lasts, every output of a recurrent student is its modes': implicit filters beside them are set aside."""
-    mixers = [module for module in model.modules() if isinstance(module, HyenaMixer)]
-    kept = [(mixer, mixer.exact_filter) for mixer in mixers if mixer.exact_filter is not None]
-    try:
-        for mixer, _ in kept:
-            mixer.exact_filter = None
-        yield
-    finally:
-        for mixer, exact_filter in kept:
-            mixer.exact_filter = exact_filter
 
 
 def published(path: str) -> dict[str, float]:
