@@ -57,6 +57,8 @@ MODES = {"hyena": 8, "multihyena": 2}  # of each filter; the quickstart's reduce
 FEW = 5  # steps whose median is the latency at the first and at the last new tokens
 PIECE = 2048  # tokens of a long context that are read at once
 ROUNDS = 8  # of a few steps at each context length, in turn
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the square matrices that are multiplied for the matrix rate
+NUMBERS = 1 << 27  # float32 numbers that are read for the bandwidth; far more than a cache holds
 PROMPT, FORWARDS = 2048, 5  # the prompt whose state is timed, and how often it is read without and with a cache
 
 
@@ -385,8 +387,7 @@ def clocked(state, spent, device):
 def limits(args):
     """The machine's matrix rate and memory bandwidth, the best of a few measurements."""
     device = prepare(args)
-    numbers = torch.ones(1 << 27, device=device)
-    size = 8192 if device.type == "cuda" else 2048
+    numbers, size = torch.ones(NUMBERS, device=device), MATRIX[device.type]
     a = torch.randn(size, size, device=device, dtype=getattr(torch, args.dtype))
     return timing.machine(device, args.dtype) | {
         "memory": args.memory,
