@@ -351,7 +351,7 @@ def put(cache, into):
 def several_steps(step, device):
     """Seconds of a few steps, after one that is not timed."""
     tokens = torch.zeros(1, dtype=torch.long, device=device)
-    return [seconds(lambda: step(tokens), device) for _ in range(FEW + 1)][1:]
+    return [duration(lambda: step(tokens), device) for _ in range(FEW + 1)][1:]
 
 
 def growth(step, device):
@@ -369,10 +369,10 @@ def state_share(mixer, shape, args):
     ids = torch.randint(shape[-1], (1, PROMPT), device=device)
     forwards, prefills, states = [], [], []
     for _ in range(FORWARDS + 1):
-        forwards.append(seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), device))
+        forwards.append(duration(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), device))
         spent = []
         with clocked(ChannelState, spent, device), clocked(HeadState, spent, device):
-            prefills.append(seconds(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), device))
+            prefills.append(duration(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), device))
         states.append(sum(spent))
     forward, prefill, state = (statistics.median(times[1:]) for times in (forwards, prefills, states))
     return {"prompt": PROMPT, "forward": forward, "prefill": prefill, "state": state, "share": state / forward}
@@ -381,7 +381,7 @@ def state_share(mixer, shape, args):
 def clocked(state, spent, device):
     """A context in which every `state.advance` appends its seconds to `spent`."""
     advance = state.advance
-    return mock.patch.object(state, "advance", lambda *words: spent.append(seconds(lambda: advance(*words), device)))
+    return mock.patch.object(state, "advance", lambda *words: spent.append(duration(lambda: advance(*words), device)))
 
 
 def limits(args):
@@ -398,10 +398,10 @@ def limits(args):
 
 
 def quickest(call, device):
-    return min(seconds(call, device) for _ in range(8))
+    return min(duration(call, device) for _ in range(8))
 
 
-def seconds(call, device):
+def duration(call, device):
     began = now(device)
     call()
     return now(device) - began
