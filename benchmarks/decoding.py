@@ -1,13 +1,13 @@
-"""Generation with every kind of cache, teacher and student side by side, each with its floor.
+"""Speed and memory of generation, teacher and student with every kind of cache, each with its floor.
 
     python benchmarks/decoding.py
     python benchmarks/decoding.py --shapes 410m --cases 1x512+32 --mixers hyena multihyena --to benchmarks/decoding.md
 
 Weights are random, at the shapes of Pythia. A case BATCHxPROMPT+NEW reads BATCH prompts of PROMPT tokens and generates
-NEW more for each, greedily. Every row runs in a process of its own, with as many threads. Where NEW steps would take
-longer than `--seconds`, a few are timed at the first, the middle and the last positions, the cache filled up to there,
-and stand for the rest; the column `timed` says how many. Rows that are quick run twice, and the better counts. On a
-CUDA device everything runs there.
+NEW more for each, greedily. Every row runs in its own process, all with the same number of threads. Where NEW steps
+would take longer than `--seconds`, only some are timed, at the first, the middle and the last positions, with the cache
+filled up to there; the column `timed` gives their number. Fast rows run twice and the better run counts. On a machine
+with a GPU everything runs there.
 """
 
 import argparse
@@ -31,25 +31,13 @@ from transformers.initialization import no_init_weights
 
 from scavenger.measure import state_bytes
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
-from scavenger.model.decoding import Decoder, PackedLinear, packed
+from scavenger.model.decoding import Decoder, PackedLinear
 from scavenger.model.filters import ImplicitFilter, WideFilter
 from scavenger.model.modal import ChannelState, HeadState, ring_places
 from scavenger.model.online import NEAR
-from scavenger.report import timing
-from scavenger.report.timing import (
-    Case,
-    Decoded,
-    DynamicTeacher,
-    Exact,
-    PackedTeacher,
-    StaticTeacher,
-    Steps,
-    begin_peak,
-    generated,
-    in_use,
-    now,
-    peak_use,
-)
+from scavenger.recurrence.certificate import aligned
+from scavenger.report import contenders, timing
+from scavenger.report.contenders import Case, Exact, ReadAgain, begin_peak, generated, now, peak_use
 from scavenger.run.checkpoint import write_text
 
 
@@ -59,37 +47,24 @@ SHAPES = {
     "410m": (1024, 24, 16, 4096, 50304),
     "1.4b": (2048, 24, 16, 8192, 50304),
 }
-# The greater shapes read less: on two CPU cores 4 prompts of 512 tokens take about a minute at 1.4b.
+# Larger shapes read less: on two CPU cores 4 prompts of 512 tokens take about a minute at 1.4b.
 CASES = {
     "70m": ["1x512+256", "64x512+256", "16x2048+256"],
     "410m": ["1x256+32", "4x128+16"],
     "1.4b": ["1x64+8", "4x32+8"],
 }
 MODES = {"hyena": 8, "multihyena": 2}  # of each filter; the quickstart's reduced filters have 1 to 16
-READ_AGAIN = 4096  # tokens that are read again at once; a greater batch is timed by fewer rows and taken in proportion
 FEW = 5  # steps whose median is the latency at the first and at the last new tokens
 PIECE = 2048  # tokens of a long context that are read at once
 ROUNDS = 8  # of a few steps at each context length, in turn
-PROMPT, FORWARDS = 2048, 5  # of the state's share of a prompt, read with a cache and without, in turn
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the square matrices that are multiplied for the matrix rate
+NUMBERS = 1 << 27  # float32 numbers that are read for the bandwidth; far more than a cache holds
+PROMPT, FORWARDS = 2048, 5  # the prompt whose state is timed, and how often it is read without and with a cache
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", default=list(SHAPES), help="70m, 410m, 1.4b or WIDTH,LAYERS,HEADS,MLP,VOCAB"
-    )
-    parser.add_argument("--cases", nargs="+", help="BATCHxPROMPT+NEW, for every shape; some of each shape by default")
-    parser.add_argument("--mixers", nargs="+", choices=list(MODES), default=["hyena"])
-    parser.add_argument("--modes", type=int, help="of each filter; 8 for hyena and 2 for multihyena by default")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768], help="of the first shape")
-    parser.add_argument("--compile", action="store_true", help="compiled steps too, of teacher and student")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=15.0, help="of timed steps in a row, about")
-    parser.add_argument("--memory", type=float, default=16.0, help="GiB that the largest batch is computed for")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--to", type=Path, help="write the tables there, as Markdown")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
     try:
         plan = [(s, shape_of(s), Case.parsed(c)) for s in args.shapes for c in args.cases or CASES.get(s, CASES["70m"])]
         numbers = [args.threads, args.seconds, args.memory, *args.contexts, 1 if args.modes is None else args.modes]
@@ -109,20 +84,39 @@ def main() -> int:
             progress(f"{name}, {case}, {label(found[-1])}", began)
         compare(found)
         summary["cases"].append({"shape": name, "case": str(case), "rows": found})
-        print("\n".join(table(summary["cases"][-1])) + "\n", flush=True)
+        print(f"{table(summary['cases'][-1])}\n", flush=True)
     name, shape, _ = plan[0]
     for mixer in args.mixers:
         began = time.perf_counter()
         summary["contexts"].append({"shape": name, "mixer": mixer, "rows": apart(contexts, mixer, shape, args)})
-        print("\n".join(contexts_table(summary["contexts"][-1])) + "\n", flush=True)
+        print(f"{contexts_table(summary['contexts'][-1])}\n", flush=True)
         summary["prompts"].append({"shape": name, "mixer": mixer} | apart(state_share, mixer, shape, args))
-        print("\n".join(share_lines(summary["prompts"][-1])) + "\n", flush=True)
+        print(f"{share_text(summary['prompts'][-1])}\n", flush=True)
         progress(f"{name}, {mixer}, by context", began)
     if args.json:
         write_text(args.json, json.dumps(summary, indent=1) + "\n")
     if args.to:
-        write_text(args.to, page(summary))
+        write_text(args.to, page(summary, words))
     return 0
+
+
+def parser():
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--shapes", nargs="+", default=list(SHAPES), help="70m, 410m, 1.4b or WIDTH,LAYERS,HEADS,MLP,VOCAB"
+    )
+    made.add_argument("--cases", nargs="+", help="BATCHxPROMPT+NEW, for every shape; each shape has its own by default")
+    made.add_argument("--mixers", nargs="+", choices=list(MODES), default=["hyena"])
+    made.add_argument("--modes", type=int, help="of each filter; 8 for hyena and 2 for multihyena by default")
+    made.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768], help="of the first shape")
+    made.add_argument("--compile", action="store_true", help="time compiled steps too, of teacher and student")
+    made.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--seconds", type=float, default=15.0, help="of timed steps in a row, about")
+    made.add_argument("--memory", type=float, default=16.0, help="GiB for which the largest batch is computed")
+    made.add_argument("--json", type=Path, help="write the figures there")
+    made.add_argument("--to", type=Path, help="write the tables there, as Markdown")
+    return made
 
 
 def shape_of(text):
@@ -138,8 +132,8 @@ def shape_of(text):
 
 
 def apart(function, *words):
-    """What `function` says, in a process of its own, whose memory nobody else touches."""
-    # Forked from one that has imported everything and computed nothing; CUDA wants a process that is wholly new.
+    """The result of `function` in a process of its own, so that the peak memory of one row does not hide another's."""
+    # Forked from a process that has imported everything and computed nothing; CUDA needs a fresh process.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if not torch.cuda.is_available():
         context.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "scavenger.report.timing"])
@@ -151,100 +145,45 @@ def apart(function, *words):
 
 
 def rows(args, found):
-    """The rows of a case, and the mixer of those that are students; `found` has what was measured of those before."""
-    yield DynamicTeacher, None
-    yield StaticTeacher, None
+    """The contenders of a case, with the mixer of those that are students; `found` has the rows measured so far."""
+    yield contenders.Dynamic, None
+    yield contenders.Static, None
     if args.dtype == "float32" and not torch.cuda.is_available():
-        # The Decoder packs its linear layers here, so the better teacher may too.
+        # The Decoder packs its linear layers here, so the teacher does too, with the faster of its caches.
         dynamic, static = (entry["generation"] for entry in found)
-        yield PackedDynamicTeacher if dynamic < static else PackedTeacher, None
+        yield contenders.PackedDynamic if dynamic < static else contenders.PackedStatic, None
     if args.compile:
-        yield CompiledTeacher, None
+        yield contenders.CompiledStatic, None
+    recurrent = [contenders.ModelCalls, contenders.Decoded, *([contenders.CompiledDecoded] if args.compile else [])]
     for mixer in args.mixers:
-        yield ReadAgain, mixer
-        yield Exact, mixer
-        yield Steps, mixer
-        yield Decoded, mixer
-        if args.compile:
-            yield CompiledDecoded, mixer
+        for row in (ReadAgain, Exact, *recurrent):
+            yield row, mixer
 
 
 def name_of(row):
-    """What a row is called: whose cache, and which."""
+    """The name of a contender in the tables."""
     if row.student is None:
         return f"teacher, {row.name}"
     return f"recurrent, {row.name}" if row.student == "modal" else row.name
 
 
-class PackedDynamicTeacher(DynamicTeacher):
-    name = "dynamic cache, packed"
-
-    def __init__(self, model, case):
-        super().__init__(packed(model, case.batch), case)
-
-
-class CompiledTeacher(StaticTeacher):
-    name = "static cache, compiled"
-
-    def __init__(self, model, case):
-        super().__init__(model, case)
-        if torch.cuda.is_available():
-            self.step_model = torch.compile(model, mode="reduce-overhead")
-        else:  # with its weights as constants, which the compiler packs by itself
-            self.step_model = torch.compile(model, options={"freezing": True})
-
-
-class CompiledDecoded(Decoded):
-    name = "Decoder, compiled"
-    compiled = True
-
-
-class ReadAgain(DynamicTeacher):
-    """The student with implicit filters and no cache: at each token it reads everything again."""
-
-    name = "read again"
-    student = "implicit"
-
-    def __init__(self, model, case):
-        super().__init__(model, case)
-        self.batch = max(1, min(case.batch, READ_AGAIN // (case.prompt + case.new)))
-
-    def read(self, ids):
-        self.ids = ids
-        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-
-    def step(self, tokens):
-        return self.read(torch.cat([self.ids, tokens[:, None]], dim=1))
-
-    def skip(self, count):
-        self.ids = torch.cat([self.ids, self.ids[:, torch.arange(count) % self.ids.shape[1]]], dim=1)
-
-    @property
-    def kept(self):
-        return self.ids.numel() * self.ids.element_size()
-
-
 @torch.inference_mode()
 def measured(row, mixer, shape, case, summary, args):
-    """One row: a model with one kind of cache in one case."""
+    """The figures of one row: a model with one kind of cache in one case."""
     device = prepare(args)
-    empty = in_use(device)
-    model = model_of(row, mixer, shape, case.prompt + case.new, device, args)
-    contender = row(model, case)
+    empty = contenders.in_use(device)
+    contender = row(model_of(row, mixer, shape, case.prompt + case.new, device, args), case)
     batch = contender.batch
     torch.manual_seed(1)
     ids = torch.randint(shape[-1], (batch, case.prompt), device=device)
-    token = contender.read(ids[:, :2]).argmax(-1)  # the first calls pay for start-up, and for compiling
-    for _ in range(2):
-        token = contender.step(token).argmax(-1)
     seconds = math.inf if row.uneven else args.seconds
-    best = generated(contender, ids, case.new, seconds)
+    best = generated(contender, ids, seconds)
     if best["first"] + sum(best["steps"]) <= args.seconds:
-        again = generated(contender, ids, case.new, seconds)
+        again = generated(contender, ids, seconds)
         best = min(best, again, key=lambda entry: entry["generation"]) | {"first": min(best["first"], again["first"])}
     peak = peak_use(device) - empty
     steps = best.pop("steps")
-    share = case.batch / batch  # of re-computation: what was timed is in proportion
+    share = case.batch / batch  # the times of "read again" are scaled to the whole batch
     weights = contender.weights
     each = (peak - weights) / batch if row is ReadAgain else best["kept_last"] / batch
     floor = floor_of(contender, case.prompt + case.new / 2, summary["machine"])
@@ -262,7 +201,7 @@ def measured(row, mixer, shape, case, summary, args):
         "weights": weights,
         "kept_first": best["kept_first"] / batch,
         "kept_last": best["kept_last"] / batch,
-        "largest_batch": max(0, int((args.memory * 2**30 - weights) / each)),
+        "largest_batch": timing.largest_batch(args.memory, weights, each),
         "floor": share * floor["seconds"],
         "floor_bytes": share * floor["bytes"],
         "floor_operations": share * floor["operations"],
@@ -272,13 +211,13 @@ def measured(row, mixer, shape, case, summary, args):
 
 
 def prepare(args):
-    """The device, and the threads that every row has."""
+    """Set the number of threads; the device."""
     torch.set_num_threads(args.threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_of(row, mixer, shape, length, device, args):
-    """The row's model with random weights."""
+    """The model of a row, with random weights."""
     torch.manual_seed(0)
     width, layers, heads, mlp, vocabulary = shape
     shared = {
@@ -304,8 +243,8 @@ def model_of(row, mixer, shape, length, device, args):
 
 
 def randomise(model):
-    """Weights from one short piece of random numbers, as drawing a billion of them would take longer than the row."""
-    piece = 0.02 * torch.randn((1 << 20) + 7)  # odd, so that no two rows of a matrix are alike
+    """Repeat one short piece of random numbers in all weights: drawing a billion would take longer than the row."""
+    piece = 0.02 * torch.randn((1 << 20) + 7)  # an odd length, so that no two rows of a matrix are equal
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -320,7 +259,7 @@ def randomise(model):
 
 
 def floor_of(contender, length, machine):
-    """What a step after `length` tokens cannot do without: see FLOOR."""
+    """The least time, bytes and operations of a step after `length` tokens; see FLOOR."""
     model = contender.model
     embedding = 0 if model.config.tie_word_embeddings else model.gpt_neox.embed_in.weight.nbytes
     filters = sum(p.nbytes for m in model.modules() if isinstance(m, ImplicitFilter) for p in m.parameters())
@@ -332,7 +271,7 @@ def floor_of(contender, length, machine):
 
 
 def work(contender, length):
-    """Bytes of state that a step after `length` tokens must move, and its operations beyond the linear layers."""
+    """Bytes of state that a step after `length` tokens moves, and its operations outside the linear layers."""
     model = contender.model
     config = model.config
     width = 1 if contender.student is None else config.hidden_size // config.num_filters
@@ -343,23 +282,23 @@ def work(contender, length):
         mixing = min(transforms, 2 * length**2) * numbers
         linear = 2 * (length - 1) * (multiplied(model) - model.lm_head.weight.numel())
         return 0, contender.batch * linear + mixing
-    if isinstance(contender, Steps):
+    if contender.student == "modal":
         modes = sum(map(sum, config.state_sizes)) * width**2
-        # A complex product and its input, 8 operations; one read out, 4. A wide state is written in turns, not at once.
+        # A complex product and the added input are 8 operations, the output 4. A step writes a part of a wide state.
         return contender.kept * (1 + 1 / ring_places(width)), 12 * contender.batch * modes
     if isinstance(contender, Exact) and width == 1:
         sizes = [NEAR << level for level in range(max(0, int(math.log2(length / NEAR))))]
-        # Half a block of inputs directly; for each size of tile, one input read and one output read and written a step,
-        # and two transforms of twice the size each time as many steps have passed.
+        # Half a block of inputs directly. For each tile size, a step reads one input and reads and writes one output,
+        # and every `size` steps there are two transforms of twice the size.
         moved = NEAR / 2 + 3 * len(sizes)
         return 4 * numbers * moved, numbers * (NEAR + sum(10 * math.log2(2 * size) for size in sizes))
-    # Keys and values of all tokens, this one included, are read, and this one's are written; by wide heads in float32.
+    # Keys and values of all tokens are read, and those of this one written; wide heads keep them in float32.
     itemsize = 4 if isinstance(contender, Exact) else model.dtype.itemsize
     return 2 * numbers * (length + 2) * itemsize, 4 * numbers * (length + 1)
 
 
 def multiplied(model):
-    """Weights by which each token is multiplied."""
+    """Number of weights that each token is multiplied by."""
     filters = {id(part) for m in model.modules() if isinstance(m, ImplicitFilter) for part in m.modules()}
     linear = [m for m in model.modules() if isinstance(m, (nn.Linear, PackedLinear)) and id(m) not in filters]
     return sum(m.weight.numel() for m in linear)
@@ -367,10 +306,10 @@ def multiplied(model):
 
 @torch.inference_mode()
 def contexts(mixer, shape, args):
-    """A step of the recurrent student's Decoder after contexts of several lengths, in turn, and of the teacher."""
+    """A step after contexts of several lengths, of the recurrent student's Decoder and of the teacher."""
     device = prepare(args)
     lengths = sorted(args.contexts)
-    model = model_of(Decoded, mixer, shape, lengths[-1], device, args)
+    model = model_of(contenders.Decoded, mixer, shape, lengths[-1], device, args)
     ids = torch.randint(shape[-1], (1, lengths[-1]), device=device)
     found, caches = [], []
     began, cache = now(device), None
@@ -389,7 +328,7 @@ def contexts(mixer, shape, args):
         entry["step"] = statistics.median(entry.pop("steps"))
         entry["growth"] = growth(decoder.step, device)
     del decoder, model, cache, caches
-    teacher = DynamicTeacher(model_of(DynamicTeacher, None, shape, lengths[-1], device, args), Case(1, 2, 1))
+    teacher = contenders.Dynamic(model_of(contenders.Dynamic, None, shape, lengths[-1], device, args), Case(1, 2, 1))
     teacher.read(ids[:, :2])
     read = 2
     for entry in found:
@@ -402,7 +341,7 @@ def contexts(mixer, shape, args):
 
 
 def put(cache, into):
-    """The state of a prompt into the only row of a decoder."""
+    """Copy the state of a prompt into the only row of a decoder's cache."""
     into.real.copy_(cache.real)
     for mine, new in zip(into.layers, cache.layers, strict=True):
         for buffer, state in zip(mine.states, new.states, strict=True):
@@ -411,16 +350,12 @@ def put(cache, into):
 
 def several_steps(step, device):
     """Seconds of a few steps, after one that is not timed."""
-    tokens, times = torch.zeros(1, dtype=torch.long, device=device), []
-    for _ in range(FEW + 1):
-        began = now(device)
-        step(tokens)
-        times.append(now(device) - began)
-    return times[1:]
+    tokens = torch.zeros(1, dtype=torch.long, device=device)
+    return [duration(lambda: step(tokens), device) for _ in range(FEW + 1)][1:]
 
 
 def growth(step, device):
-    """Bytes that a few steps take at their peak beyond what was in use."""
+    """Peak bytes of a few steps beyond those in use before."""
     before = begin_peak(device)
     several_steps(step, device)
     return max(0, peak_use(device) - before)
@@ -428,42 +363,31 @@ def growth(step, device):
 
 @torch.inference_mode()
 def state_share(mixer, shape, args):
-    """What the state of a prompt costs beside its forward pass: the calls that make it, timed inside a prefill."""
+    """The cost of a prompt's state compared with its forward pass: the calls that make it, timed inside a prefill."""
     device = prepare(args)
-    model = model_of(Steps, mixer, shape, PROMPT, device, args)
+    model = model_of(contenders.ModelCalls, mixer, shape, PROMPT, device, args)
     ids = torch.randint(shape[-1], (1, PROMPT), device=device)
     forwards, prefills, states = [], [], []
     for _ in range(FORWARDS + 1):
-        began = now(device)
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        forwards.append(now(device) - began)
+        forwards.append(duration(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), device))
         spent = []
         with clocked(ChannelState, spent, device), clocked(HeadState, spent, device):
-            began = now(device)
-            model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            prefills.append(now(device) - began)
+            prefills.append(duration(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), device))
         states.append(sum(spent))
     forward, prefill, state = (statistics.median(times[1:]) for times in (forwards, prefills, states))
     return {"prompt": PROMPT, "forward": forward, "prefill": prefill, "state": state, "share": state / forward}
 
 
 def clocked(state, spent, device):
-    """`state.advance` adds its seconds to `spent`."""
+    """A context in which every `state.advance` appends its seconds to `spent`."""
     advance = state.advance
-
-    def timed(*words):
-        began = now(device)
-        advance(*words)
-        spent.append(now(device) - began)
-
-    return mock.patch.object(state, "advance", timed)
+    return mock.patch.object(state, "advance", lambda *words: spent.append(duration(lambda: advance(*words), device)))
 
 
 def limits(args):
-    """The machine's matrix rate and memory bandwidth, best of a few."""
+    """The machine's matrix rate and memory bandwidth, the best of a few measurements."""
     device = prepare(args)
-    numbers = torch.ones(1 << 27, device=device)
-    size = 8192 if device.type == "cuda" else 2048
+    numbers, size = torch.ones(NUMBERS, device=device), MATRIX[device.type]
     a = torch.randn(size, size, device=device, dtype=getattr(torch, args.dtype))
     return timing.machine(device, args.dtype) | {
         "memory": args.memory,
@@ -474,12 +398,13 @@ def limits(args):
 
 
 def quickest(call, device):
-    times = []
-    for _ in range(8):
-        began = now(device)
-        call()
-        times.append(now(device) - began)
-    return min(times)
+    return min(duration(call, device) for _ in range(8))
+
+
+def duration(call, device):
+    began = now(device)
+    call()
+    return now(device) - began
 
 
 def progress(what, began):
@@ -487,7 +412,7 @@ def progress(what, began):
 
 
 def compare(found):
-    """Speed of each row of a case as a multiple of the teacher's, with its dynamic cache and with its best one."""
+    """Add the speed of each row of a case as a multiple of the teacher's, with its dynamic and with its best cache."""
     teachers = [entry for entry in found if entry["mixer"] is None]
     for entry in found:
         for key, seconds in (("new", lambda e: e["generation"]), ("whole", lambda e: e["prefill"] + e["generation"])):
@@ -500,82 +425,84 @@ def label(entry):
 
 
 def table(case):
-    lines = [
-        f"{case['shape']}, batch x prompt + new tokens: {case['case']}",
-        f"{'':<42}{'prefill':>9}{'tokens':>10}{'× teacher, new':>16}{'× with prefill':>16}"
-        f"{'ms a step':>27}{'':>7}{'peak':>9}{'KiB a sequence':>18}{'largest':>10}{'floor':>9}{'floor /':>8}",
-        f"{'':<42}{'s':>9}{'a second':>10}{'dynamic':>9}{'best':>7}{'dynamic':>9}{'best':>7}"
-        f"{'median':>9}{'first':>9}{'last':>9}{'timed':>7}{'MiB':>9}{'first':>9}{'last':>9}{'batch':>10}{'ms':>9}{'time':>8}",
+    header = ["", "prefill s", "tokens/s", "new × dynamic", "new × best", "whole × dynamic", "whole × best", "step ms"]
+    header += ["first ms", "last ms", "timed", "peak MiB", "first KiB", "last KiB", "largest batch", "floor ms"]
+    rows = [
+        [
+            label(e),
+            f"{e['prefill']:.3f}",
+            f"{e['tokens_per_second']:.1f}",
+            *(f"{e[f'{part}_to_{cache}']:.2f}" for part in ("new", "whole") for cache in ("dynamic", "best")),
+            *(f"{1e3 * e[key]:.1f}" for key in ("latency", "latency_first", "latency_last")),
+            f"{e['timed']}",
+            f"{e['peak'] / 2**20:.0f}",
+            *(f"{e[key] / 2**10:.0f}" for key in ("kept_first", "kept_last")),
+            f"{e['largest_batch']:,}",
+            f"{1e3 * e['floor']:.1f}",
+            f"{e['share_of_floor']:.2f}",
+        ]
+        for e in case["rows"]
     ]
-    for e in case["rows"]:
-        lines.append(
-            f"{label(e):<42}{e['prefill']:>9.3f}{e['tokens_per_second']:>10.1f}"
-            f"{e['new_to_dynamic']:>9.2f}{e['new_to_best']:>7.2f}{e['whole_to_dynamic']:>9.2f}{e['whole_to_best']:>7.2f}"
-            f"{1e3 * e['latency']:>9.1f}{1e3 * e['latency_first']:>9.1f}{1e3 * e['latency_last']:>9.1f}{e['timed']:>7}"
-            f"{e['peak'] / 2**20:>9.0f}{e['kept_first'] / 2**10:>9.0f}{e['kept_last'] / 2**10:>9.0f}"
-            f"{e['largest_batch']:>10,}{1e3 * e['floor']:>9.1f}{e['share_of_floor']:>8.2f}"
-        )
-    return lines
+    title = f"{case['shape']}, batch x prompt + new tokens: {case['case']}"
+    return f"{title}\n{aligned([*header, 'floor / time'], rows)}"
 
 
 def contexts_table(found):
-    lines = [
-        f"{found['shape']}, {found['mixer']}: one sequence, by the tokens it has read",
-        f"{'':<10}{'student, recurrent, Decoder':>44}{'teacher, dynamic cache':>34}",
-        f"{'context':>10}{'prefill s':>12}{'ms a token':>12}{'KiB kept':>10}{'step MiB':>10}"
-        f"{'ms a token':>14}{'KiB kept':>10}{'step MiB':>10}",
-    ]
+    header = ["context", "prefill s", "ms a token", "KiB kept", "step MiB"]
+    header += ["teacher ms a token", "teacher KiB kept", "teacher step MiB"]
+    rows = []
     for e in found["rows"]:
-        lines.append(
-            f"{e['length']:>10,}{e['prefill']:>12.2f}{1e3 * e['step']:>12.2f}{e['kept'] / 2**10:>10.0f}"
-            f"{e['growth'] / 2**20:>10.1f}{1e3 * e['teacher_step']:>14.2f}{e['teacher_kept'] / 2**10:>10.0f}"
-            f"{e['teacher_growth'] / 2**20:>10.1f}"
-        )
-    return lines
+        cells = [f"{e['length']:,}", f"{e['prefill']:.2f}"]
+        for whose in ("", "teacher_"):
+            cells += [f"{1e3 * e[f'{whose}step']:.2f}", f"{e[f'{whose}kept'] / 2**10:.0f}"]
+            cells.append(f"{e[f'{whose}growth'] / 2**20:.1f}")
+        rows.append(cells)
+    title = f"{found['shape']}, {found['mixer']}: one sequence, by the tokens it has read; student, recurrent, Decoder"
+    return f"{title}; teacher, dynamic cache\n{aligned(header, rows)}"
 
 
-def share_lines(found):
-    return [
+def share_text(found):
+    return (
         f"{found['shape']}, {found['mixer']}: a prompt of {found['prompt']:,} tokens takes {found['forward']:.3f} s "
-        f"without a cache, {found['prefill']:.3f} s with one,",
-        f"of which its state takes {found['state']:.4f} s: {100 * found['share']:.1f} % of the forward pass",
-    ]
+        f"without a cache, {found['prefill']:.3f} s with one,\n"
+        f"of which its state takes {found['state']:.4f} s: {100 * found['share']:.1f} % of the forward pass"
+    )
 
 
-FLOOR = """The floor of a step is the longer of two times, as moving and computing can go on
-at once: the bytes it must move over the measured bandwidth, and its operations over the measured matrix rate. Bytes:
-all weights once, but for the embedding; of every row, the state read and what is written of it (teacher: keys and
-values of all tokens read, one token written; recurrent: the state read and written, of wide heads the part that a step
-settles; exact: a block of inputs and its part of the tiles). Operations: two for each weight and row, and those of the
-mixers."""
+FLOOR = """The floor of a step is the longer of two times, since moving
+and computing can overlap: the bytes it must move at the measured bandwidth, and its operations at the measured matrix
+rate. Bytes: all weights once, except the embedding; for each row, the state that is read and the part of it that is
+written (teacher: keys and values of all tokens read, one token written; recurrent: the state read and written, of wide
+heads only the part that a step updates; exact: a block of inputs and its part of the tiles). Operations: two for each
+weight and row, and those of the mixers."""
 
 
-def page(summary):
+def page(summary, words):
     machine = summary["machine"]
-    blocks = []
-    for case in summary["cases"]:
-        blocks += [*table(case), ""]
+    blocks = [table(case) for case in summary["cases"]]
     for found, share in zip(summary["contexts"], summary["prompts"], strict=True):
-        blocks += [*contexts_table(found), "", *share_lines(share), ""]
-    body = "\n".join(blocks).rstrip()
-    command = " ".join(["python benchmarks/decoding.py", *sys.argv[1:]])
+        blocks += [contexts_table(found), share_text(share)]
+    body = "\n\n".join(blocks)
+    command = " ".join(["python benchmarks/decoding.py", *words])
     return f"""# Speed and memory of generation
 
 `{command}`
 
 {machine["device"]}, {machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}, transformers
 {machine["transformers"]}, {machine["dtype"]}; random weights. Measured limits:
-{machine["operations_per_second"] / 1e9:.0f} Gflop/s in a square matrix product of that type, and
+{machine["operations_per_second"] / 1e9:.0f} Gflop/s in a square matrix product of that dtype, and
 {machine["bytes_per_second"] / 1e9:.1f} GB/s reading float32 numbers. {FLOOR}
 
-Every row runs in a process of its own. In float32 on a CPU the linear layers of the Decoder, of the teacher's row
-"packed" (the better of its two caches) and of the compiled rows lie in oneDNN's layout. A step takes its own argmax.
-`timed`: steps timed; where fewer than the new tokens, at the first, the middle and the last of them, about
-{machine["seconds"]:g} s in all. Re-computation ("read again") reads at most {READ_AGAIN:,} tokens at a time; times of a
-greater batch are taken in proportion, and its largest batch follows from its peak. The largest batch of the others is
-what {machine["memory"]:g} GiB hold of weights and of the measured bytes of a sequence after its last token. Peak:
-growth of the process, or of what is allocated on the GPU, weights included. The state's share of a prompt is timed
-inside a prefill, at the calls that make the state, beside forward passes without a cache, in turn; medians of
+Every row runs in its own process. In float32 on a CPU the linear layers of the Decoder, of the teacher's row "packed"
+(the faster of its two caches) and of the compiled rows are in oneDNN's layout. A step includes its argmax. `new` and
+`whole`: new tokens a second, without and with the prompt, as a multiple of the teacher's. `timed`: number of timed
+steps; if fewer than the new tokens, they are at the first, the middle and the last of them, about
+{machine["seconds"]:g} s in all. `step`: their median; `first` and `last` ms: medians of {FEW}. `first` and `last` KiB:
+kept for a sequence after its prompt and after its last token. "read again" reads at most {contenders.READ_AGAIN:,}
+tokens at a time; its times for a larger batch are scaled up, and its largest batch follows from its peak. The largest
+batch of the others is what {machine["memory"]:g} GiB hold: the weights, and the bytes of each sequence after its last
+token. Peak: growth of the process, or of what is allocated on the GPU, weights included. The state's share of a prompt
+is timed inside a prefill, at the calls that make the state, alternating with forward passes without a cache; medians of
 {FORWARDS}. Contexts: medians of {ROUNDS} times {FEW} steps, in turn, after a prompt read in pieces of {PIECE:,} tokens.
 
 ```

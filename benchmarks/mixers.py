@@ -37,9 +37,11 @@ from scavenger.run.checkpoint import write_text
 MODES = 8  # of each filter in modal form; the quickstart's reduced filters have 1 to 16
 WINDOW = 256  # of kept attention
 TOO_LONG = 5.0  # seconds: what took longer is not run at greater lengths
+MATRIX, BYTES = 2048, 1 << 27  # side of the matrices, and size of the copy, that measure the machine's limits
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--num-heads", type=int, default=8)
@@ -47,7 +49,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the tables there, as Markdown")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if min(args.num_heads, *args.lengths, args.batch_size, args.rounds) < 1 or args.hidden_size % (8 * args.num_heads):
         print(
             f"mixers: error: found width {args.hidden_size} with {args.num_heads} heads; expected heads of a multiple "
@@ -77,7 +79,7 @@ def main() -> int:
         "results": found,
     }
     if args.output:
-        write_text(args.output, page(summary, args))
+        write_text(args.output, page(summary, args, words))
     print(json.dumps(summary))
     return 0
 
@@ -258,8 +260,8 @@ def memory(device):
 
 def limits(device, dtype):
     """The machine's matrix rate and memory bandwidth, best of a few."""
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    big = torch.empty(1 << 27, device=device, dtype=torch.uint8)
+    a = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
+    big = torch.empty(BYTES, device=device, dtype=torch.uint8)
     other = torch.empty_like(big)
     product = min(timed(lambda: a @ a, device, False) for _ in range(6))
     copy = min(timed(lambda: other.copy_(big), device, False) for _ in range(6))
@@ -269,7 +271,7 @@ def limits(device, dtype):
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "bytes_per_number": a.element_size(),
-        "operations_per_second": 2 * 2048**3 / product,
+        "operations_per_second": 2 * MATRIX**3 / product,
         "bytes_per_second": 2 * len(big) / copy,
     }
 
@@ -307,13 +309,13 @@ def memory_table(found, args):
     return lines
 
 
-def page(summary, args):
+def page(summary, args, words):
     machine = summary["machine"]
     blocks = []
     for length in args.lengths:
         blocks += [*table([entry for entry in summary["results"] if entry["length"] == length], args), ""]
     body = "\n".join([*blocks, *memory_table(summary["results"], args)])
-    command = " ".join(["python benchmarks/mixers.py", *sys.argv[1:]])
+    command = " ".join(["python benchmarks/mixers.py", *words])
     return f"""# Speed and memory of the mixers
 
 `{command}`

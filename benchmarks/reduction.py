@@ -32,7 +32,8 @@ from scavenger.run.checkpoint import write_text
 LAYER = 512  # filters of a layer, as in the 70m student
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--filters", type=int, default=128)
@@ -46,7 +47,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of gradient modal interpolation; 0: leave it out")
     parser.add_argument("--gradient-filters", type=int, default=8)
     parser.add_argument("--output", type=Path, help="write the tables there, as Markdown")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     counts = (args.filters, args.gradient_filters, args.length - 1, *(states // 2 for states in args.states))
     if min(*counts, args.many + 1, args.steps + 1) < 1 or not args.tolerance > 0:
         print(
@@ -77,7 +78,7 @@ def main() -> int:
         "many": many,
     }
     if args.output:
-        write_text(args.output, page(summary, args))
+        write_text(args.output, page(summary, args, words))
     print(json.dumps(summary))
     return 0
 
@@ -180,8 +181,8 @@ def many_table(many, args):
     return lines
 
 
-def page(summary, args):
-    command = " ".join(["python benchmarks/reduction.py", *sys.argv[1:]])
+def page(summary, args, words):
+    command = " ".join(["python benchmarks/reduction.py", *words])
     body = "\n".join(
         [*table(summary["results"]), *(["", *many_table(summary["many"], args)] if summary["many"] else [])]
     )

@@ -57,12 +57,13 @@ KEPT = 64  # tokens of each position in the cache
 PLAIN = "next tokens"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["quickstart", "pythia-70m"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the tables there, as Markdown")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.rounds < 1:
         print(f"transfer: error: --rounds: found {args.rounds}; expected 1 or more", file=sys.stderr)
         return 2
@@ -80,7 +81,7 @@ def main() -> int:
         summary["shapes"][name] = found
         print("\n".join(table(name, found)) + "\n", flush=True)
     if args.output:
-        checkpoint.write_text(args.output, page(summary))
+        checkpoint.write_text(args.output, page(summary, words))
     print(json.dumps(summary))
     return 0
 
@@ -336,9 +337,9 @@ def table(name, found):
     return [*lines, f"peak of a logit step of {tokens:,} tokens: {peaks}; {one}"]
 
 
-def page(summary):
+def page(summary, words):
     body = "\n\n".join("\n".join(table(name, found)) for name, found in summary["shapes"].items())
-    command = " ".join(["python benchmarks/transfer.py", *sys.argv[1:]])
+    command = " ".join(["python benchmarks/transfer.py", *words])
     return f"""# Speed and memory of stage one
 
 `{command}`, {time.strftime("%Y-%m-%d")}

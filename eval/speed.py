@@ -3,10 +3,10 @@
     python eval/speed.py teacher=scavenger/assets/teacher-stdlib recurrent=runs/quickstart/recurrence
     python eval/speed.py EleutherAI/pythia-70m runs/neox70m/recurrence --cases 1x512+256 64x512+256 --memory 24
 
-Name the teacher first: ratios and break-even lengths are against it. A case BATCHxPROMPT+NEW reads BATCH prompts of
-PROMPT random tokens and generates NEW more for each, greedily, with every cache that a model can have: a Transformer's
-dynamic and static, a convolutional student's exact one, a recurrent student's state by model(...) and by its Decoder.
-Where NEW steps would take longer than --seconds, some stand for all; the column `timed` says how many in each round.
+Name the teacher first: ratios and break-even lengths are relative to it. A case BATCHxPROMPT+NEW reads BATCH prompts of
+PROMPT random tokens and generates NEW more for each, greedily, with every cache of a model: a Transformer's dynamic and
+static cache, a convolutional student's exact one, a recurrent student's state through model(...) and its Decoder. Where
+NEW steps would take longer than --seconds, only some are timed; the column `timed` gives their number in each round.
 The last line is JSON.
 """
 
@@ -17,10 +17,11 @@ import torch
 
 from scavenger.recurrence.certificate import aligned
 from scavenger.report import command, timing
-from scavenger.report.timing import Case, Settings
+from scavenger.report.contenders import Case
+from scavenger.report.timing import Settings
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     made = command.parser(__doc__)
     usual = Settings()
     cases, contexts = " ".join(map(str, usual.cases)), " ".join(map(str, usual.contexts))
@@ -30,7 +31,7 @@ def main() -> int:
     made.add_argument("--seconds", type=float, default=usual.seconds, help=f"of steps in a row ({usual.seconds:g})")
     made.add_argument("--memory", type=float, default=usual.memory, help=f"GiB for a batch ({usual.memory:g})")
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (all)")
-    return command.run("speed", made, measure)
+    return command.run("speed", made, measure, argv)
 
 
 def measure(args: argparse.Namespace, results) -> list[dict]:
@@ -53,14 +54,14 @@ def measure(args: argparse.Namespace, results) -> list[dict]:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """What was given, the rest as usual."""
+    """Settings as given, with defaults for the rest."""
     given = {} if args.cases is None else {"cases": tuple(map(Case.parsed, args.cases))}
     given |= {} if args.contexts is None else {"contexts": tuple(args.contexts)}
     return Settings(**given, rounds=args.rounds, seconds=args.seconds, memory=args.memory, seed=args.seed)
 
 
 def plan(models, settings: Settings) -> list[str]:
-    """What will be run, in lines."""
+    """What will be timed, in lines."""
     lines = [f"{model.label}: {', '.join(kind.name for kind in timing.kinds(model))}" for model in models]
     rows = sum(len(timing.kinds(model)) for model in models)
     return [

@@ -1,10 +1,7 @@
 """Poles and residues against systems that are known, errors against what is proven, batches against one by one."""
 
 import importlib
-import json
 import math
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -383,27 +380,3 @@ def test_what_cannot_be_reduced_is_refused_in_a_line(gradient, monkeypatch):
         for shape in ((20,), (2, 0)):
             with pytest.raises(ValueError, match="expected real"):
                 reduce(torch.zeros(shape), state_size=2)
-
-
-COMMAND = BENCHMARKS / "reduction.py"
-
-
-def test_benchmark_command(tmp_path):
-    words = ["--length", "48", "--filters", "4", "--states", "2", "4", "--many", "6", "--steps", "2"]
-    done = subprocess.run(
-        [sys.executable, COMMAND, *words, "--gradient-filters", "2", "--output", tmp_path / "reduction.md"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert {(row["method"], row["states"]) for row in found["results"]} == {
-        (method, states) for method in ("balanced", "irka", "projection", "gradient") for states in (2, 4)
-    }
-    for row in found["results"]:
-        assert 0 < row["error"] and 1 - 1e-9 <= row["ratio"] and 1 - 1e-9 <= row["gain_ratio"]
-        assert 0 <= row["tail"] and 0 < row["milliseconds"] < math.inf
-    shown = (tmp_path / "reduction.md").read_text()
-    assert "projection" in shown and "--steps 2" in shown
-    wrong = subprocess.run([sys.executable, COMMAND, "--filters", "0"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("reduction: error:") and wrong.stderr.count("\n") == 1

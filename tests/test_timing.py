@@ -1,10 +1,9 @@
-"""Speed of generation: caches that say the same, bytes by hand, and words that follow from figures. Nothing on time."""
+"""Speed of generation: all caches generate the same, bytes are those counted by hand, verdicts follow from figures."""
 
+import gc
 import json
 import math
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ import pytest
 import torch
 from conftest import tiny_student, tiny_teacher
 
-from scavenger.report import timing
+from scavenger.report import contenders, timing
+from scavenger.report.contenders import Case, Decoded, Dynamic, Exact, ModelCalls, PackedStatic, ReadAgain, Static
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.results import Results
-from scavenger.report.timing import Case, Decoded, DynamicTeacher, Exact, PackedTeacher, Settings, StaticTeacher, Steps
+from scavenger.report.timing import Settings
 
 
 COMMAND = Path(__file__).parents[1] / "eval/speed.py"
@@ -23,10 +23,29 @@ TOKEN = 2 * 3 * 30 * 4  # bytes of a token's keys and values in the tiny teacher
 QUICK = Settings(cases=(Case(1, 10, 5), Case(2, 30, 9)), contexts=(20, 70), rounds=2, seconds=60.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Garbage is collected before each measurement, in 0.2 s or more unless what was imported is left out."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
-def trio(evaluated):
-    """Teacher, distilled and recurrent student of the workshop, measured together."""
-    return evaluated, timing.run(evaluated, QUICK, progress=False)
+def folder(tmp_path_factory):
+    """A teacher, a distilled and a recurrent student of one shape."""
+    made = {"teacher": tiny_teacher(), "distilled": tiny_student(), "recurrent": tiny_student(modal=True)}
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in made.items():
+        model.float().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trio(folder):
+    """The three models, and what was measured of them side by side."""
+    models = [Evaluated(label, str(folder / label)) for label in ("teacher", "distilled", "recurrent")]
+    return models, timing.run(models, QUICK, progress=False)
 
 
 def rows_of(results, key="rows"):
@@ -34,18 +53,18 @@ def rows_of(results, key="rows"):
 
 
 @pytest.mark.parametrize(
-    ("make", "contenders"),
+    ("make", "kinds"),
     [
-        (tiny_teacher, (DynamicTeacher, StaticTeacher)),
-        (tiny_student, (Exact,)),
-        (lambda: tiny_student(30), (Exact,)),
-        (lambda: tiny_student(modal=True), (Steps, Decoded)),
-        (lambda: tiny_student(30, modal=True, attention_layers=[1], attention_window=7), (Steps, Decoded)),
-        (lambda: tiny_student(modal=True, attention_layers=[1], attention_window=0), (Steps,)),
+        (tiny_teacher, (Dynamic, Static)),
+        (tiny_student, (Exact, ReadAgain)),
+        (lambda: tiny_student(30), (Exact, ReadAgain)),
+        (lambda: tiny_student(modal=True), (ModelCalls, Decoded)),
+        (lambda: tiny_student(30, modal=True, attention_layers=[1], attention_window=7), (ModelCalls, Decoded)),
+        (lambda: tiny_student(modal=True, attention_layers=[1], attention_window=0), (ModelCalls,)),
     ],
 )
 @torch.inference_mode()
-def test_every_cache_generates_what_the_model_does(make, contenders):
+def test_every_cache_generates_what_the_model_does(make, kinds):
     model, new = make(), 23
     ids = torch.randint(1, 97, (3, 17))
     model.generation_config.eos_token_id = None
@@ -54,21 +73,24 @@ def test_every_cache_generates_what_the_model_does(make, contenders):
     for _ in range(new):
         again = torch.cat([again, model(input_ids=again, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(again[:, 17:], expected)
-    for kind in contenders:
+    for kind in kinds:
         contender = kind(model, Case(3, 17, new))
         contender.step(contender.read(ids[:, :2]).argmax(-1))  # must leave no trace
         tokens = [contender.read(ids).argmax(-1)]
         for _ in range(new - 1):
             tokens.append(contender.step(tokens[-1]).argmax(-1))
         assert torch.equal(torch.stack(tokens, dim=1), expected), kind.name
-        found = timing.generated(contender, ids, new, math.inf)
+        found = contenders.generated(contender, ids, math.inf)
         assert found["tokens"][:-1] == expected[0].tolist() and len(found["steps"]) == new
 
 
 def test_all_contenders_of_a_model(trio):
     models, results = trio
-    teachers = [DynamicTeacher, StaticTeacher, PackedTeacher]
-    assert [timing.kinds(model) for model in models] == [teachers, [Exact], [Steps, Decoded]]
+    assert [timing.kinds(model) for model in models] == [
+        [Dynamic, Static, PackedStatic],
+        [Exact],
+        [ModelCalls, Decoded],
+    ]
     assert [result["model"] for result in results] == ["teacher", "distilled", "recurrent"]
     for result, model in zip(results, models, strict=True):
         names = [kind.name for kind in timing.kinds(model)]
@@ -96,11 +118,11 @@ def test_bytes_are_those_of_keys_values_modes_and_inputs(trio):
     models, results = trio
     rows = rows_of(results) | rows_of(results, "contexts")
     for case in ("1x10+5", "2x30+9", "1x20+32", "1x70+32"):
-        dynamic, static = (rows["teacher", kind.name, case] for kind in (DynamicTeacher, StaticTeacher))
+        dynamic, static = (rows["teacher", kind.name, case] for kind in (Dynamic, Static))
         assert dynamic["state_bytes"] == TOKEN * dynamic["prompt"]
         whole = TOKEN * (dynamic["prompt"] + dynamic["new"])
         assert dynamic["state_bytes_last"] == static["state_bytes"] == static["state_bytes_last"] == whole
-        for kind in (Steps, Decoded):
+        for kind in (ModelCalls, Decoded):
             row = rows["recurrent", kind.name, case]
             assert row["state_bytes"] == row["state_bytes_last"] == models[2].config.state_bytes
     # A token of a prompt adds, in each of three layers, outer products of five heads of six channels, and taps.
@@ -121,7 +143,7 @@ def test_largest_batch(trio):
     _, results = trio
     assert timing.largest_batch(1.0, 2**29, 1000) == 2**29 // 1000
     assert timing.largest_batch(0.25, 2**29, 1000) == 0
-    teacher = rows_of(results)["teacher", DynamicTeacher.name, "1x10+5"]
+    teacher = rows_of(results)["teacher", Dynamic.name, "1x10+5"]
     assert teacher["largest_batch"] == (16 * 2**30 - teacher["weights_bytes"]) // (15 * TOKEN)
     weights = sum(p.nbytes for p in trio[0][0].model.parameters())
     assert teacher["weights_bytes"] == weights
@@ -212,18 +234,18 @@ def test_break_even():
 
 def test_what_was_not_measured_is_a_dash(trio, monkeypatch):
     models, _ = trio
-    whole = Steps.read
+    whole = ModelCalls.read
 
     def full(self, ids):
         if ids.shape[1] > 2:
             raise torch.OutOfMemoryError("no room")
         return whole(self, ids)
 
-    monkeypatch.setattr(Steps, "read", full)
+    monkeypatch.setattr(ModelCalls, "read", full)
     monkeypatch.setattr(timing, "begin_peak", lambda device: None)
     settings = Settings(cases=(Case(2, 10, 5),), contexts=(), rounds=1)
     results = timing.run([models[0], models[2]], settings, progress=False)
-    row = rows_of(results)["recurrent", Steps.name, "2x10+5"]
+    row = rows_of(results)["recurrent", ModelCalls.name, "2x10+5"]
     assert row["rounds"] == row["timed"] == 0 and all(row[key] is None for key in timing.ROW)
     header, cells = timing.table(results)
     assert len(header) == len(cells[0]) and "out of memory" in cells[3]
@@ -234,22 +256,22 @@ def test_what_was_not_measured_is_a_dash(trio, monkeypatch):
 
 @torch.inference_mode()
 def test_a_part_stands_for_the_rest_within_the_seconds(monkeypatch):
-    """A clock that every step of `ids` moves by a second: of even contenders three runs, of exact ones the first."""
+    """With a clock that a step moves by a second: of even contenders three runs are timed, of exact ones the first."""
     ids = torch.randint(1, 97, (2, 9))
-    teacher, student = DynamicTeacher(tiny_teacher(), Case(2, 9, 60)), Exact(tiny_student(), Case(2, 9, 60))
+    teacher, student = Dynamic(tiny_teacher(), Case(2, 9, 60)), Exact(tiny_student(), Case(2, 9, 60))
     clock = [0.0]
-    monkeypatch.setattr(timing, "now", lambda device: clock[0])
+    monkeypatch.setattr(contenders, "now", lambda device: clock[0])
     for contender in (teacher, student):
         whole = contender.step
         monkeypatch.setattr(
             contender, "step", lambda tokens, whole=whole: clock.__setitem__(0, clock[0] + 1) or whole(tokens)
         )
-    found = timing.generated(teacher, ids, 60, 12)
+    found = contenders.generated(teacher, ids, 12)
     assert len(found["steps"]) == 12 and found["generation"] == 60, "one second each"
     assert found["kept_last"] == 2 * 2 * 3 * 30 * 8 * (9 + 60) and len(found["tokens"]) == 5
-    found = timing.generated(student, ids, 60, 40)
+    found = contenders.generated(student, ids, 40)
     assert len(found["steps"]) == 40 and found["generation"] == 60 and found["kept_last"] is None
-    assert len(timing.generated(student, ids, 60, 1)["steps"]) == timing.LEAST
+    assert len(contenders.generated(student, ids, 1)["steps"]) == contenders.LEAST
     row = timing._row(Case(2, 9, 60), Exact, [found | {"prompt": 1.0, "weights": 10, "peak": None}], Settings())
     assert row["timed"] == 40 and row["state_bytes_last"] is None and row["largest_batch"] is None
 
@@ -265,38 +287,38 @@ def test_prompts_are_pieces_of_the_stream(trio):
     with pytest.raises(ValueError, match="found 300 ids up to 299; expected some, all below 200"):
         timing._prompts(200, 5, stream)
     settings = Settings(cases=(), contexts=(9,), rounds=1)
-    assert timing.run(models[:1], settings, stream, progress=False)[0]["metrics"] == []
+    assert timing.run(models[:1], settings, stream[:97], progress=False)[0]["metrics"] == []
 
 
 def test_state_that_grows_has_no_decoder(tmp_path):
     model = tiny_student(modal=True, attention_layers=[1], attention_window=0).float()
     model.save_pretrained(tmp_path)
     grown = Evaluated("grown", str(tmp_path))
-    assert timing.kinds(grown) == [Steps]
+    assert timing.kinds(grown) == [ModelCalls]
     found = timing.run([grown], Settings(cases=(Case(1, 9, 40),), contexts=(), rounds=1, seconds=1e-9), progress=False)
     (row,) = found[0]["rows"]
     assert row["timed"] == 6 and row["state_bytes_last"] - row["state_bytes"] == 40 * (2 * 30 * 4 + 1)
     assert not found[0]["constant_state"] and row["to_best"] == 1 and row["to_dynamic"] is None
 
 
-def test_command(workshop, finished, tmp_path, monkeypatch, capsys):
-    words = [f"teacher={workshop / 'teacher'}", f"recurrent={finished / 'recurrence'}", "--cases", "1x10+3", "3x12+2"]
-    words += ["--contexts", "9", "--rounds", "2", "--threads", "1", "--results", tmp_path]
-    done = subprocess.run([sys.executable, COMMAND, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_command(folder, tmp_path, monkeypatch, capsys):
+    main = runpy.run_path(str(COMMAND))["main"]
+    words = [f"teacher={folder / 'teacher'}", f"recurrent={folder / 'recurrent'}", "--cases", "1x10+3", "3x12+2"]
+    words += ["--contexts", "9", "--rounds", "2", "--threads", "1", "--results", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        monkeypatch.setattr(timing, "run", None)
+        assert main(words) == 0, "kept, not measured again"
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(printed.splitlines()[-1])
     assert [result["model"] for result in found] == ["teacher", "recurrent"]
     assert found[0]["metrics"]["new tokens/s at 3x12+2"]["items"] == 2 and found[0]["machine"]["threads"] == 1
     for said in ("5 rows in each of 2 cases", "batch in 16 GiB, computed", "At 1x10+3 ", "recurrent: keeps"):
-        assert said in done.stdout
-    monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, words)])
-    monkeypatch.setattr(timing, "run", None)
-    threads = torch.get_num_threads()
-    try:
-        assert runpy.run_path(str(COMMAND))["main"]() == 0, "kept, not measured again"
-    finally:
-        torch.set_num_threads(threads)
-    assert capsys.readouterr().out.splitlines()[-1] == done.stdout.splitlines()[-1]
+        assert said in printed
+    assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -311,9 +333,7 @@ def test_command(workshop, finished, tmp_path, monkeypatch, capsys):
         ([], "nowhere: cannot be loaded"),
     ],
 )
-def test_mistakes_are_one_line(words, said, monkeypatch, capsys):
-    main = runpy.run_path(str(COMMAND))["main"]
-    monkeypatch.setattr(sys, "argv", ["speed.py", "nowhere", *words])
-    assert main() == 2
+def test_mistakes_are_one_line(words, said, capsys):
+    assert runpy.run_path(str(COMMAND))["main"](["nowhere", *words]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"speed: error: {said}") and shown.count("\n") == 1

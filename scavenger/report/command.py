@@ -68,9 +68,14 @@ def positive(args: argparse.Namespace, *names: str):
                 raise ValueError(f"--{name.replace('_', '-')}: found {value}; expected 1 or more")
 
 
-def run(name: str, made: argparse.ArgumentParser, measure: Callable[[argparse.Namespace, Results], list[dict]]) -> int:
+def run(
+    name: str,
+    made: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace, Results], list[dict]],
+    argv: list[str] | None = None,
+) -> int:
     """Measure, print a table and a line of JSON; a mistake is one line and exit code 2."""
-    args = made.parse_args()
+    args = made.parse_args(argv)
     try:
         found = measure(args, Results(args.results))
     except (OSError, ValueError, RecipeError) as error:

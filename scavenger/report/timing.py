@@ -1,16 +1,12 @@
 """Speed, memory and state of generation: every model with every cache it can have, side by side in one run.
 
-A case reads prompts and generates behind them, greedily, with all models loaded. Rounds go through all contenders and
-back, so that a machine that grows slower does so for all of them. Speeds are of all rounds together, other times the
-median over rounds. Ratios and break-even lengths are of one run and of the stated shapes.
+A case reads prompts and generates greedily after them, with all models loaded. Each round goes through all contenders,
+every second round in reverse, so that a machine that slows down does so for all of them. Speeds are over all rounds
+together; other times are medians over rounds. Ratios and break-even lengths hold for one run and for the given shapes.
 """
 
-import ctypes
-import gc
 import platform
-import re
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,59 +16,24 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, StaticCache
 
-from scavenger.measure import state_bytes
-from scavenger.model.attention import AttentionCacheLayer
-from scavenger.model.decoding import Decoder, PackedLinear, packed
 from scavenger.report import metrics
+from scavenger.report.contenders import LEAST, Case, Dynamic, begin_peak, generated, kinds, peak_use
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.metrics import Metric
 from scavenger.report.results import Results
-
-
-PROBE = 2  # steps by which it is decided whether all are timed
-# Steps of an uneven contender that are timed in any case, and of every context. Exact decoding of one filter a channel
-# has rarer, larger steps that are not among so few behind a round context; that of wider heads has none.
-LEAST = 32
-
-
-@dataclass(frozen=True)
-class Case:
-    """`batch` prompts of `prompt` tokens and `new` more tokens for each, as text 64x512+256."""
-
-    batch: int
-    prompt: int
-    new: int
-
-    def __post_init__(self):
-        if self.batch < 1 or self.prompt < 2 or self.new < 1:
-            raise ValueError(f"found {self}; expected one sequence or more, prompts of 2 tokens or more, and new ones")
-
-    def __str__(self):
-        return f"{self.batch}x{self.prompt}+{self.new}"
-
-    @classmethod
-    def parsed(cls, text: str):
-        """From the word of a command's --cases."""
-        found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
-        try:
-            return cls(*map(int, found.groups() if found else (0, 0, 0)))
-        except ValueError:
-            raise ValueError(
-                f"--cases: found {text}; expected BATCHxPROMPT+NEW with prompts of 2 tokens or more, such as 64x512+256"
-            ) from None
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is timed, how often and how long.
 
-    `contexts`: lengths after which LEAST steps of one sequence are timed. `seconds`: of all timed steps of a row, and
-    of all its prompts, about. `memory`: GiB that the largest batch is computed for.
+    contexts: lengths after which LEAST steps of one sequence are timed.
+    seconds: about so long for all timed steps of a row, and again for all its prompts.
+    memory: GiB for which the largest batch is computed.
     """
 
-    # The paper's prompts of 512 and 256 new tokens (arXiv:2310.18780, section 5.4) at batches up to its 64, one longer.
+    # Prompts of 512 and 256 new tokens, batches up to 64 (arXiv:2310.18780, section 5.4), and one longer prompt.
     cases: tuple[Case, ...] = (Case(1, 512, 256), Case(16, 512, 256), Case(64, 512, 256), Case(1, 2048, 256))
     contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     rounds: int = metrics.LEAST_ITEMS
@@ -96,36 +57,37 @@ class Settings:
 def run(
     models: list[Evaluated], settings: Settings, stream: np.ndarray | None = None, progress: bool = True
 ) -> list[dict]:
-    """One result for each model, all measured side by side; the first is the reference of the ratios.
+    """One result for each model, all measured side by side; ratios are to the first.
 
-    Prompts are pieces of `stream`, ids that all models know; without it ids are drawn. `rows` has a row for each case
-    and cache, `contexts` the same for one sequence after each context length.
+    Prompts are pieces of `stream`, token ids below every model's vocabulary size; without it they are random. `rows` of
+    a result has one row for each case and cache, `contexts` one for each context length and cache.
     """
     contenders = [(model, kind) for model in models for kind in kinds(model)]
     ids = _prompts(min(model.model.config.vocab_size for model in models), settings.seed, stream)
-    for model in models:  # weights that lie in a file are read when they are first used
+    for model in models:  # memory-mapped weights are read from the file when they are first used
         _touch(model.model)
     cases = [*settings.cases, *(Case(1, length, LEAST) for length in sorted(set(settings.contexts)))]
     total = len(cases) * len(contenders) * settings.rounds
     with tqdm(
         total=total, desc="speed", unit="turn", leave=False, dynamic_ncols=True, disable=None if progress else True
     ) as bar:
-        turns = [_turns(contenders, case, ids(case), settings, bar) for case in cases]
-    found = [_result(model, settings) for model in models]
-    for place, (case, own) in enumerate(zip(cases, turns, strict=True)):
-        rows = [_row(case, kind, each, settings) for (_, kind), each in zip(contenders, own, strict=True)]
-        _compare([row for row, (model, _) in zip(rows, contenders, strict=True) if model is models[0]], rows)
-        counted = place < len(settings.cases)
-        for model, result in zip(models, found, strict=True):
-            mine = [(row, each) for row, each, (whose, _) in zip(rows, own, contenders, strict=True) if whose is model]
-            result["rows" if counted else "contexts"] += [row for row, _ in mine]
-            if counted:
-                result["metrics"] += [metrics.packed(metric) for metric in _metrics(case, mine)]
-    return found
+        found = [_turns(contenders, case, ids(case), settings, bar) for case in cases]
+    results = [_result(model, settings) for model in models]
+    for index, (case, turns) in enumerate(zip(cases, found, strict=True)):
+        rows = [_row(case, kind, own, settings) for (_, kind), own in zip(contenders, turns, strict=True)]
+        by_model = [[row for row, (own, _) in zip(rows, contenders, strict=True) if own is model] for model in models]
+        _compare(by_model[0], rows)
+        for result, own in zip(results, by_model, strict=True):
+            if index < len(settings.cases):
+                result["rows"] += own
+                result["metrics"] += [metrics.packed(metric) for metric in _metrics(case, own)]
+            else:
+                result["contexts"] += own
+    return results
 
 
 def kept(models: list[Evaluated], settings: Settings, results: Results, stream: np.ndarray | None = None) -> list[dict]:
-    """What `run` finds, as one record: ratios are of one run, so all models and the machine are among its settings."""
+    """The results of `run`, kept as one record: ratios hold for one run, so its key has all models and the machine."""
     record = described(settings) | machine(models[0].device, models[0].dtype)
     record |= {f"weights of {model.label}": model.weights for model in models}
     record |= {"order": [model.label for model in models], "prompts": "drawn" if stream is None else "text"}
@@ -134,7 +96,7 @@ def kept(models: list[Evaluated], settings: Settings, results: Results, stream: 
 
 
 def described(settings: Settings) -> dict:
-    """For the record."""
+    """The settings as they are recorded."""
     return {
         "cases": " ".join(map(str, settings.cases)),
         "contexts": " ".join(map(str, settings.contexts)),
@@ -145,195 +107,8 @@ def described(settings: Settings) -> dict:
     }
 
 
-def kinds(model: Evaluated) -> list[type["DynamicTeacher"]]:
-    """The contenders that a model can be."""
-    if not model.is_student:
-        packs = model.device.type == "cpu" and model.dtype == "float32" and torch.backends.mkldnn.is_available()
-        return [DynamicTeacher, StaticTeacher, *([PackedTeacher] if packs else [])]
-    if not model.is_recurrent:
-        return [Exact]
-    return [Steps] if model.config.state_bytes is None else [Steps, Decoded]
-
-
-class DynamicTeacher:
-    """A Transformer whose keys and values are appended to."""
-
-    name = "dynamic cache"
-    student = None  # or the filters that its student has
-    uneven = False  # whether single steps take much longer than others, so that a few do not stand for all
-
-    def __init__(self, model, case: Case):
-        self.model, self.batch, self.case = model, case.batch, case
-        self.step_model = model
-
-    @property
-    def weights(self) -> int:
-        """Bytes of all weights, the copies included that are packed."""
-        copies = sum(m.weight.nbytes for m in self.step_model.modules() if isinstance(m, PackedLinear))
-        return sum(p.nbytes for p in self.model.parameters()) + copies
-
-    def read(self, ids: Tensor) -> Tensor:  # (batch, prompt) -> (batch, vocabulary)
-        self.cache = DynamicCache(config=self.model.config)
-        return self._next(self.model, ids)
-
-    def step(self, tokens: Tensor) -> Tensor:  # (batch,) -> (batch, vocabulary)
-        return self._next(self.step_model, tokens[:, None])
-
-    def _next(self, model, ids):
-        return model(input_ids=ids, cache=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    def skip(self, count: int):
-        """As if `count` more tokens had been read: which ones they were makes no difference to the time of a step."""
-        for layer in self.cache.layers:
-            again = torch.arange(count, device=layer.keys.device) % layer.keys.shape[2]
-            layer.update(layer.keys[:, :, again], layer.values[:, :, again])
-
-    @property
-    def kept(self) -> int:
-        """Bytes between tokens, of all rows."""
-        return state_bytes(self.cache)
-
-
-class StaticTeacher(DynamicTeacher):
-    """A Transformer whose keys and values have their places from the start."""
-
-    name = "static cache"
-
-    def __init__(self, model, case):
-        super().__init__(model, case)
-        self.cache = StaticCache(config=model.config, max_cache_len=case.prompt + case.new)
-
-    def read(self, ids):
-        self.cache.reset()
-        return self._next(self.model, ids)
-
-    def skip(self, count):
-        for layer in self.cache.layers:
-            layer.cumulative_length.add_(count)
-
-
-class PackedTeacher(StaticTeacher):
-    """With linear layers as the Decoder has them on a CPU, so that the packing is not what is compared."""
-
-    name = "static cache, packed"
-
-    def __init__(self, model, case):
-        super().__init__(model, case)
-        self.model = self.step_model = packed(model, case.batch)
-
-
-class Exact(DynamicTeacher):
-    """The student as convolution: prompts at once, and the cache of exact online convolution."""
-
-    name = "exact"
-    student = "implicit"
-    uneven = True  # by the tiles
-
-    def read(self, ids):
-        self.cache = None
-        return self._next(self.model, ids)
-
-    def _next(self, model, ids):
-        out = model(input_ids=ids, cache=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.cache
-        return out.logits[:, -1]
-
-
-class Steps(Exact):
-    """The recurrent student by calls of the model, as `generate` makes them."""
-
-    name = "model(...)"
-    student = "modal"
-    uneven = False
-
-    def skip(self, count):
-        self.cache.seen, self.cache.real = self.cache.seen + count, self.cache.real + count
-        if not self.model.config.attention_window:
-            for layer in self.cache.layers:
-                if isinstance(layer, AttentionCacheLayer):
-                    again = torch.arange(count, device=layer.keys.device) % layer.keys.shape[2]
-                    layer.extend(layer.keys[:, :, again], layer.values[:, :, again], layer.real[:, again], 0)
-
-
-class Decoded(Steps):
-    """The recurrent student's Decoder."""
-
-    name = "Decoder"
-    compiled = False
-
-    def __init__(self, model, case):
-        super().__init__(model, case)
-        self.decoder, self.held = Decoder(model, case.batch, compiled=self.compiled), []
-        self.step_model, self.cache = self.decoder.model, self.decoder.cache
-
-    def read(self, ids):
-        self.decoder.remove(self.held)
-        self.held = self.decoder.add(list(ids))
-        return self.decoder.logits
-
-    def step(self, tokens):
-        return self.decoder.step(tokens)
-
-    def skip(self, count):
-        """Its steps do not depend on how many there were."""
-
-
-def generated(contender: DynamicTeacher, ids: Tensor, new: int, seconds: float) -> dict:
-    """Seconds of a prompt, and of `new` greedy tokens behind it.
-
-    Where they would take longer than `seconds`, three runs of steps stand for all: the first, the middle and the last,
-    the cache filled up to there; of an uneven contender the first steps.
-    """
-    device = ids.device
-    began = now(device)
-    logits = contender.read(ids)
-    prompt = now(device) - began
-    token = logits.argmax(-1)
-    first = now(device) - began
-    kept, tokens, runs, position = contender.kept, [token], [[]], 0
-
-    def run(start, stop):
-        nonlocal token, position
-        if start > position:
-            contender.skip(start - position)
-            runs.append([])
-            position = start
-        for _ in range(position, stop):
-            began = now(device)
-            token = contender.step(token).argmax(-1)
-            runs[-1].append(now(device) - began)
-            tokens.append(token)
-        position = max(position, stop)
-
-    run(0, min(PROBE, new))
-    quickest = min(runs[0])
-    if contender.uneven:
-        run(position, min(LEAST, new))
-        while position < new and sum(runs[0]) < seconds:
-            run(position, position + 1)
-    elif new < 3 * PROBE or quickest * new <= seconds:
-        run(position, new)
-    else:
-        count = max(PROBE, min(new // 3, int(seconds / 3 / quickest)))
-        for start, stop in ((0, count), ((new - count) // 2, (new + count) // 2), (new - count, new)):
-            run(start, stop)
-    steps = [step for each in runs for step in each]
-    # The step after a prompt also settles what the prompt left to later: it stands for itself alone.
-    rest = [statistics.mean(each) for each in (runs[0][1:], *runs[1:]) if each]
-    generation = sum(steps) if len(steps) == new else steps[0] + (new - 1) * statistics.mean(rest)
-    return {
-        "prompt": prompt,
-        "first": first,
-        "generation": generation,
-        "steps": steps,
-        "kept_first": kept,
-        "kept_last": contender.kept if position == new else None,
-        "tokens": torch.stack(tokens[: len(runs[0]) + 1], dim=1)[0].tolist(),  # of the first row, up to the first jump
-    }
-
-
 def table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for people, case by case; what was not measured is a dash."""
+    """Header and rows of the table of cases; a dash means not measured."""
     memory = results[0]["settings"]["memory_gib"]
     header = ["case", "model", "cache", "prompt tokens/s", "first ms", "next ms", "95 % ms", "new tokens/s", "range"]
     header += ["timed", "× best", "× dynamic", "peak MiB", "weights MiB", "state KiB", "at the end"]
@@ -362,7 +137,7 @@ def table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def context_table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """The same of one sequence, by the tokens it has read."""
+    """Header and rows of the table of one sequence by context length."""
     header = ["context", "model", "cache", "prompt s", "ms a step", "state KiB", "peak MiB"]
     rows = [
         [
@@ -380,26 +155,26 @@ def context_table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def verdicts(results: list[dict]) -> list[str]:
-    """For each case, who generates quickest and by how much; where the reference wins, that."""
+    """A sentence for each case: which model generates fastest, by how much, and whether the reference wins."""
     found = []
     for case in dict.fromkeys(case for case, _, _ in _by_case(results, "rows")):
         own = [(result["model"], row) for name, result, row in _by_case(results, "rows") if name == case]
         own = [(model, row) for model, row in own if row["tokens_per_second"] is not None]
-        if len(results) > 1:  # each model with its best cache; a model alone, its caches
+        if len(results) > 1:  # models are compared by their best caches; the caches of a single model with each other
             own = [max((pair for pair in own if pair[0] == model), key=_speed) for model in dict(own)]
         found.append(_verdict(case, sorted(own, key=_speed, reverse=True), results[0]["model"]))
     return found
 
 
 def break_even(results: list[dict]) -> dict:
-    """By student, from which length on its state is smaller, and its step quicker, than the reference's.
+    """For each student, the lengths from which its state is smaller and its step faster than the reference's.
 
-    `bytes`: the reference's dynamic cache of so many tokens is as large as the student's constant state, or larger.
-    `tokens`: the shortest measured context from which on a step of the student's best cache is quicker than one of the
-    reference's best cache, there and at all longer ones. None: at no length, or none that was measured.
+    bytes: tokens from which the reference's dynamic cache is at least as large as the student's constant state.
+    tokens: the shortest measured context at which, and at all longer ones, a step is faster, each model with its best
+    cache. None where there is no such length among those measured.
     """
     reference, *others = results
-    dynamic = [row for row in reference["rows"] + reference["contexts"] if row["cache"] == DynamicTeacher.name]
+    dynamic = [row for row in reference["rows"] + reference["contexts"] if row["cache"] == Dynamic.name]
     per_token = next((row["state_bytes"] // row["prompt"] for row in dynamic if row["state_bytes"] is not None), None)
     own = _step_seconds(reference)
     found = {}
@@ -424,7 +199,7 @@ def break_even(results: list[dict]) -> dict:
 
 
 def break_even_lines(results: list[dict]) -> list[str]:
-    """Break-even lengths in words, a line for each student."""
+    """The break-even lengths as a sentence for each student."""
     reference, lines = results[0]["model"], []
     for label, found in break_even(results).items():
         said = []
@@ -452,7 +227,7 @@ def break_even_lines(results: list[dict]) -> list[str]:
 
 
 def machine(device: torch.device, dtype: str) -> dict:
-    """What speeds depend on, beside the model."""
+    """What speeds depend on besides the model."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -467,52 +242,14 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    about = Path("/proc/cpuinfo")  # Linux; elsewhere Python's own word for it
+    about = Path("/proc/cpuinfo")  # only on Linux
     lines = about.read_text().splitlines() if about.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def now(device: torch.device) -> float:
-    """Seconds, all work done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def begin_peak(device: torch.device) -> int | None:
-    """Bytes in use, the high-water mark begun anew; None where the system does not say."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return in_use(device)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # what is free but held back would hide what is taken from it
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return in_use(device)
-
-
-def in_use(device: torch.device) -> int:
-    """Bytes allocated on the GPU, or resident of this process."""
-    return torch.cuda.memory_allocated() if device.type == "cuda" else _resident("VmRSS")
-
-
-def peak_use(device: torch.device) -> int:
-    """The high-water mark of `in_use`."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
-
-
-def _resident(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
-
-
 def _prompts(vocabulary: int, seed: int, stream: np.ndarray | None) -> Callable[[Case], Tensor]:
-    """Prompts of a case, (batch, prompt), the same for all contenders."""
+    """A function from a case to its prompts, (batch, prompt); all contenders read the same ones."""
     if stream is not None and (len(stream) == 0 or stream.max() >= vocabulary):
         raise ValueError(
             f"found {len(stream)} ids up to {max(stream, default=0)}; expected some, all below {vocabulary}, the "
@@ -523,7 +260,7 @@ def _prompts(vocabulary: int, seed: int, stream: np.ndarray | None) -> Callable[
         rng = np.random.default_rng([seed, case.batch, case.prompt])
         if stream is None:
             return torch.from_numpy(rng.integers(vocabulary, size=(case.batch, case.prompt)))
-        text = np.resize(stream, max(len(stream), case.prompt)).astype(np.int64)  # a short text again and again
+        text = np.resize(stream, max(len(stream), case.prompt)).astype(np.int64)  # a short text is repeated
         starts = rng.integers(len(text) - case.prompt + 1, size=case.batch)
         return torch.from_numpy(np.stack([text[start : start + case.prompt] for start in starts]))
 
@@ -536,7 +273,7 @@ def _touch(model):
 
 
 def _turns(contenders, case, ids, settings, bar):
-    """What each contender's turns found, one a round; of one that has not the memory, none."""
+    """The measurements of each contender, one a round; none of a contender that ran out of memory."""
     found, done, rounds = [[] for _ in contenders], 0, settings.rounds
     while done < rounds:
         order = range(len(contenders))
@@ -551,7 +288,7 @@ def _turns(contenders, case, ids, settings, bar):
                     torch.cuda.empty_cache()
             bar.update()
         done += 1
-        if done == 1:  # long prompts are not read as often
+        if done == 1:  # fewer rounds where prompts take long
             slowest = max((turns[0]["first"] for turns in found if turns), default=settings.seconds)
             rounds = max(1, min(rounds, int(settings.seconds / slowest)))
             bar.total -= (settings.rounds - rounds) * len(contenders)
@@ -561,18 +298,16 @@ def _turns(contenders, case, ids, settings, bar):
 
 @torch.inference_mode()
 def _turn(kind, model, case, ids, seconds):
-    device, ids = model.device, ids.to(model.device)
-    before = begin_peak(device)
+    """One measurement of a contender, with its weights and the growth of memory without them."""
+    before = begin_peak(model.device)
     contender = kind(model, case)
-    contender.step(contender.read(ids[:, :2]).argmax(-1))  # the first calls pay for start-up
-    found = generated(contender, ids, case.new, seconds)
-    found["weights"] = contender.weights
-    copies = found["weights"] - sum(p.nbytes for p in model.parameters())
-    return found | {"peak": None if before is None else max(0, peak_use(device) - before - copies)}
+    found = generated(contender, ids.to(model.device), seconds) | {"weights": contender.weights}
+    copies = contender.weights - sum(p.nbytes for p in model.parameters())
+    return found | {"peak": None if before is None else max(0, peak_use(model.device) - before - copies)}
 
 
 def _result(model, settings):
-    """A model's result, with nothing in it yet."""
+    """The result of a model, still without rows."""
     return {
         "model": model.label,
         "settings": described(settings),
@@ -584,29 +319,29 @@ def _result(model, settings):
     }
 
 
-ROW = (  # what a row holds of measurements, each None where there was none
+ROW = (  # the measured values of a row, None where not measured
     "prefill_seconds",
     "prompt_tokens_per_second",
     "first_token_seconds",  # from the prompt to its first new token
     "next_token_seconds",  # median over all timed steps
-    "next_token_seconds_95",  # in 95 % of them it took no longer
-    "step_seconds",  # mean of a step, the one after the prompt left out
+    "next_token_seconds_95",  # their 95th percentile
+    "step_seconds",  # mean over steps, except the one after the prompt
     "generation_seconds",  # of each round
-    "tokens_per_second",  # new ones of all sequences, over all rounds
+    "tokens_per_second",  # new tokens of all sequences, over all rounds
     "tokens_per_second_low",
     "tokens_per_second_high",
     "weights_bytes",
-    "state_bytes",  # of a sequence after its prompt
+    "state_bytes",  # of one sequence after its prompt
     "state_bytes_last",  # and after its last token
-    "peak_bytes",  # growth while it reads and generates, weights not included
-    "largest_batch",  # computed from weights and the state at the end
-    "to_best",  # new tokens/s over the reference's with its best cache
-    "to_dynamic",
+    "peak_bytes",  # growth while reading and generating, without weights
+    "largest_batch",  # computed from the weights and the state after the last token
+    "to_best",  # new tokens/s divided by the reference's with its best cache
+    "to_dynamic",  # and with its dynamic cache
 )
 
 
 def _row(case, kind, turns, settings):
-    """The rounds in one."""
+    """A row from the measurements of all rounds."""
     row = {"case": str(case), "batch": case.batch, "prompt": case.prompt, "new": case.new, "cache": kind.name}
     row |= {"rounds": len(turns), "timed": min((len(turn["steps"]) for turn in turns), default=0)} | dict.fromkeys(ROW)
     if not turns:
@@ -632,13 +367,13 @@ def _row(case, kind, turns, settings):
         "weights_bytes": weights,
         "state_bytes": -(-turns[0]["kept_first"] // case.batch),
         "state_bytes_last": last,
-        "peak_bytes": min(peaks, default=None),  # a process' first turn pays for start-up
+        "peak_bytes": min(peaks, default=None),  # the first turn in a process includes start-up
         "largest_batch": None if last is None else largest_batch(settings.memory, weights, last),
     }
 
 
-def largest_batch(memory: float, weights: int, state: int) -> int:
-    """Sequences whose states fit beside the weights into `memory` GiB."""
+def largest_batch(memory: float, weights: int, state: float) -> int:
+    """Number of sequences whose states fit into `memory` GiB together with the weights."""
     return max(0, int((memory * 2**30 - weights) // state))
 
 
@@ -649,18 +384,18 @@ def _after_first(turn, case):
 
 
 def _compare(reference, rows):
-    """Speed of each row as a multiple of the reference's rows."""
+    """Add the speed of each row as a multiple of the reference's."""
     speeds = {row["cache"]: row["tokens_per_second"] for row in reference if row["tokens_per_second"] is not None}
     for row in rows:
         if row["tokens_per_second"] is not None and speeds:
             row["to_best"] = row["tokens_per_second"] / max(speeds.values())
-            if DynamicTeacher.name in speeds:
-                row["to_dynamic"] = row["tokens_per_second"] / speeds[DynamicTeacher.name]
+            if Dynamic.name in speeds:
+                row["to_dynamic"] = row["tokens_per_second"] / speeds[Dynamic.name]
 
 
 def _metrics(case, rows):
-    """New tokens a second of a model's best cache, its items the rounds."""
-    best = max((row for row, turns in rows if turns), key=lambda row: row["tokens_per_second"], default=None)
+    """New tokens a second of a model's best cache; the items are rounds."""
+    best = max((row for row in rows if row["rounds"]), key=lambda row: row["tokens_per_second"], default=None)
     if best is None:
         return []
     seconds = best["generation_seconds"]
@@ -669,7 +404,7 @@ def _metrics(case, rows):
 
 
 def _by_case(results, key):
-    """(case, result, row) of all results, one case after the other."""
+    """(case, result, row) of all results, grouped by case."""
     cases = dict.fromkeys(row["case"] for result in results for row in result[key])
     return [(case, result, row) for case in cases for result in results for row in result[key] if row["case"] == case]
 
@@ -679,11 +414,11 @@ def _speed(entry):
 
 
 def _verdict(case, ranked, reference):
-    """`ranked`: (model, row), the quickest first."""
+    """A sentence about one case; `ranked` holds (model, row), the fastest first."""
     if not ranked:
         return f"At {case} nothing was measured: there was not enough memory."
     (model, best), own = ranked[0], dict(ranked)
-    # Rounds that overlap tell nothing apart.
+    # Where the ranges over rounds overlap, no difference is claimed.
     level = [pair for pair in ranked[1:] if pair[1]["tokens_per_second_high"] >= best["tokens_per_second_low"]]
     behind = [pair for pair in ranked[1:] if pair not in level]
     said = f"At {case} {_named(ranked[0])} is "
@@ -691,7 +426,7 @@ def _verdict(case, ranked, reference):
         rates = [f"{_rate(best, pair):.2f}" for pair in level]
         said += f"level with {_joined(map(_named, level))}: {_joined(rates)} times, in rounds that overlap"
     else:
-        few = best["rounds"] < metrics.LEAST_ITEMS  # of equals one is ahead in all of two rounds one time in three
+        few = best["rounds"] < metrics.LEAST_ITEMS  # of two equals, ranges over two rounds are disjoint 1 time in 3
         once = f", in {best['rounds']} round{'s' if best['rounds'] > 1 else ''}" if few else ""
         said += f"the quickest, {best['tokens_per_second']:,.1f} new tokens/s{once}"
     if behind:
@@ -722,7 +457,7 @@ def _joined(words):
 
 
 def _step_seconds(result):
-    """By context, the seconds of a step with the best cache."""
+    """Seconds of a step with the best cache, by context length."""
     found = {}
     for row in result["contexts"]:
         if row["step_seconds"] is not None:
