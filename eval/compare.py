@@ -23,7 +23,7 @@ MEASUREMENTS = ("perplexity", "recall", "generation", "tasks", "speed")
 OWN_TASKS = str(Path(__file__).with_name("tasks"))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     made = command.parser(__doc__)
     command.add_text(made)
     made.add_argument("--to", type=Path, default=Path("comparison"), metavar="DIR", help="the folder (comparison)")
@@ -46,7 +46,7 @@ def main() -> int:
     made.add_argument("--cases", nargs="+", metavar="BATCHxPROMPT+NEW", help="whose speed is measured")
     made.add_argument("--contexts", type=int, nargs="+", help="after which the speed of one sequence is measured")
     made.add_argument("--rounds", type=int, default=timing.Settings.rounds, help="of all timings, in turn")
-    args = made.parse_args()
+    args = made.parse_args(argv)
     try:
         found = measure(args)
         page = sections.write(found, args.to)

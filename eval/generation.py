@@ -21,7 +21,7 @@ from scavenger.report import command, continuation
 PLAIN = continuation.Settings()
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     made = command.parser(__doc__)
     command.add_text(made)
     made.add_argument("--prompts", type=int, default=PLAIN.prompts, help=f"({PLAIN.prompts})")
@@ -31,7 +31,7 @@ def main() -> int:
         "--temperature", type=float, default=PLAIN.temperature, help=f"of sampled text ({PLAIN.temperature})"
     )
     made.add_argument("--top-k", type=int, default=PLAIN.top_k, help=f"of sampled text ({PLAIN.top_k})")
-    return command.run("generation", made, measure)
+    return command.run("generation", made, measure, argv)
 
 
 def measure(args, results) -> list[dict]:

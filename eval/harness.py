@@ -22,7 +22,7 @@ from scavenger.report import command, lm_eval_tasks
 OWN_TASKS = str(Path(__file__).with_name("tasks"))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     made = command.parser(__doc__)
     made.add_argument("--tasks", metavar="A,B", help="names of tasks of the harness or of eval/tasks (the nine)")
     made.add_argument("--limit", type=int, metavar="N", help="ask so many questions of each task (all of them)")
@@ -30,7 +30,7 @@ def main() -> int:
     made.add_argument("--local", metavar="FOLDER", help="read the documents from files below it, not from the Hub")
     made.add_argument("--text", metavar="FILE", help="a UTF-8 text file, for text_perplexity and text_last_word")
     made.add_argument("--include-path", metavar="FOLDER", help="task files of your own")
-    return command.run("harness", made, measure)
+    return command.run("harness", made, measure, argv)
 
 
 def measure(args, results) -> list[dict]:

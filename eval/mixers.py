@@ -49,13 +49,13 @@ HEADER = [
 ]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     parser.add_argument("--tolerances", type=float, nargs="*", default=[], help="of the filters' reduction")
     parser.add_argument("--state-bytes", type=int, nargs="*", default=[], help="budgets of the reduction")
     parser.add_argument("--output", type=Path, default=Path("eval/mixers.md"), help="default: eval/mixers.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if not args.output.parent.is_dir():
             raise RecipeError(f"--output: {args.output.parent} is no folder; expected one to write into")

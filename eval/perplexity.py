@@ -45,13 +45,13 @@ class SlidingPerplexity(evaluate.Metric):
         }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     made = command.parser(__doc__)
     command.add_text(made)
     made.add_argument("--context-length", type=int, help="tokens of a window (the shortest training context)")
     made.add_argument("--stride", type=int, help="tokens from one window to the next (half a window)")
     made.add_argument("--longest", type=int, help="tokens of the contexts that positions are measured in (4 windows)")
-    return command.run("perplexity", made, measure)
+    return command.run("perplexity", made, measure, argv)
 
 
 def measure(args, results) -> list[dict]:

@@ -19,11 +19,11 @@ README, FIGURES = ROOT / "README.md", ROOT / "eval" / "quickstart.json"
 BEGINS, ENDS = "<!-- results: made by eval/readme.py -->", "<!-- end of results -->"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, metavar="DIR", help="a finished run of recipes/quickstart.yaml")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         source = FIGURES if args.run is None else args.run / "report" / "report.json"
         figures = checkpoint.read_json(source)

@@ -23,7 +23,7 @@ import sys
 from scavenger.report import command, retrieval
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     made = command.parser(__doc__)
     command.add_text(made)
     made.add_argument(
@@ -31,7 +31,7 @@ def main() -> int:
     )
     made.add_argument("--context-length", type=int, help="tokens (the shortest training context given)")
     made.add_argument("--examples", type=int, default=retrieval.EXAMPLES, help=f"of each kind ({retrieval.EXAMPLES})")
-    return command.run("recall", made, measure)
+    return command.run("recall", made, measure, argv)
 
 
 def measure(args, results) -> list[dict]:

@@ -42,11 +42,11 @@ HEADER = [
 ]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that have their transfer")
     parser.add_argument("--output", type=Path, default=Path("eval/transfer.md"), help="default: eval/transfer.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if not args.output.parent.is_dir():
             raise RecipeError(f"--output: {args.output.parent} is no folder; expected one to write into")

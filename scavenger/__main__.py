@@ -18,13 +18,13 @@ from scavenger.recipe import Hub, RecipeError, Recurrence, load_recipe
 from scavenger.run import interruption
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for a mistake of the user, 75 after a SIGTERM."""
-    # As `python recipe.yaml`, the recipe is argv[0].
-    arguments = sys.argv if sys.argv[0].endswith((".yaml", ".yml")) else sys.argv[1:]
+    if argv is None:  # as `python recipe.yaml`, the recipe is argv[0]
+        argv = sys.argv if sys.argv[0].endswith((".yaml", ".yml")) else sys.argv[1:]
     try:
         with interruption.handled():
-            code = command(arguments)
+            code = command(argv)
     except RecipeError as error:
         print(f"scavenger: error: {error}", file=sys.stderr)
         return 2

@@ -1,10 +1,15 @@
-"""Seeds, and the tiny models and folders that several tests share."""
+"""Seeds, the tiny models and folders that several tests share, and commands called in this process."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
-import subprocess
+import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
@@ -26,15 +32,40 @@ ARC = "".join(  # questions as they are found in files, for arc_easy.jsonl
 )
 
 
-def command(*words):
-    """A command of eval/, as a person would type it."""
-    return subprocess.run(
-        [sys.executable, *(str(word) for word in words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+class Done(NamedTuple):
+    """What a command did, as subprocess.run says it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(script, *words):
+    """A command of eval/, as a person would type it in the project's folder; called in this process."""
+    path = ROOT / script
+    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
+        spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with contextlib.chdir(ROOT):
+            return done(module.main, words)
+
+
+def command_line(*words):
+    """`scavenger WORDS`, called in this process."""
+    from scavenger.__main__ import main
+
+    return done(main, words)
+
+
+def done(main, words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(None if words is None else [str(word) for word in words])
+        except SystemExit as ended:  # argparse
+            code = ended.code
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(autouse=True)
@@ -109,15 +140,32 @@ def tiny_student(filters=5, modal=False, **changes):
     return model
 
 
+def shared(tmp_path_factory, name, make):
+    """A folder that is made once, whichever worker needs it first; tests read it, and copy what they change."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers of this run of pytest
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not (root / f"{name}.made").exists():
+            make(folder)
+            (root / f"{name}.made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
     """A folder with a small teacher, some real text and a recipe that uses them, all stages in it."""
+    return shared(tmp_path_factory, "workshop", make_workshop)
+
+
+def make_workshop(folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     from scavenger import data
 
-    folder = tmp_path_factory.mktemp("workshop")
+    folder.mkdir()
     texts = [
         path.read_text(encoding="utf-8", errors="replace")[:6000] for path in list(data.stdlib_files().values())[:240]
     ]
@@ -151,22 +199,34 @@ baseline: {{learning_rate: 3e-3}}
 recurrence: {{tolerance: 1e-3, max_state_size: 40}}
 report: {{context_lengths: [20, 60], sample_tokens: 5, prompts: 2, examples: 3, rounds: 1}}
 """)
-    return folder
+    (folder / "recipe.yaml").chmod(0o755)
 
 
 def scavenger(recipe, *overrides, plan=False):
-    """Run a recipe in this process."""
+    """Run a recipe in this process; no step is timed for a plan."""
+    from scavenger import plan as planning
     from scavenger.__main__ import run
     from scavenger.recipe import load_recipe
 
-    assert run(load_recipe(str(recipe), list(overrides)), plan) == 0
+    with mock.patch.object(planning, "timed", lambda *words: (1.0, 1.0)):
+        assert run(load_recipe(str(recipe), list(overrides)), plan) == 0
 
 
 @pytest.fixture(scope="session")
-def finished(workshop):
-    """The run folder of the workshop's recipe, all stages done."""
-    scavenger(workshop / "recipe.yaml")
+def finished(workshop, tmp_path_factory):
+    """The run folder of the workshop's recipe, all stages done; not to be written to."""
+    shared(tmp_path_factory, "finished", lambda folder: scavenger(workshop / "recipe.yaml"))
     return workshop / "run"
+
+
+@pytest.fixture
+def own_run(finished, tmp_path):
+    """A copy of the finished run that a test may change."""
+    run = tmp_path / "own_run"
+    shutil.copytree(finished, run)
+    saved = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(saved.replace(str(finished), str(run)))
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,12 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
@@ -31,19 +31,20 @@ from scavenger.data import Batch
 from scavenger.recipe import RecipeError, Stage, load_recipe
 from scavenger.run import checkpoint, interruption
 from scavenger.run.checkpoint import read_json
+from scavenger.run.run import Run
 
 
 # Everything that a run imports, so that a process forked from the one that has it starts in milliseconds.
 PRELOADED = [
     *("pytest", "datasets", "deepspeed", "torch.utils.tensorboard", "transformers.models.auto.modeling_auto"),
-    *(f"scavenger.{name}" for name in ("baseline", "hub", "plan", "processes", "recurrence", "report", "transfer")),
+    *(f"scavenger.{name}" for name in ("hub", "plan", "recurrence.recurrence", "report.report", "run.processes")),
+    *(f"scavenger.transfer.{name}" for name in ("baseline", "transfer")),
 ]
 # A checkpoint every 4 steps; the last one is not the end.
 TRAINING = ("transfer.activations.steps=22", "transfer.logits.steps=22", "recurrence=null", "report=null")
 TRANSFER = (*TRAINING, "baseline=null")
 STEPS = {"activations": 22, "logits": 22, "baseline": 44}
 EVERY = 4
-KILLS = 10
 HANGS = 600  # seconds without end, on a machine however busy
 
 
@@ -54,7 +55,10 @@ class Program:
     """The command line in a process of its own; its output, and what its training reads, in files below `folder`."""
 
     def __init__(self, folder: Path, recipe: Path, *overrides, run=None, disk=None, hold=None, environment=None):
-        """`hold` is a step of a stage, as "logits 9", or the end of a folder's name: it stops where that begins."""
+        """`hold` stops it at a step (" logits 9") or before an operation on a path ("os.mkdir /data.partial").
+
+        Operations are Python's audit events: os.mkdir, open, os.rename (by its destination).
+        """
         folder.mkdir(exist_ok=True)
         self.run, self.seen, self._err = run or folder / "run", folder / "seen", folder / "err"
         self._err.unlink(missing_ok=True)
@@ -119,24 +123,29 @@ def _program(words, folder, disk, hold, environment):
     gc.freeze()  # what it was forked with is not looked through again
     os.sched_getaffinity = lambda process: {0}  # one thread, as tests share their cores
     train = training.train
+    operation, _, place = (hold or "").partition(" ")
 
-    def stop_at(place):
-        if hold is not None and place.endswith(hold):
-            os.kill(os.getpid(), signal.SIGSTOP)
+    def stop():
+        os.kill(os.getpid(), signal.SIGSTOP)
 
-    def recorded(name, model, loss, batch, *rest, **more):
+    def recorded(run, optimisation):
         seen = os.open(folder / "seen", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def noted(step):
-            found = batch(step)
-            os.write(seen, (json.dumps([name, step, found.rows.tolist()]) + "\n").encode())
-            stop_at(f" {name} {step}")
+            found = optimisation.batch(step)
+            os.write(seen, (json.dumps([optimisation.name, step, found.rows.tolist()]) + "\n").encode())
+            if hold == f" {optimisation.name} {step}":
+                stop()
             return found
 
-        return train(name, model, loss, noted, *rest, **more)
+        return train(run, dataclasses.replace(optimisation, batch=noted))
+
+    def watch(event, given):
+        if event == operation and str(given[event == "os.rename"]).endswith(place):
+            stop()
 
     training.train = recorded
-    sys.addaudithook(lambda event, given: event == "os.mkdir" and stop_at(str(given[0])))
+    sys.addaudithook(watch)
     sys.argv = ["scavenger", *words]
     sys.exit(main())
 
@@ -168,35 +177,45 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_killed_ten_times(workshop, whole, tmp_path):
-    """SIGKILL at ten random moments of one run, half of them aimed into the writing of a checkpoint."""
-    order = [(stage, step) for stage, steps in STEPS.items() for step in range(steps)]
-    draw = random.Random(11)
-    aimed, within = set(draw.sample(range(KILLS), KILLS // 2)), 0
-    for kill, moment in enumerate(sorted(draw.sample(range(76), KILLS))):  # of 88: later ones find no more checkpoint
-        program = Program(tmp_path, workshop / "recipe.yaml", *TRAINING)
-        program.until_step(*order[moment])
-        if kill in aimed:
-            beside, files = program.until(lambda program=program: being_written(program)), draw.randrange(4)
-            while beside.is_dir() and len(list(beside.glob("*"))) < files:
-                pass
-        else:
-            time.sleep(draw.uniform(0, 0.05))
-        assert program.end(signal.SIGKILL) == -signal.SIGKILL
-        within += kill in aimed and beside.is_dir()
-    assert within >= 3, "kills before the rename"
+LOGITS = "transfer.partial/steps"
+
+
+def state_without_manifest(run):
+    beside = run / LOGITS / "000000004.partial"
+    return (beside / "model.safetensors").is_file() and not (beside / checkpoint.MANIFEST).exists()
+
+
+def manifest_before_the_rename(run):
+    return (run / LOGITS / "000000008.partial" / checkpoint.MANIFEST).is_file() and names(run / LOGITS) == [
+        "000000004",
+        "000000008.partial",
+    ]
+
+
+def renamed_and_not_yet_on_the_disk(run):
+    return names(run / LOGITS) == ["000000004", "000000008"]
+
+
+# Where a run is killed, and what is then on the disk.
+WINDOWS = [
+    (" activations 6", lambda run: names(run / "transfer.partial/activations.partial/steps") == ["000000004"]),
+    (f"open {LOGITS}/000000004.partial/history.json.partial", state_without_manifest),
+    (f"os.rename {LOGITS}/000000008", manifest_before_the_rename),
+    (f"open {LOGITS}", renamed_and_not_yet_on_the_disk),  # the first time of the folder itself: to sync the rename
+    (" baseline 13", lambda run: names(run / "baseline.partial/steps") == ["000000008", "000000012"]),
+]
+
+
+def test_killed_in_every_window(workshop, whole, tmp_path):
+    """SIGKILL between two steps, and in each window of a checkpoint's writing, one after the other in one run."""
+    for hold, reached in WINDOWS:
+        program = Program(tmp_path, workshop / "recipe.yaml", *TRAINING, hold=hold)
+        found = reached(program.run)
+        assert program.end(signal.SIGKILL) == -signal.SIGKILL and found, hold
     program = Program(tmp_path, workshop / "recipe.yaml", *TRAINING)
     assert program.end() == 0, program.err
     same(program.run, whole, *FOLDERS.values())
     each_sequence_once(program, whole)
-
-
-def being_written(program):
-    """The step checkpoint that this process is writing."""
-    with contextlib.suppress(FileNotFoundError):  # folders come and go
-        for path in program.run.rglob("[0-9]*.partial"):
-            if path.stat().st_ctime_ns > program.began:
-                return path
 
 
 def each_sequence_once(program, whole):
@@ -227,7 +246,7 @@ def test_warned_in_training(workshop, whole, tmp_path):
     assert program.end(signal.SIGTERM) == interruption.EXIT_CODE == 75
     assert names(program.run / "transfer.partial/steps") == ["000000007"]
     assert program.lines == [
-        "scavenger: ended by SIGTERM (logits: stopped after step 7 of 22); the same command goes on"
+        "scavenger: ended by SIGTERM (logits: stopped after step 7 of 22); run the same command again to resume"
     ]
     again = Program(tmp_path, *words)
     assert again.end() == 0 and again.lines == [], again.err
@@ -242,9 +261,9 @@ def test_warned_elsewhere(workshop, tmp_path):
         *("report.context_lengths=[20]", "report.sample_tokens=4"),
     ]
     for stage in ("data", "recurrence", "report"):
-        program = Program(tmp_path, workshop / "recipe.yaml", *words, hold=f"/{stage}.partial")
+        program = Program(tmp_path, workshop / "recipe.yaml", *words, hold=f"os.mkdir /{stage}.partial")
         assert program.end(signal.SIGTERM) == 75, program.err
-        assert program.lines == ["scavenger: ended by SIGTERM; the same command goes on"]
+        assert program.lines == ["scavenger: ended by SIGTERM; run the same command again to resume"]
         assert not (program.run / stage).exists()
     program = Program(tmp_path, workshop / "recipe.yaml", *words)
     assert program.end() == 0, program.err
@@ -360,7 +379,7 @@ def test_full_disk(workshop, whole, tmp_path):
         [line] = program.lines
         assert re.fullmatch(
             r"scavenger: error: .*/transfer.partial/steps/000000012.partial: cannot be written "
-            r"\(No space left on device.*\); the checkpoint of step 8 is intact, the same command goes on",
+            r"\(No space left on device.*\); the checkpoint of step 8 is intact; run the same command again to resume",
             line,
         )
         assert "Traceback" not in program.err
@@ -385,7 +404,7 @@ def test_no_room_for_a_file(workshop, whole, tmp_path, step, size, what, why, le
     resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (size, size))
     assert program.end() == 2
     [line] = program.lines
-    intact = f"the checkpoint of step {left[-1]} is intact, the same command goes on"
+    intact = f"the checkpoint of step {left[-1]} is intact; run the same command again to resume"
     assert re.fullmatch(rf"scavenger: error: .*/{what}: cannot be written \({why}\); {intact}", line), line
     assert "Traceback" not in program.err
     beside = program.run / "transfer.partial"
@@ -430,17 +449,17 @@ def empty(steps):
 
 
 REFUSED = [
-    (truncated, [r"/steps/000000012: model.safetensors is truncated \(1,000 bytes of [\d,]+\); going on from step 8"]),
-    (altered, [r"/steps/000000012: optimizer.bin is altered \(its checksum is another\); going on from step 8"]),
-    (incomplete, [r"/steps/000000012: random_states_0.pkl is missing; going on from step 8"]),
-    (unlisted, [r"/steps/000000012: custom_checkpoint_0.pkl is not in its manifest; going on from step 8"]),
-    (unsealed, [r"/steps/000000012: manifest.json is altered; going on from step 8"]),
-    (unnamed, [r"/steps/000000012: manifest.json is missing; going on from step 8"]),
+    (truncated, [r"/steps/000000012: model.safetensors is truncated \(1,000 bytes of [\d,]+\); resuming from step 8"]),
+    (altered, [r"/steps/000000012: optimizer.bin is altered \(its checksum is wrong\); resuming from step 8"]),
+    (incomplete, [r"/steps/000000012: random_states_0.pkl is missing; resuming from step 8"]),
+    (unlisted, [r"/steps/000000012: custom_checkpoint_0.pkl is not in its manifest; resuming from step 8"]),
+    (unsealed, [r"/steps/000000012: manifest.json is altered; resuming from step 8"]),
+    (unnamed, [r"/steps/000000012: manifest.json is missing; resuming from step 8"]),
     (
         empty,
         [
-            r"/steps/000000012: model.safetensors is truncated \(.*\); the stage begins anew",
-            r"/steps/000000008: manifest.json cannot be read; the stage begins anew",
+            r"/steps/000000012: model.safetensors is truncated \(.*\); the stage starts anew",
+            r"/steps/000000008: manifest.json cannot be read; the stage starts anew",
         ],
     ),
 ]
@@ -449,7 +468,8 @@ REFUSED = [
 @pytest.mark.parametrize(("damage", "said"), REFUSED, ids=[damage.__name__ for damage, _ in REFUSED])
 def test_damaged_checkpoint(workshop, tmp_path, capfd, damage, said):
     """The newest whole one is loaded, and a line says why not a newer one."""
-    recipe, accelerator = load_recipe(str(workshop / "recipe.yaml")), Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
+    run = Run(load_recipe(str(workshop / "recipe.yaml")), tmp_path, accelerator, None)
     model = torch.nn.Linear(37, 19)
     trained = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))[1]
     steps, states = tmp_path / "steps", {}
@@ -457,19 +477,19 @@ def test_damaged_checkpoint(workshop, tmp_path, capfd, damage, said):
         model(torch.randn(3, 37)).sum().backward()
         trained.step()
         states[step] = model.weight.clone()
-        checkpoint.save_step(steps, step, [{"step": step}], accelerator, recipe)
+        checkpoint.save_step(run, steps, step, [{"step": step}])
     assert names(steps) == ["000000008", "000000012"]
     damage(steps)
     capfd.readouterr()
     right = 0 if damage is empty else 8
     model.weight.data.zero_()
-    assert checkpoint.resume_step(steps, accelerator, recipe) == (right, [{"step": right}] if right else [])
+    assert checkpoint.resume_step(run, steps) == (right, [{"step": right}] if right else [])
     assert torch.equal(model.weight, states[right] if right else torch.zeros(19, 37))
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == len(said)
     for line, right_line in zip(lines, said, strict=True):
         assert re.fullmatch("scavenger: .*" + right_line, line), line
-    checkpoint.save_step(steps, 16, [], accelerator, recipe)
+    checkpoint.save_step(run, steps, 16, [])
     assert names(steps) == (["000000008"] if right else []) + ["000000016"], "what was refused has gone"
     accelerator.free_memory()
 
@@ -508,7 +528,7 @@ def test_a_run_goes_on_from_the_one_before(workshop, whole, killed, tmp_path, da
     program = Program(tmp_path, workshop / "recipe.yaml", *TRANSFER)
     assert program.end() == 0, program.err
     if damage is exchanged:
-        why = "it is of another recipe: seed (it has 1, the recipe says 0); going on from step 8"
+        why = "it is of another recipe: seed (it has 1, the recipe says 0); resuming from step 8"
         assert program.lines == [f"scavenger: {steps}/000000012: {why}"]
     assert len(program.lines) == (2 if damage is empty else 1)
     assert [step for _, step, _ in program.batches] == list(range(0 if damage is empty else 8, 22))
@@ -553,14 +573,18 @@ def trained(workshop, steps_dir, faults, steps):
         ids = torch.randint(9, (2, 5), generator=torch.Generator().manual_seed(step))
         return Batch(np.array([2 * step, 2 * step + 1]), ids, torch.ones_like(ids, dtype=torch.bool))
 
-    def loss(module, part, aim, whole):
+    def loss(module, part, target, whole):
         value = module(part.ids)
         fault = faults.get(int(whole.rows[0]) // 2)
         return (value if fault is None else fault(value, module)), {}
 
     recipe = load_recipe(str(workshop / "recipe.yaml"), ["training.checkpoint_every=6"])
     stage = Stage(steps=steps, batch_size=2, learning_rate=1e-2)
-    return training.train("line", Line(), loss, batch, stage, steps_dir, Accelerator(cpu=True), recipe), batch, stage
+    run = Run(recipe, steps_dir.parent, Accelerator(cpu=True), None)
+    optimisation = training.Optimisation(
+        name="line", module=Line(), settings=stage, steps_dir=steps_dir, batch=batch, loss=loss
+    )
+    return training.train(run, optimisation), batch, stage
 
 
 def test_a_step_without_a_number_is_skipped(workshop, tmp_path):

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ARC, scavenger
+from conftest import ARC, command_line, done, scavenger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
 from scavenger import data, measure, teacher, training
+from scavenger.__main__ import main
 from scavenger.recipe import RecipeError, load_recipe
 from scavenger.report import report
+from scavenger.run import launch
 from scavenger.run.checkpoint import read_json
 
 
@@ -119,25 +121,25 @@ def test_report(finished):
 
 @pytest.fixture
 def before_report(finished, tmp_path):
-    """A run that lacks nothing but its report."""
+    """A run that lacks nothing but its report, of two models."""
     run = tmp_path / "run"
-    for name in ("data", "transfer", "baseline", "recurrence"):
+    for name in ("data", "transfer"):
         shutil.copytree(finished / name, run / name)
     return run
 
 
 def test_a_report_with_tasks(before_report, workshop, tmp_path):
-    """Documents that are not there end in a line before anything is measured; once they are, the command goes on."""
+    """Missing documents end in one line before anything is measured; once they are there, the command resumes."""
     asked = ["report.tasks=[arc_easy]", f"report.task_files=[{ROOT / 'eval/tasks'}]", "report.task_limit=3"]
-    asked += [f"run_dir={before_report}", f"report.tasks_path={tmp_path}"]
-    with pytest.raises(RecipeError, match="report: .*arc_easy.*; what is measured is kept, the same command goes on"):
+    asked += [f"run_dir={before_report}", f"report.tasks_path={tmp_path}", "baseline=null", "recurrence=null"]
+    with pytest.raises(RecipeError, match="report: .*arc_easy.*; what is measured is kept: run the same command again"):
         scavenger(workshop / "recipe.yaml", *asked)
     assert not (before_report / "report").exists()
     assert not list((before_report / "report.partial/results").iterdir())
     (tmp_path / "arc_easy.jsonl").write_text(ARC)
     scavenger(workshop / "recipe.yaml", *asked)
     rows = {row["metric"]: row for row in read_json(before_report / "report/report.json")["comparison"]["rows"]}
-    assert [row["items"] for row in rows["arc_easy acc"]["models"].values()] == [3, 3, 3, 3]
+    assert [row["items"] for row in rows["arc_easy acc"]["models"].values()] == [3, 3]
     assert "Zero-shot tasks." in (before_report / "report/index.html").read_text()
 
 
@@ -158,42 +160,36 @@ def test_held_out_figures_are_the_models_own(finished, workshop):
     assert found.agreement == 1 and abs(found.divergence) < 1e-6 and found.tokens == ids[:, 1:].numel()
 
 
-def test_a_finished_run_is_not_run_again(finished, workshop, capsys):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
-    scavenger_output(workshop / "recipe.yaml", capsys)
-    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
-
-
-def scavenger_output(recipe, capsys):
-    scavenger(recipe)
+def test_a_finished_run_is_not_run_again(own_run, workshop, capsys):
+    before = {path: path.stat().st_mtime_ns for path in own_run.rglob("*.safetensors")}
+    scavenger(workshop / "recipe.yaml", f"run_dir={own_run}")
     out = capsys.readouterr().out
     assert "(complete)" in out and "× teacher" in out and "report/index.html" in out
+    assert before == {path: path.stat().st_mtime_ns for path in own_run.rglob("*.safetensors")}
 
 
-def test_another_recipe_is_refused(finished, workshop):
+def test_another_recipe_is_refused(own_run, workshop):
     with pytest.raises(RecipeError, match=r"transfer.logits.steps \(the run has 10, the recipe says 11\)"):
-        scavenger(workshop / "recipe.yaml", "transfer.logits.steps=11")
+        scavenger(workshop / "recipe.yaml", f"run_dir={own_run}", "transfer.logits.steps=11")
 
 
-def test_a_run_of_before_a_key_came_goes_on(finished, workshop, tmp_path):
-    """What a recipe says since, by default, is what was done then."""
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    saved = (run / "recipe.yaml").read_text().replace(str(finished), str(run))
+def test_a_run_older_than_a_key_resumes(own_run, workshop):
+    """A key that was added since has its default there."""
+    saved = (own_run / "recipe.yaml").read_text()
     older = re.sub(r"  (hyena_order|rotary): .*\n", "", saved)
     assert len(older) < len(saved)
-    (run / "recipe.yaml").write_text(older)
-    scavenger(workshop / "recipe.yaml", f"run_dir={run}")
+    (own_run / "recipe.yaml").write_text(older)
+    scavenger(workshop / "recipe.yaml", f"run_dir={own_run}")
     with pytest.raises(RecipeError, match="student.rotary"):
-        scavenger(workshop / "recipe.yaml", f"run_dir={run}", "student.rotary=false")
+        scavenger(workshop / "recipe.yaml", f"run_dir={own_run}", "student.rotary=false")
 
 
-def test_a_run_in_use_is_refused(finished, workshop):
-    with open(finished / "lock", "w") as file:
+def test_a_run_in_use_is_refused(own_run, workshop):
+    with open(own_run / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(RecipeError, match="in use by another process"):
-            scavenger(workshop / "recipe.yaml")
-    scavenger(workshop / "recipe.yaml")
+            scavenger(workshop / "recipe.yaml", f"run_dir={own_run}")
+    scavenger(workshop / "recipe.yaml", f"run_dir={own_run}")
 
 
 def test_progressive_schedule(workshop, tmp_path):
@@ -219,7 +215,8 @@ def test_hyena_with_cross_entropy(workshop, tmp_path):
         f"run_dir={tmp_path}/run",
         "student.mixer=hyena",
         "transfer.logits.cross_entropy=0.25",
-        "report.context_lengths=[20]",
+        "baseline=null",
+        "report=null",
     )
     entry = read_json(tmp_path / "run/transfer/history.json")[-1]
     assert entry["loss"] == pytest.approx(0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"], rel=1e-4)
@@ -252,37 +249,56 @@ def test_full_recurrence_with_a_layer_of_whole_attention(workshop, tmp_path):
     assert "more with every token" in (run / "report/index.html").read_text()
 
 
-@pytest.mark.parametrize("how", ["accelerate", "configured", "module", "scavenger", "python", "program"])
-def test_launch_lines(workshop, how):
-    recipe = workshop / "recipe.yaml"
-    recipe.chmod(0o755)
-    words = {
-        "accelerate": [BIN / "accelerate", "launch", recipe],
-        "configured": [BIN / "accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", recipe],
-        "module": [BIN / "accelerate", "launch", "-m", "scavenger", recipe],
-        "scavenger": [BIN / "scavenger", recipe],
-        "python": [sys.executable, recipe],
-        "program": [recipe],
-    }[how]
-    done = command(*words, "transfer.logits.steps=123", "--plan", f"run_dir={workshop}/never")
+PLAN = ("transfer.logits.steps=123", "--plan")
+
+
+def is_planned(done, run):
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("logits") and " 123 " in line]
-    assert not (workshop / "never").exists(), "a plan writes nothing"
+    assert not run.exists(), "a plan writes nothing"
+
+
+def test_launched_by_a_module(workshop, tmp_path):
+    """`accelerate launch -m scavenger`, as really typed; the quickstart of test_readme is launched by the hook."""
+    words = [BIN / "accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "-m", "scavenger"]
+    is_planned(command(*words, workshop / "recipe.yaml", *PLAN, f"run_dir={tmp_path}/run"), tmp_path / "run")
+
+
+def test_a_recipe_is_a_program(workshop, tmp_path):
+    """`./recipe.yaml`: the first line finds `scavenger`, the entry point."""
+    is_planned(command(workshop / "recipe.yaml", *PLAN, f"run_dir={tmp_path}/run"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("first", [[], ["scavenger"]])
+def test_the_words_of_a_launch(workshop, tmp_path, monkeypatch, first):
+    """`python recipe.yaml` and `accelerate launch recipe.yaml` (the recipe is argv[0]), and `scavenger recipe.yaml`."""
+    words = [str(workshop / "recipe.yaml"), *PLAN, f"run_dir={tmp_path}/run"]
+    monkeypatch.setattr(sys, "argv", [*first, *words])
+    is_planned(done(main, None), tmp_path / "run")
+
+
+def test_python_finds_main_in_a_recipe(workshop, tmp_path, monkeypatch):
+    """What the hook gives to `python recipe.yaml`: a module `__main__` that calls ours."""
+    recipe = str(workshop / "recipe.yaml")
+    spec = launch._finder(recipe).find_spec("__main__")
+    called = []
+    monkeypatch.setattr("scavenger.__main__.main", lambda: called.append(True) or 7)
+    with pytest.raises(SystemExit, match="7"):
+        exec(spec.loader.get_code("__main__"), {"__name__": "__main__"})
+    assert called == [True] and spec.origin == recipe
+    assert launch._finder(recipe).find_spec("other") is None
+    (tmp_path / "other.yaml").write_text("a: 1\n")
+    with pytest.raises(ImportError):
+        launch._finder(str(tmp_path / "other.yaml"))
 
 
 def test_two_processes_are_one(finished, workshop, tmp_path):
-    done = command(
-        BIN / "accelerate",
-        "launch",
-        "--config_file",
-        "accelerate_configs/cpu_two_processes.yaml",
-        workshop / "recipe.yaml",
-        f"run_dir={tmp_path}/run",
-    )
-    assert done.returncode == 0, done.stderr
+    words = [BIN / "accelerate", "launch", "--config_file", "accelerate_configs/cpu_two_processes.yaml"]
+    made = command(*words, workshop / "recipe.yaml", f"run_dir={tmp_path}/run")
+    assert made.returncode == 0, made.stderr
     for stage in ("transfer/activations", "transfer", "baseline"):
         np.testing.assert_allclose(curve(tmp_path / "run", stage), curve(finished, stage), rtol=2e-3)
-    assert done.stdout.count("× teacher") == 1
+    assert made.stdout.count("× teacher") == 1
     assert read_json(tmp_path / "run/recurrence/certificate.json")["filters"] == 15
     assert (tmp_path / "run/report/index.html").is_file()
 
@@ -309,30 +325,28 @@ def test_processes_that_do_not_see_each_other_are_refused(workshop, monkeypatch)
 
 
 def test_mistakes_end_in_one_line(workshop, tmp_path):
-    done = command(BIN / "scavenger", workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "transfer.logits.stesp=3")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("scavenger: error: ") and done.stderr.count("\n") == 1 and "`steps`" in done.stderr
+    made = command_line(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "transfer.logits.stesp=3")
+    assert made.returncode == 2 and made.stdout == ""
+    assert made.stderr.startswith("scavenger: error: ") and made.stderr.count("\n") == 1 and "`steps`" in made.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_damaged_teacher_is_one_line(workshop, tmp_path):
     shutil.copytree(workshop / "teacher", tmp_path / "teacher")
     (tmp_path / "teacher/model.safetensors").write_bytes(b"not a safetensors file")
-    done = command(
-        BIN / "scavenger", workshop / "recipe.yaml", f"run_dir={tmp_path}/run", f"teacher.path={tmp_path}/teacher"
-    )
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert (
-        last.startswith("scavenger: error: teacher: ") and "cannot be loaded" in last and "Traceback" not in done.stderr
-    )
+    words = (workshop / "recipe.yaml", f"run_dir={tmp_path}/run", f"teacher.path={tmp_path}/teacher")
+    made = command_line(*words)
+    assert made.returncode == 2, made.stderr
+    last = made.stderr.strip().splitlines()[-1]
+    assert last.startswith("scavenger: error: teacher: ") and "cannot be loaded" in last
+    assert "Traceback" not in made.stderr
 
 
 def test_other_yaml_is_left_alone(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text("print: 1\n")
-    done = command(sys.executable, path)
-    assert done.returncode == 0 and done.stdout == "", "python reads it as Python: an annotation"
+    made = command(sys.executable, path)
+    assert made.returncode == 0 and made.stdout == "", "python reads it as Python: an annotation"
     path.write_text("a: [1\n")
     assert "SyntaxError" in command(sys.executable, path).stderr
 
@@ -366,7 +380,9 @@ def test_a_teacher_is_trained(tmp_path):
     assert facts["tokens"] == 12 * 2 * 32 and facts["corpus"]["python"] and facts["test_loss"] < 6
     assert "content_sha256" in (folder / "README.md").read_text()
     model = teacher.load(
-        load_recipe(str(ROOT / "recipes/quickstart.yaml"), [f"teacher.path={folder}", "student.attention_layers=[]"]),
+        load_recipe(
+            str(ROOT / "recipes/quickstart.yaml"), [f"teacher.path={folder}", "student.attention_layers=[]"]
+        ).teacher,
         tmp_path,
     )
     assert not any(p.requires_grad for p in model.parameters())
