@@ -84,8 +84,8 @@ def results(figures: dict) -> str:
             report.verdict(figures),
             "",
             f"Comparison with the teacher, with intervals ({100 * found['level']:.0f} %) over the {documents} "
-            f"documents of the test split ({figures['test_tokens']:,} tokens), the sequences of recall, the prompts and "
-            "the rounds of timing:",
+            f"documents of the test split ({figures['test_tokens']:,} tokens), the sequences of recall, the prompts "
+            "and the rounds of timing:",
             "",
             *markdown(["", *header[1:]], rows),
             "",
