@@ -45,7 +45,7 @@ def main() -> int:
     made.add_argument("--task-limit", type=int, metavar="N", help="questions of each task (all)")
     made.add_argument("--cases", nargs="+", metavar="BATCHxPROMPT+NEW", help="cases whose speed is measured")
     made.add_argument("--contexts", type=int, nargs="+", help="lengths after which one sequence's speed is measured")
-    made.add_argument("--rounds", type=int, default=timing.Settings.rounds, help="interleaved rounds of all timings")
+    made.add_argument("--rounds", type=int, default=timing.Settings.rounds, help="of all timings, in turn")
     args = made.parse_args()
     try:
         found = measure(args)

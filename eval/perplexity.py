@@ -50,7 +50,7 @@ def main() -> int:
     command.add_text(made)
     made.add_argument("--context-length", type=int, help="tokens of a window (the shortest training context)")
     made.add_argument("--stride", type=int, help="tokens from one window to the next (half a window)")
-    made.add_argument("--longest", type=int, help="tokens of the contexts for the loss by position (4 windows)")
+    made.add_argument("--longest", type=int, help="tokens of the contexts that positions are measured in (4 windows)")
     return command.run("perplexity", made, measure)
 
 
