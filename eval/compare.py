@@ -1,13 +1,13 @@
-"""Two or more models on everything: perplexity, recall, generation, tasks and speed; one table, one page, one JSON.
+"""Compare two or more models on perplexity, recall, generation, tasks and speed; one table, one page, one JSON file.
 
     python eval/compare.py teacher=scavenger/assets/teacher-stdlib recurrent=runs/quickstart/recurrence --to comparison
     python eval/compare.py EleutherAI/pythia-70m runs/neox70m/recurrence --dataset NAME --measure perplexity tasks
 
-The first model is the reference: differences to it are paired by document, question or sequence, with bootstrap
-intervals. What is measured is kept in DIR/results, or where --results says, one file for each measurement of each
+The first model is the reference: differences from it are paired by document, question or sequence, with bootstrap
+intervals. Results are kept in DIR/results, or in the folder --results, one file for each measurement of each
 model: a command that was stopped goes on, and another model is added without measuring the others again (but for
-speeds, which are taken side by side). DIR/index.html is the page, DIR/compare.json has every figure of it; the last
-line is the verdict as JSON.
+speeds, which are timed together). DIR/index.html is the page, DIR/compare.json has all its figures; the last line is
+the verdict as JSON.
 """
 
 import json
@@ -32,19 +32,19 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=MEASUREMENTS,
         default=["perplexity", "recall", "generation", "speed"],
-        help="what is measured (all but tasks, which need the extra `eval` and the Hub or --local)",
+        help="measurements (all but tasks, which need the extra `eval` and the Hub or --local)",
     )
     made.add_argument("--context-length", type=int, help="tokens (the shortest training context)")
-    made.add_argument("--stride", type=int, help="of perplexity, tokens (half a context)")
+    made.add_argument("--stride", type=int, help="tokens between windows of perplexity (half a context)")
     made.add_argument("--examples", type=int, default=retrieval.EXAMPLES, help="sequences of each kind of recall")
     made.add_argument(
-        "--prompts", type=int, default=continuation.Settings.prompts, help="that every model goes on from"
+        "--prompts", type=int, default=continuation.Settings.prompts, help="prompts that every model continues"
     )
-    made.add_argument("--tasks", help="names with commas between them (the paper's and Pythia's)")
+    made.add_argument("--tasks", help="comma-separated names (the paper's and Pythia's)")
     made.add_argument("--local", metavar="DIR", help="a folder with the tasks' documents, instead of the Hub")
     made.add_argument("--task-limit", type=int, metavar="N", help="questions of each task (all)")
-    made.add_argument("--cases", nargs="+", metavar="BATCHxPROMPT+NEW", help="whose speed is measured")
-    made.add_argument("--contexts", type=int, nargs="+", help="after which the speed of one sequence is measured")
+    made.add_argument("--cases", nargs="+", metavar="BATCHxPROMPT+NEW", help="cases whose speed is measured")
+    made.add_argument("--contexts", type=int, nargs="+", help="lengths after which one sequence's speed is measured")
     made.add_argument("--rounds", type=int, default=timing.Settings.rounds, help="of all timings, in turn")
     args = made.parse_args(argv)
     try:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args) -> dict:
-    """Every measurement that was asked for, of every model."""
+    """All requested measurements of all models."""
     command.positive(args, "context_length", "stride", "examples", "prompts", "task_limit", "rounds")
     models, text = command.models_of(args), command.text_of(args)
     length, asked = args.context_length, set(args.measure)

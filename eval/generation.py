@@ -1,16 +1,16 @@
-"""How models write beside a reference, the first one named: where they leave it, how far, and whether they loop.
+"""Compare generated text with that of a reference, the first model: where it diverges, how far, and whether it loops.
 
     python eval/generation.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text README.md
 
-greedy agreement  share of a continuation before its first token that is not the reference's, both greedy
-KL, top-1         of the reference and the model, both reading the reference's greedy continuation; by position too
-repeated 4-grams  share of a continuation's 4-grams that repeat another of it (seq-rep-4, arXiv:1908.04319)
-ending in a loop  the last 16 tokens or more are one piece, three times or more
+greedy agreement  share of a continuation before the first token that differs from the reference's, both greedy
+KL, top-1         between the reference and the model on the reference's greedy continuation; also by position
+repeated 4-grams  share of a continuation's 4-grams that are repeats (seq-rep-4, arXiv:1908.04319)
+ending in a loop  the last 16 tokens or more are one sequence, repeated three times or more
 loss              of sampled text under the reference: low where a model repeats itself, high where it makes no sense
 
-Every model goes on from the same pieces of held-out text, past end-of-text tokens too. In the column of the held-out
-text stands what really follows in the place of a sample. Intervals are over prompts. The text is the test split of the
-standard library if none is given; samples are printed first, and the last line is JSON.
+All models continue the same prompts from held-out text, and do not stop at end-of-text tokens. The column of the
+held-out text has its true continuation in place of a sample. Intervals are over prompts. The text is the test split of
+the standard library if none is given; samples are printed first, and the last line is JSON.
 """
 
 import sys

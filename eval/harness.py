@@ -1,4 +1,4 @@
-"""Tasks of the Language Model Evaluation Harness on any checkpoint folders or Hub names, side by side.
+"""Compare checkpoint folders or Hub models on tasks of the Language Model Evaluation Harness.
 
     python eval/harness.py EleutherAI/pythia-70m runs/neox70m/recurrence --results runs/neox70m/scores
     python eval/harness.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --local data --limit 200
@@ -6,10 +6,10 @@
         --tasks text_perplexity,text_last_word --text README.md
 
 Needs the extra `eval`. Without --tasks, zero-shot: LAMBADA, ARC easy and challenge, PIQA, SciQ, WinoGrande, LogiQA, WSC
-and HellaSwag. Their documents come from the Hub or, prompts and metrics being the same, from below the folder --local,
-as lambada_test.jsonl, arc_easy_test.jsonl and so on (`eval/tasks/local/*.yaml` have the names); what is not there is
-left out. A recurrent student is evaluated in its recurrent form, and all models with the same context. Beside a model
-of Pythia stand its published scores. With --results, what was measured is kept by task and not measured again.
+and HellaSwag. Their documents come from the Hub or, with the same prompts and metrics, from files in the folder
+--local: lambada_test.jsonl, arc_easy_test.jsonl and so on (`eval/tasks/local/*.yaml` lists the names); tasks without a
+file are left out. A recurrent student is evaluated in its recurrent form, and all models with the same context length.
+Pythia models are shown with their published scores. With --results, scores are saved by task and not measured again.
 Intervals are over questions; the last line is JSON.
 """
 
@@ -24,10 +24,10 @@ OWN_TASKS = str(Path(__file__).with_name("tasks"))
 
 def main(argv: list[str] | None = None) -> int:
     made = command.parser(__doc__)
-    made.add_argument("--tasks", metavar="A,B", help="names of tasks of the harness or of eval/tasks (the nine)")
-    made.add_argument("--limit", type=int, metavar="N", help="ask so many questions of each task (all of them)")
-    made.add_argument("--context-length", type=int, help="tokens read at most (the shortest training context)")
-    made.add_argument("--local", metavar="FOLDER", help="read the documents from files below it, not from the Hub")
+    made.add_argument("--tasks", metavar="A,B", help="tasks of the harness or of eval/tasks (the nine above)")
+    made.add_argument("--limit", type=int, metavar="N", help="number of questions of each task (all)")
+    made.add_argument("--context-length", type=int, help="most tokens per input (the shortest training context)")
+    made.add_argument("--local", metavar="FOLDER", help="read the documents from files in it, not from the Hub")
     made.add_argument("--text", metavar="FILE", help="a UTF-8 text file, for text_perplexity and text_last_word")
     made.add_argument("--include-path", metavar="FOLDER", help="task files of your own")
     return command.run("harness", made, measure, argv)

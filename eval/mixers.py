@@ -1,11 +1,11 @@
-"""Students side by side, from finished runs of one teacher on one data set: quality, recall, what is kept in memory.
+"""Compare students from finished runs of one teacher on one data set: quality, recall and memory.
 
     python eval/mixers.py runs/a runs/b --tolerances 0.1 0.3 --output eval/mixers.md
     python eval/mixers.py runs/a runs/b --tolerances 0.1 --state-bytes 300000 --output eval/filters.md
 
-Runs that differ in nothing but their seed are one row, mean ± standard deviation. With --tolerances or --state-bytes
-the first run of each row is turned into recurrences again, by each of them: what a smaller state costs. The tables are
-printed and written as Markdown with what they were made from; the last line is JSON.
+Runs that differ only in their seed form one row, mean ± standard deviation. With --tolerances or --state-bytes the
+filters of each row's first run are reduced again to each of these values, which shows the cost of a smaller state. The
+tables are printed and written as Markdown with the settings of the runs; the last line is JSON.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from scavenger.report import retrieval
 from scavenger.run import checkpoint
 
 
-PROMPT_TOKENS = 300  # after which the state is measured; a window that is longer is filled
+PROMPT_TOKENS = 300  # prompt after which the state is measured; a longer attention window is filled
 HEADER = [
     "row",
     "mixer",
@@ -52,13 +52,13 @@ HEADER = [
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    parser.add_argument("--tolerances", type=float, nargs="*", default=[], help="of the filters' reduction")
-    parser.add_argument("--state-bytes", type=int, nargs="*", default=[], help="budgets of the reduction")
+    parser.add_argument("--tolerances", type=float, nargs="*", default=[], help="tolerances for reducing the filters")
+    parser.add_argument("--state-bytes", type=int, nargs="*", default=[], help="budgets for reducing the filters")
     parser.add_argument("--output", type=Path, default=Path("eval/mixers.md"), help="default: eval/mixers.md")
     args = parser.parse_args(argv)
     try:
         if not args.output.parent.is_dir():
-            raise RecipeError(f"--output: {args.output.parent} is no folder; expected one to write into")
+            raise RecipeError(f"--output: {args.output.parent} is not a folder; expected one to write into")
         if args.output.is_dir():
             raise RecipeError(f"--output: {args.output} is a folder; expected the name of a file")
         if any(not 0 < tolerance < 1 for tolerance in args.tolerances):
@@ -79,14 +79,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(folders: list[Path], aims: list[dict]) -> dict:
-    """Every figure of the comparison; RecipeError, one line, for runs that cannot be compared."""
+    """All figures of the comparison; raises RecipeError, one line, for runs that cannot be compared."""
     runs = [(folder, finished(folder)) for folder in folders]
     rows = grouped(runs)
     recipe = runs[0][1]
     distances = retrieval.fitting(retrieval.DISTANCES, recipe.data.context_length)
     transformers_logging.disable_progress_bar()
     bar = tqdm(total=len(runs), desc="mixers", unit="run", leave=False)
-    teachers = {}  # by held-out text: a data set's documents are taken in an order that the seed decides
+    teachers = {}  # by held-out text, since the seed decides the order of a data set's documents
     students = []
     for row in rows:
         measured = []
@@ -134,17 +134,17 @@ def finished(folder: Path) -> Recipe:
     """The recipe of a finished run."""
     for name in ("recipe.yaml", "environment.json", "data", "transfer", "recurrence"):
         if not (folder / name).exists():
-            raise RecipeError(f"{folder}: found no {name}; expected the folder of a run that is finished")
+            raise RecipeError(f"{folder}: found no {name}; expected the folder of a finished run")
     return load_recipe(str(folder / "recipe.yaml"))
 
 
 def grouped(runs: list[tuple[Path, Recipe]]) -> list[list[tuple[Path, Recipe]]]:
-    """The runs by configuration, those that differ in nothing but seed and folder together, in the order given."""
+    """Runs grouped by configuration: those that differ only in seed and folder are together, in the order given."""
     first_folder, first = runs[0]
     rows = []
     for folder, recipe in runs:
         for name, same in {
-            # A teacher that a run trained is another one with another seed.
+            # A teacher trained by the run depends on the seed.
             "teacher": recipe.teacher == first.teacher and (recipe.teacher.train is None or recipe.seed == first.seed),
             "data": recipe.data == first.data,
         }.items():
@@ -198,7 +198,7 @@ def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distance
 
 
 def reduced_again(folder: Path, recipe: Recipe, aim: dict) -> dict:
-    """State and quality of the run's student, its filters reduced with another aim; against the exact student."""
+    """State and quality of the run's student with its filters reduced to `aim`, relative to exact filters."""
     student = HyenaNeoXForCausalLM.from_pretrained(folder / "transfer", dtype=torch.float32).to(device()).eval()
     horizon = recipe.recurrence.horizon or recipe.data.context_length
     settings = replace(recipe.recurrence, **{"state_bytes": None} | aim)
@@ -222,7 +222,7 @@ def reduced_again(folder: Path, recipe: Recipe, aim: dict) -> dict:
 
 
 def recalled(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
-    """Two numbers of recall on the run's test split: the share of right values, and the mean gain on passages."""
+    """Recall on the run's test split: the share of correct values, and the mean gain on repeated passages."""
     test = data.blocks(folder / "data", "test")
     special = teacher.tokenizer(recipe, folder).all_special_ids
     asked = (distances, retrieval.EXAMPLES, 0)
@@ -235,7 +235,7 @@ def recalled(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
 
 
 def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
-    """Bytes that the student keeps for a sequence, counted in its cache; None where they grow with what it reads."""
+    """Bytes of the student's cache for one sequence; None if they grow with its length."""
     config = model.config
     if config.attention_layers and not config.attention_window:
         return None
@@ -247,7 +247,7 @@ def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
 
 
 def mixer(folder: Path, recipe: Recipe) -> str:
-    """What stands in the place of attention, in words; of its filters what is not as in any recipe."""
+    """The mixer in words, with the filter settings that differ from the defaults."""
     config = HyenaNeoXForCausalLM.config_class.from_pretrained(folder / "recurrence")
     if config.num_filters == config.hidden_size:
         words = "hyena" if config.hyena_order == 1 else f"hyena of order {config.hyena_order}"
@@ -263,12 +263,12 @@ def mixer(folder: Path, recipe: Recipe) -> str:
 
 
 def tokens_seen(recipe: Recipe) -> int:
-    """Tokens that the student was to be shown in both steps of transfer."""
+    """Training tokens of the student in both steps of transfer, according to the recipe."""
     return sum(phase.steps * phase.batch_size for phase in recipe.transfer.phases) * recipe.data.context_length
 
 
 def page(found: dict) -> str:
-    """The table as Markdown, with how it was made."""
+    """The tables as a Markdown page, with the command and settings."""
     asked, students = found["recall"], found["students"]
     distances = ", ".join(map(str, asked["distances"]))
     sections = [
@@ -289,18 +289,18 @@ def page(found: dict) -> str:
 
 {table(found)}
 
-- ±: standard deviation over seeds. The seed also decides which held-out text is read, so compare × teacher: both are
-  measured on the same text, at most {found["tokens"]:,} tokens of each split.
+- ±: standard deviation over seeds. The seed also decides which held-out text is read, so compare the ratios
+  (× teacher): both models are measured on the same text, at most {found["tokens"]:,} tokens of each split.
 - agreement: positions of the test split where the distilled student's most likely token is the teacher's.
 - pairs, passages: recall of the recurrent student on the test split, as [recall.py](recall.py) measures it;
   {asked["examples"]} sequences of pairs, and as many passages at each distance, the same for all students of a seed.
-- pairs: once a key has been read with its value and comes again, how often that value is the most likely of the
+- pairs: when a key that was read with its value is repeated, how often that value is the most likely of the
   {asked["pairs"]} shown; by chance {100 / asked["pairs"]:.1f} % over all distances.
-- passages: how much less the loss is when a passage is read again after {distances} tokens,
-  mean over these distances, nats per token; also positive for a memory of which tokens occurred, in no order.
-- state: what the recurrent student keeps for one sequence in float32, counted in its cache after a prompt of
+- passages: how much lower the loss is when a passage is repeated after {distances} tokens,
+  mean over these distances, nats per token; also positive for a model that remembers tokens but not their order.
+- state: the recurrent student's cache for one sequence in float32 after a prompt of
   {PROMPT_TOKENS:,} tokens, or of its window where that is longer.
-- break-even: the length at which the teacher's keys and values hold as many bytes.
+- break-even: the length at which the teacher's KV cache has as many bytes.
 
 {reduction_section(found)}## The rows
 
@@ -354,14 +354,14 @@ def table(found: dict) -> str:
 
 
 def reduction_section(found: dict) -> str:
-    """What a smaller state costs, where that was asked for."""
+    """The section on the cost of a smaller state, if it was measured."""
     if not any(row["reduced"] for row in found["students"]):
         return ""
     return f"""## State against quality
 
 Each row's first student with its filters reduced to a tolerance (relative l2 error of the taps) or to bytes of state
-(spread over the filters by what they do to the logits), against the same
-student with exact filters, on the validation split.
+(allocated to the filters by their effect on the logits), compared with the same
+student with exact filters on the validation split.
 
 {reduction_table(found)}
 
@@ -400,7 +400,7 @@ def reduction_table(found: dict) -> str:
 
 
 def _aligned(lines):
-    """Markdown, the second column to the left and all others to the right."""
+    """A Markdown table, the second column left-aligned and all others right-aligned."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width if column == 1 else "-" * (width - 1) + ":" for column, width in enumerate(widths)])
     return "\n".join(
@@ -419,7 +419,7 @@ def _option(name, values):
 
 
 def shown(folder):
-    """The folder as others may see it: of an absolute path no more than its last component."""
+    """The folder as it is published: only the last component of an absolute path."""
     return folder.name if folder.is_absolute() else str(folder)
 
 
@@ -428,7 +428,7 @@ def device():
 
 
 def _held_out_text(folder):
-    """What tells the held-out text of a run from another's."""
+    """Checksums that identify a run's held-out text."""
     sums = checkpoint.read_json(folder / "data" / "source.json")["sha256"]
     return sums["test"], sums["validation"]
 
@@ -438,7 +438,7 @@ def _same_configuration(one, other):
 
 
 def _bytes_per_token(config):
-    """A key and a value of every layer in float32."""
+    """Bytes of one token's keys and values in all layers, float32."""
     return 2 * config.num_hidden_layers * config.hidden_size * 4
 
 
@@ -474,7 +474,7 @@ def _count(values):
 
 
 def _spread(values, form):
-    """The mean, and the standard deviation where there is one."""
+    """The mean, and the standard deviation if there are several values."""
     mean = format(statistics.fmean(values), form)
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 

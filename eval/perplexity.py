@@ -1,11 +1,11 @@
-"""Sliding-window perplexity of any checkpoint folders or Hub names on a text, per token and per byte, with intervals.
+"""Sliding-window perplexity of checkpoint folders or Hub models on a text, per token and per byte, with intervals.
 
     python eval/perplexity.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text some.txt
     python eval/perplexity.py teacher=EleutherAI/pythia-70m runs/neox70m/recurrence --dataset NAME --stride 512
 
-Each document is read on its own, in windows of --context-length tokens; by position, contexts of --longest tokens are
-read, past the training length too. The text is the test split of the standard library if none is given. Intervals are
-over documents. The last line is JSON. As a metric of `evaluate`, from any folder and with no network:
+Each document is read separately, in windows of --context-length tokens. The loss by position is measured in contexts of
+--longest tokens, also past the training length. The text is the test split of the standard library if none is given.
+Intervals are over documents. The last line is JSON. As a metric of `evaluate`, from any folder and without network:
 
     evaluate.load("eval/perplexity.py").compute(predictions=["def f(x):", …], model_id="runs/quickstart/recurrence")
 """
@@ -21,11 +21,11 @@ from scavenger.report.text import Text
 
 
 class SlidingPerplexity(evaluate.Metric):
-    """Perplexity of a causal language model on texts; models of different tokenizers compare in bits per byte."""
+    """Perplexity of a causal language model on texts; compare models of different tokenizers in bits per byte."""
 
     def _info(self):
         return evaluate.MetricInfo(
-            description="exp of the mean cross-entropy per token in a sliding window, each text on its own.",
+            description="exp of the mean cross-entropy per token in a sliding window, each text separately.",
             citation="",
             inputs_description="predictions: texts; model_id: folder or Hub name; context_length, stride: tokens",
             features=datasets.Features({"predictions": datasets.Value("string")}),

@@ -1,8 +1,8 @@
-"""The README's results, made from the figures of the quickstart.
+"""Generate the README's results from the figures of the quickstart.
 
-python eval/readme.py --run runs/quickstart     takes the figures of a finished run into eval/quickstart.json
+python eval/readme.py --run runs/quickstart     copies the figures of a finished run to eval/quickstart.json
 python eval/readme.py                           writes the README's results from that file
-python eval/readme.py --check                   says whether they are current (exit code 1: they are not)
+python eval/readme.py --check                   checks that they are current (exit code 1 if not)
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         before = README.read_text(encoding="utf-8")
         after = with_results(before, figures)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"readme: error: {error}; expected a finished run, and a README with its two marks", file=sys.stderr)
+        print(f"readme: error: {error}; expected a finished run, and a README with its two markers", file=sys.stderr)
         return 2
     if args.check and before != after:
         changes = difflib.unified_diff(before.splitlines(), after.splitlines(), "README.md", "its results", n=0)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def taken(figures: dict) -> dict:
-    """What the README shows of a report."""
+    """The figures of a report that the README shows."""
     found = figures["comparison"]
     timings = list(found["details"]["speed"].values())
     return {
@@ -62,7 +62,7 @@ def taken(figures: dict) -> dict:
 
 
 def with_results(readme: str, figures: dict) -> str:
-    """The README with its results made anew; ValueError where it has no place for them."""
+    """The README with its results replaced; raises ValueError if it has no place for them."""
     if readme.count(BEGINS) != 1 or readme.count(ENDS) != 1:
         raise ValueError(f"README.md: found no place for results; expected {BEGINS} and {ENDS}")
     start, end = readme.index(BEGINS) + len(BEGINS), readme.index(ENDS)
@@ -70,7 +70,7 @@ def with_results(readme: str, figures: dict) -> str:
 
 
 def results(figures: dict) -> str:
-    """Both tables, and what they were measured with."""
+    """Both tables, with the data and versions they were measured with."""
     header, rows, _ = comparison.headline(figures["comparison"])
     found, text = figures["comparison"], figures["data"]
     perplexity = next(row for row in found["rows"] if row["metric"] == "perplexity")
@@ -83,9 +83,9 @@ def results(figures: dict) -> str:
             "",
             report.verdict(figures),
             "",
-            f"What it kept and lost, with intervals ({100 * found['level']:.0f} %) over the {documents} documents of "
-            f"the test split ({figures['test_tokens']:,} tokens), the sequences of recall, the prompts and the rounds "
-            "of timing:",
+            f"Comparison with the teacher, with intervals ({100 * found['level']:.0f} %) over the {documents} "
+            f"documents of the test split ({figures['test_tokens']:,} tokens), the sequences of recall, the prompts "
+            "and the rounds of timing:",
             "",
             *markdown(["", *header[1:]], rows),
             "",

@@ -1,21 +1,20 @@
-"""How well causal language models look up again what they have read, by distance, side by side.
+"""Recall of causal language models, by distance: how well they retrieve earlier tokens of their context.
 
     python eval/recall.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text README.md
     python eval/recall.py runs/quickstart/recurrence --distances 16 64 256 1024 --context-length 2048
 
-pairs     random pairs of tokens, then every first token again, in random order, each followed by its second: is that
-          the most likely one of all seconds? (multi-query associative recall, arXiv:2312.04927; its gain is over
-          seconds that were read as often, of other pairs)
-copying   random tokens, and the same again: is the right token the most likely one?
-passkey   other text, a marker, a random key, more text, the marker: is the key what greedy decoding goes on with? (its
-          gain is over the same key where another one was shown)
-passages  other text, a passage, more of the other text, the passage again: how much less is the second reading's loss?
+pairs     random key-value pairs of tokens, then every key again, in random order, each followed by its value: is that
+          the most likely of all values? (multi-query associative recall, arXiv:2312.04927; its gain is relative to
+          values of other pairs that were read as often)
+copying   random tokens, then the same again: is the correct token the most likely?
+passkey   other text, a marker, a random key, more text, the marker: does greedy decoding continue with the key? (its
+          gain is relative to the same key where a different one was shown)
+passages  other text, a passage, more of the other text, the passage again: how much lower is the loss of the second?
 
-The models are taken as they are and not trained for it. Pairs are binned by distance, from the previous one named
-(exclusive) to this one (inclusive); all else starts exactly that far apart. With a --context-length beyond that of
-training there is room for distances beyond it. All sequences follow from the seed, the text and the tokenizer alone;
-intervals are over sequences. The text is the test split of the standard library if none is given. The last line is
-JSON.
+The models are not trained for these tasks. Pairs are binned by distance, from the previous distance given (exclusive)
+to this one (inclusive); all else starts exactly that far apart. A --context-length beyond that of training makes room
+for longer distances. All sequences depend only on the seed, the text and the tokenizer; intervals are over sequences.
+The text is the test split of the standard library if none is given. The last line is JSON.
 """
 
 import sys
@@ -41,8 +40,8 @@ def measure(args, results) -> list[dict]:
     left_out = sorted(set(args.distances or ()) - set(settings.distances))
     if left_out:
         print(
-            f"recall: a context of {settings.context_length} tokens has no room for distances "
-            f"{', '.join(map(str, left_out))}: left out; --context-length makes room",
+            f"recall: a context of {settings.context_length} tokens is too short for distances "
+            f"{', '.join(map(str, left_out))}, which are left out; use a longer --context-length",
             file=sys.stderr,
         )
     text = command.text_of(args)

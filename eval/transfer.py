@@ -1,11 +1,10 @@
-"""Transfers side by side, from finished runs of one teacher on one data set: what each schedule reaches, per token.
+"""Compare transfers from finished runs of one teacher on one data set: the quality of each schedule by tokens seen.
 
     python eval/transfer.py runs/parallel-0 runs/parallel-1 runs/joint-0 runs/joint-1 --output eval/transfer.md
 
-Runs that differ in nothing but their seed are one row, mean ± standard deviation; a run that has a pre-trained student
-gives a row for it too. Perplexities are on the whole of both held-out splits of each run, as multiples of the
-teacher's on the same text. The tables are printed and written as Markdown with what they were made from; the last line
-is JSON.
+Runs that differ only in their seed form one row, mean ± standard deviation; pre-trained students have rows of their
+own. Perplexities are on both complete held-out splits of each run, as multiples of the teacher's on the same text. The
+tables are printed and written as Markdown with the settings of the runs; the last line is JSON.
 """
 
 import argparse
@@ -44,12 +43,12 @@ HEADER = [
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that have their transfer")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs whose transfer is complete")
     parser.add_argument("--output", type=Path, default=Path("eval/transfer.md"), help="default: eval/transfer.md")
     args = parser.parse_args(argv)
     try:
         if not args.output.parent.is_dir():
-            raise RecipeError(f"--output: {args.output.parent} is no folder; expected one to write into")
+            raise RecipeError(f"--output: {args.output.parent} is not a folder; expected one to write into")
         found = run(args.runs)
         checkpoint.write_text(args.output, page(found))
     except (OSError, ValueError, RecipeError) as error:
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(folders: list[Path]) -> dict:
-    """Every figure of the comparison; RecipeError, one line, for runs that cannot be compared."""
+    """All figures of the comparison; raises RecipeError, one line, for runs that cannot be compared."""
     runs = [(folder, transferred(folder)) for folder in folders]
     transformers_logging.disable_progress_bar()
     rows, teachers = [], {}
@@ -88,23 +87,23 @@ def run(folders: list[Path]) -> dict:
 
 
 def transferred(folder: Path) -> Recipe:
-    """The recipe of a run whose transfer is done."""
+    """The recipe of a run whose transfer is complete."""
     for name in ("recipe.yaml", "environment.json", "data", "transfer"):
         if not (folder / name).exists():
-            raise RecipeError(f"{folder}: found no {name}; expected the folder of a run that has its transfer")
+            raise RecipeError(f"{folder}: found no {name}; expected the folder of a run whose transfer is complete")
     return load_recipe(str(folder / "recipe.yaml"))
 
 
 def of_student(kind: str, frozen, recipe: Recipe, folder: Path, teachers: dict) -> dict:
     """Held-out figures of the run's distilled (`transfer`) or pre-trained (`baseline`) student.
 
-    `teachers` keeps the teacher's perplexity by text.
+    `teachers` caches the teacher's perplexity by text.
     """
     model = HyenaNeoXForCausalLM.from_pretrained(folder / kind, dtype=torch.float32).to(mixers.device()).eval()
     found = {"run": mixers.shown(folder), "seed": recipe.seed}
     for split in ("test", "validation"):
         blocks = data.blocks(folder / "data", split)
-        text = blocks.tobytes()  # runs of one seed have read the same
+        text = blocks.tobytes()  # the same for runs of one seed
         if text not in teachers:
             teachers[text] = measure.held_out(frozen, blocks).perplexity
         own = teachers[text]
@@ -136,7 +135,7 @@ def schedule(recipe: Recipe) -> str:
 
 
 def cells(found: dict) -> list[list[str]]:
-    """A row of text for each row; the teacher first."""
+    """The table's rows as text, the teacher's first."""
     texts = {one["seed"]: one for row in found["rows"] for one in row["runs"]}.values()  # the seed decides the text
     own = [_spread([one[f"{split}_teacher"] for one in texts]) for split in ("test", "validation")]
     table = [["teacher", "", "", "", "", *own, "", ""]]
@@ -160,7 +159,7 @@ def cells(found: dict) -> list[list[str]]:
 
 
 def page(found: dict) -> str:
-    """The table as Markdown, with how it was made."""
+    """The table as a Markdown page, with the command and settings."""
     rows = [HEADER, ["---"] * len(HEADER), *cells(found)]
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     settings = "\n".join(
@@ -183,9 +182,9 @@ def page(found: dict) -> str:
 
 {lines}
 
-- The teacher's row has its perplexities. It has {found["parameters"]["teacher"]:,} parameters, a student
+- The teacher's row shows perplexities. The teacher has {found["parameters"]["teacher"]:,} parameters, a student
   {found["rows"][0]["runs"][0]["parameters"]:,}.
-- ±: standard deviation over seeds, which decide the text that is read, its order and what is new in the student.
+- ±: standard deviation over seeds, which decide the text, its order and the initialisation of the student.
 - activation error: mean over layers of ‖student − teacher‖² / ‖teacher‖² on training text, at the end of step one.
 - agreement, KL: on the validation split, against the teacher.
 

@@ -392,10 +392,10 @@ def test_mixers_command_refuses_what_cannot_be_compared(compared, finished, tmp_
     for folders, message in {
         (compared / "first", finished): "found another data than in",
         (compared / "first", compared / "first"): "found the configuration and the seed (0) of",
-        (tmp_path,): "found no recipe.yaml; expected the folder of a run that is finished",
+        (tmp_path,): "found no recipe.yaml; expected the folder of a finished run",
     }.items():
         done = command("eval/mixers.py", *folders, "--output", tmp_path / "mixers.md")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert done.stderr.startswith("mixers: error:") and message in done.stderr
     done = command("eval/mixers.py", compared / "first", "--output", tmp_path / "nowhere" / "mixers.md")
-    assert done.returncode == 2 and "nowhere is no folder" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "nowhere is not a folder" in done.stderr and not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
-"""A layer that keeps the teacher's attention, in a sliding window, so that its state is as constant as the others'.
+"""A layer that keeps the teacher's attention, in a sliding window, so that its state has constant size too.
 
-Parameters are the teacher's own. Each token attends to itself and the `attention_window - 1` tokens before it; with a
-window of 0 to all before it, as in the teacher, and the state grows with every token.
+Parameters are the teacher's. Each token attends to itself and the `attention_window - 1` tokens before it; with a
+window of 0, to all tokens before it, as in the teacher, and the state grows with every token.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .modal import may_overwrite, writable
 from .rotary import turn
 
 
-BLOCK = 512  # most queries that are masked at once, so that memory is linear in the length
+BLOCK = 512  # most queries per attention mask, so that memory is linear in the length
 
 
 class WindowedAttention(nn.Module):
@@ -47,7 +47,7 @@ class WindowedAttention(nn.Module):
         return self.dense(y.transpose(1, 2).flatten(2))
 
     def _parallel(self, q, k, v, real, padded):
-        """Attention of a whole piece, block by block; the last `length` of `keys` tokens are the queries."""
+        """Attention over several tokens, block by block; the queries are the last `length` of the `keys` tokens."""
         length, keys = q.shape[2], k.shape[2]
         if not padded and (self.window == 0 or self.window >= length):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -58,7 +58,7 @@ class WindowedAttention(nn.Module):
             places = torch.arange(keys - length + start, keys - length + stop, device=q.device)
             seen = slice(max(0, keys - length + start + 1 - window), keys - length + stop)
             behind = places[:, None] - torch.arange(seen.start, seen.stop, device=q.device)
-            # A padding token sees itself, or its softmax would be over nothing.
+            # A padding token attends to itself: a softmax over nothing would be NaN.
             allowed = ((behind >= 0) & (behind < window) & real[:, None, seen]) | (behind == 0)
             outputs.append(
                 F.scaled_dot_product_attention(
@@ -69,9 +69,9 @@ class WindowedAttention(nn.Module):
 
 
 class AttentionCacheLayer:
-    """A ring of the last `window` tokens: keys, values and which of them are real. Token n lies at place n mod window.
+    """A ring buffer of the last `window` tokens: keys, values and which are real. Token n is at place n mod window.
 
-    Keys are turned before they come here, so their order in the ring does not matter to a step.
+    Keys already have their rotary embedding, so their order in the ring does not matter to a step.
     """
 
     is_compileable = False
@@ -85,7 +85,7 @@ class AttentionCacheLayer:
         self.written: Tensor | None = None  # () tokens so far; a tensor, so that a compiled step serves every position
 
     def step(self, k: Tensor, v: Tensor, real: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Put one token in the place of the oldest; the whole ring, and which of it (batch, 1, window) to look at."""
+        """Overwrite the oldest token; returns the ring's keys, values and attention mask (batch, 1, window)."""
         self._begin(k, v, real, window)
         place = (self.written % window)[None]
         write = Tensor.index_copy_ if may_overwrite() else Tensor.index_copy
@@ -97,9 +97,9 @@ class AttentionCacheLayer:
         return self.keys, self.values, (self.real | itself)[:, None]
 
     def extend(self, k: Tensor, v: Tensor, real: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The ring, oldest token first, and the new ones behind it; the last `window` of all become the ring.
+        """Append tokens, keeping the last `window`; returns the old ring, oldest token first, and the new tokens.
 
-        With a window of 0 there is no ring: all are kept, in their order.
+        With a window of 0 there is no ring: all tokens are kept, in order.
         """
         self._begin(k, v, real, window)
         if window == 0:

@@ -1,4 +1,4 @@
-"""Causal convolutions: long ones by FFT or as Toeplitz matrices, short ones with the state that decoding needs."""
+"""Causal convolutions: long ones by FFT or Toeplitz matrices, short ones with the state that decoding needs."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-BLOCK = 128  # query positions of one Toeplitz block: few enough that its scores stay near the processor
+BLOCK = 128  # query positions of one Toeplitz block: few enough that its scores stay in the CPU cache
 
 
 def causal_convolution(
@@ -16,14 +16,14 @@ def causal_convolution(
 ) -> Tensor:  # (batch, channel, length)
     """y_t = Σ_{s≤t} h_{t-s} u_s, by FFT in float32 or wider.
 
-    The transform is at least as long as input and taps together, so nothing wraps round into the past.
+    The FFT is at least as long as input and taps together, so nothing wraps around.
     """
     if u.numel() == 0:
         return u
     length = u.shape[-1]
     taps = taps[..., :length]
     size = length + taps.shape[-1]
-    if not torch.compiler.is_compiling():  # whose graph is of any length, and takes no bits of it
+    if not torch.compiler.is_compiling():  # a graph with symbolic length has no bit_length()
         size = transform_size(size)
     wide = torch.promote_types(u.dtype, torch.float32)
     product = torch.fft.rfft(u.to(wide), n=size) * torch.fft.rfft(taps.to(wide), n=size)
@@ -31,7 +31,7 @@ def causal_convolution(
 
 
 def transform_size(length: int) -> int:
-    """The next size of the form (8 … 15) 2^n, at most an eighth more: an FFT of a prime takes several times as long."""
+    """The next size of the form (8 … 15) 2^n, at most 1/8 more: an FFT of prime length takes several times as long."""
     step = 1 << max(0, length.bit_length() - 4)
     return -(-length // step) * step
 
@@ -44,7 +44,7 @@ def outer_product_convolution(
 ) -> Tensor:  # (batch, filter, length, width)
     """y_t = Σ_i q_ti (h * (k_i v))_t: the FFT form, O(width² length log length) for each filter.
 
-    One row i of the outer product is in memory at a time; the backward pass computes it again.
+    Only one row i of the outer product is in memory at a time; the backward pass recomputes it.
     """
     y = torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
     for row in range(q.shape[-1]):
@@ -60,8 +60,8 @@ def _row(q, k, v, taps):
 class ToeplitzProduct(torch.autograd.Function):
     """y = ((q kᵀ) ⊙ T) v with T_ts = h_{t-s}: the matrix form, BLOCK rows at a time.
 
-    q, k, v are (batch, filter, length, width), taps (filter, length or more). The backward pass computes each block's
-    scores again, so no length² matrix is ever kept.
+    q, k, v are (batch, filter, length, width), taps (filter, length or more). The backward pass recomputes each block's
+    scores, so no length² matrix is ever stored.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class ToeplitzProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         q, k, v, taps = ctx.saved_tensors
-        wide = torch.promote_types(q.dtype, torch.float32)  # many blocks are added up
+        wide = torch.promote_types(q.dtype, torch.float32)  # many blocks are summed
         dq, dtaps = torch.empty_like(q), torch.zeros_like(taps, dtype=wide)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for rows in _blocks(q.shape[2]):
@@ -98,7 +98,7 @@ def short_convolution(
     weight: Tensor,  # (channel, tap): weight[:, -1] multiplies the current token
     conv_state: Tensor | None = None,  # (batch, tap - 1, channel): the tokens before x; None: zeros
 ) -> tuple[Tensor, Tensor]:  # (batch, length, channel), the state after x
-    """y_t = Σ_j w_j x_{t-K+1+j} in each channel, for any length of x, one token and none included."""
+    """y_t = Σ_j w_j x_{t-K+1+j} in each channel, for any length of x, including 1 and 0."""
     kept = weight.shape[1] - 1
     if conv_state is None:
         conv_state = x.new_zeros(x.shape[0], kept, x.shape[2])
@@ -106,10 +106,10 @@ def short_convolution(
     length = x.shape[1]
     if length == 0:
         return x, extended
-    if length == 1:  # a decoding step; a convolution call costs more than it computes
+    if length == 1:  # a decoding step, where calling conv1d costs more than the arithmetic
         return (extended.transpose(1, 2) * weight).sum(-1)[:, None], extended[:, 1:].clone()
     y = F.conv1d(extended.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2)
-    return y, extended[:, length:].clone()  # a view would keep all of a prompt in memory
+    return y, extended[:, length:].clone()  # a view would keep the whole prompt in memory
 
 
 def toeplitz_block(
@@ -123,9 +123,9 @@ def toeplitz_block(
 
 
 def _along_lags(block):
-    """Σ of a (filter, row, column) block along each lag, (filter, column): the adjoint of toeplitz_block."""
+    """The sum of a (filter, row, column) block along each lag, (filter, column): the adjoint of toeplitz_block."""
     filters, count, columns = block.shape
-    # Rows padded by `count` and cut as if they were one shorter stand each one column further right: lags are columns.
+    # Padding rows by `count` and reshaping to rows one shorter shifts each row one column further: lags become columns.
     skewed = F.pad(block.flip(1), (0, count)).flatten(1)[:, : count * (columns + count - 1)]
     return skewed.unflatten(1, (count, -1)).sum(1)[:, :columns].flip(-1)
 

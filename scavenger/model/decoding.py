@@ -1,7 +1,7 @@
-"""Many sequences generated together: a fixed number of rows, each with its own position, that come and go.
+"""Continuous batching: sequences at different positions start and end in a fixed number of rows.
 
-The state of a sequence has one size from its first token to its last, so a row of the buffers is all it needs, and a
-step has the same shapes for ever: a graph, compiled or captured once, serves every token.
+The state of a sequence has constant size, so it fits into one row of the buffers, and every step has the same shapes:
+a graph, compiled or captured once, serves every token.
 """
 
 import copy
@@ -29,18 +29,18 @@ class Decoder:
     """Continuous batching for a recurrent student.
 
         decoder = Decoder(model, rows=16)
-        first, second = decoder.add([prompt, other])         # rows; decoder.logits[first] is of its next token
+        first, second = decoder.add([prompt, other])         # row numbers; decoder.logits[first] is for its next token
         logits = decoder.step(decoder.logits.argmax(-1))     # one more token for every row
         decoder.remove([first])                              # its row is free again
 
-    Rows that hold no sequence are computed too, and ignored. The weights are read when the decoder is made: on a CPU
-    linear layers keep a second copy, in the layout its matrix products want.
+    Free rows are computed too, and ignored. The weights are read when the decoder is created: on a CPU linear layers
+    keep a second copy of theirs, in the layout of oneDNN's matrix products.
     """
 
     def __init__(self, model: HyenaNeoXForCausalLM, rows: int, compiled: bool = False):
         config = model.config
         if config.filter != "modal":
-            raise ValueError(f"filter is {config.filter!r}; expected 'modal', a state of constant size")
+            raise ValueError(f"filter is {config.filter!r}; expected 'modal', with a state of constant size")
         if config.attention_layers and not config.attention_window:
             raise ValueError("attention_window is 0, so the state grows; expected a window")
         if rows < 1:
@@ -66,7 +66,7 @@ class Decoder:
 
     @torch.no_grad()
     def add(self, prompts: list[Tensor]) -> list[int]:
-        """Read prompts, each (token,), into free rows, and give their numbers; `logits` has their next tokens'."""
+        """Read prompts, each (token,), into free rows and return the row numbers; `logits` is for their next tokens."""
         if len(prompts) > len(self.free):
             raise ValueError(f"{len(prompts)} prompts for {len(self.free)} free rows of {self.rows}; expected no more")
         for index, prompt in enumerate(prompts):
@@ -85,7 +85,7 @@ class Decoder:
         places = torch.tensor(rows, device=self.device)
         self.cache.real.index_copy_(0, places, read.cache.real)
         for mine, new in zip(self.cache.layers, read.cache.layers, strict=True):
-            if isinstance(mine, AttentionCacheLayer):  # the newest token of every row lies at one place of the ring
+            if isinstance(mine, AttentionCacheLayer):  # in the ring the newest token has the same place in all rows
                 shift = int(mine.written - new.written)
                 new.keys, new.values, new.real = (
                     new.keys.roll(shift, 2),
@@ -93,7 +93,7 @@ class Decoder:
                     new.real.roll(shift, 1),
                 )
             else:
-                for state in new.modal_states:  # the ring of waiting keys stands elsewhere here
+                for state in new.modal_states:  # the ring of pending keys is at another place here
                     state.settle()
             for buffer, state in zip(mine.states, new.states, strict=True):
                 buffer.index_copy_(0, places, state)
@@ -102,18 +102,18 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:  # (row,) -> (row, vocabulary)
-        """Read one token in every row; the logits of the next."""
+        """Read one token in every row and return the logits of the next."""
         if tokens.shape != (self.rows,):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected ({self.rows},), one for each row")
         logits = self._compute(tokens.to(self.device)[:, None])
-        self.logits = logits.clone() if logits.is_cuda else logits  # a captured graph writes to the same place again
+        self.logits = logits.clone() if logits.is_cuda else logits  # a captured graph overwrites its outputs
         return self.logits
 
     def remove(self, rows: list[int]):
         """Free these rows."""
         for row in rows:
             if row in self.free or not 0 <= row < self.rows:
-                raise ValueError(f"row {row} holds no sequence; expected one that add gave")
+                raise ValueError(f"row {row} holds no sequence; expected one that add returned")
             self.free.append(row)
 
     def generate(
@@ -126,7 +126,7 @@ class Decoder:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> list[Tensor]:
-        """The new tokens of each prompt, `eos_token_id` included; the next prompt takes the row of one that ended."""
+        """The new tokens of each prompt, including `eos_token_id`; a finished sequence's row takes the next prompt."""
         if len(self.free) < self.rows:
             raise ValueError(f"{self.rows - len(self.free)} rows hold sequences; expected all to be free")
         if max_new_tokens < 1:
@@ -182,7 +182,7 @@ class Decoder:
 
 
 def packed(model: nn.Module, rows: int) -> nn.Module:
-    """The model with all parameters shared, but linear layers packed where oneDNN has products for them."""
+    """A copy of the model that shares all parameters, with linear layers packed for oneDNN where it supports them."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     model = copy.deepcopy(model, shared)
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -197,9 +197,9 @@ def packed(model: nn.Module, rows: int) -> nn.Module:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN's matrix product reads it, for inference on a CPU in float32.
+    """A linear layer with its weight in the layout of oneDNN's matrix product, for inference on a CPU in float32.
 
-    64 rows of 512 channels and an output of 50,304: 34 ms, nn.Linear 78, measured on one core of a busy machine.
+    64 rows of 512 channels and an output of 50,304: 34 ms, nn.Linear 78 ms, measured on one core of a busy machine.
     """
 
     def __init__(self, linear: nn.Linear, rows: int):
@@ -214,8 +214,8 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-# To a compiler one opaque operator: it takes packed weights only where it packed them itself. Named after the module,
-# as this file can be loaded twice, from the package and from a checkpoint.
+# An opaque operator for torch.compile, which accepts packed weights only if it packed them itself. Named after the
+# module, as this file can be loaded twice, from the package and from a checkpoint.
 @library.custom_op(re.sub(r"\W", "_", __name__) + "::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

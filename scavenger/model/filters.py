@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from .modal import Layout, Modes
 
 
-FADED = 1e-2  # share of its amplitude that a filter has left after its window
+FADED = 1e-2  # relative amplitude of a filter after its window
 FASTEST = 0.2  # the fastest filter's window as a share of the slowest's: 0.3 of 1.5 (arXiv:2302.10866, appendix)
-MAX_RADIUS = 0.9999  # of a pole that is trained; as where poles are found in a filter
+MAX_RADIUS = 0.9999  # of a trained pole; the same limit as in the reduction of filters
 FADING = 512  # tokens in which the slowest mode of an untrained modal filter falls to 1/e; our guess
 
 
@@ -27,15 +27,15 @@ class WideFilter(nn.Module):
 
 
 class ImplicitFilter(WideFilter):
-    """h_t = exp(-δ t/L) · FFN(features(t/L)) + D [t = 0], for every filter c of a layer.
+    """h_t = exp(-δ t/L) · FFN(features(t/L)) + D [t = 0], for every filter of a layer.
 
-    Features are time and sines and cosines of it; the network has sine activations of a trained frequency; the decays δ
-    are spread linearly over the filters and not trained: the slowest falls to 1 % in `window` times L, the fastest in a
-    fifth of that. L is the context length of training; positions beyond it go on along the same formula. Taps are
-    float32 or wider. Source: arXiv:2302.10866, section 3.3 and appendix.
+    Features are the time and sines and cosines of it; the network has sine activations with trained frequencies. The
+    decays δ are fixed and spread linearly over the filters: the slowest decays to 1 % in `window` · L tokens, the
+    fastest in a fifth of that. L is the context length of training; positions beyond it follow the same formula. Taps
+    are float32 or wider. Source: arXiv:2302.10866, section 3.3 and appendix.
 
     With `hyena_order` n there are n sets of `num_filters`, one after the other. All but the last start with D = 1, to
-    pass their input on, so that a full recurrence starts near the student with one long convolution.
+    pass their input through, so that a full recurrence starts close to the student with one long convolution.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class ImplicitFilter(WideFilter):
 
 
 class ModalFilter(WideFilter):
-    """h_t = Re Σ_m R_m λ_m^t + D [t = 0]; `state_sizes` gives the modes of each filter.
+    """h_t = Re Σ_m R_m λ_m^t + D [t = 0]; `state_sizes` gives the number of modes of each filter.
 
-    Poles and residues are stored as two real numbers each; half-precision poles would be off by whole per cents over a
-    thousand taps.
+    Poles and residues are stored as two real numbers each; half-precision poles would cause errors of several per cent
+    over a thousand taps.
     """
 
     def __init__(self, state_sizes: list[int]):
@@ -114,7 +114,7 @@ class ModalFilter(WideFilter):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Where training starts: modes that fade in 1 to FADING tokens, the slower the less they turn in one."""
+        """Initialise modes to decay in 1 to FADING tokens; the slower a mode, the lower its largest frequency."""
         share = torch.cat([torch.zeros(0), *((torch.arange(size) + 0.5) / size for size in self.state_sizes)])
         sizes = torch.cat([torch.zeros(0), *(torch.full((size,), float(size)) for size in self.state_sizes)])
         radius = torch.exp(-1 / FADING**share)
@@ -126,7 +126,7 @@ class ModalFilter(WideFilter):
 
     @torch.no_grad()
     def stabilise(self):
-        """Draw poles that left the disc of MAX_RADIUS back to its edge; their angles stay."""
+        """Move poles outside the disc of MAX_RADIUS back to its edge, keeping their angles."""
         self.pole.mul_((MAX_RADIUS / self.pole.norm(dim=1, keepdim=True)).clamp(max=1))
 
     @property
@@ -135,7 +135,7 @@ class ModalFilter(WideFilter):
 
     @property
     def poles(self) -> Tensor:  # (mode,) complex
-        # Not a view: parameters mapped from a file need not be aligned as complex numbers, and kernels crash then.
+        # Not a view: memory-mapped parameters may not be aligned as complex numbers, which crashes kernels.
         return torch.complex(*self.pole.unbind(1))
 
     @property
@@ -143,7 +143,7 @@ class ModalFilter(WideFilter):
         return torch.complex(*self.residue.unbind(1))
 
     def modes(self, part: int = 0, parts: int = 1) -> Modes:
-        """The modes of one of `parts` equal runs of filters, as a full recurrence has one for each long convolution."""
+        """The modes of one of `parts` equal groups of filters: a full recurrence has one for each long convolution."""
         count = self.num_filters // parts
         own = slice(part * count, (part + 1) * count)
         first = sum(self.state_sizes[: own.start])

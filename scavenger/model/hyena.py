@@ -1,13 +1,13 @@
-"""The Hyena mixer: what stands in the place of attention.
+"""The Hyena mixer, which replaces attention.
 
     y_t = Σ_{s≤t} h^m_{t-s} (q_t · k_s) v_s        q, k, v: short convolutions of the projections
 
 with one long filter h^m for each group m of `filter_head_width` channels. Width 1 is Hyena with one long convolution,
 y = q ⊙ (h * (k ⊙ v)) (arXiv:2302.10866); a wider group is MultiHyena (arXiv:2310.18780, section 4), which with the
 teacher's head width is linear attention with a learned filter of the relative position. q and k then keep the teacher's
-rotary turn: (R_t q)·(R_s k) depends on t - s alone, so the recurrence needs no other state for it.
+rotary embedding: (R_t q)·(R_s k) depends only on t - s, so the recurrence needs no extra state for it.
 
-`hyena_order` counts the long convolutions. From two on it is the full recurrence of arXiv:2302.10866, section 3,
+`hyena_order` is the number of long convolutions. From 2 on it is the full recurrence of arXiv:2302.10866, section 3,
 
     z^1 = v        z^{n+1}_t = x^n_t (h^n * z^n)_t        y = z^{N+1}
 
@@ -23,11 +23,11 @@ from .modal import CHUNK, ChannelState, HeadState, modal_scan
 from .rotary import turn
 
 
-# Where the forms take about equally long on a CPU (benchmarks/mixers.py has them side by side). The matrices read and
-# write length² / width scores for each channel, the transforms take width · log(length) for each channel and token:
-# at width 8 they were even at 256 tokens, at width 16 beyond 1,024; at 32 and 64 that is extrapolated to be so.
+# Break-even points of the forms on a CPU (benchmarks/mixers.py compares them). The matrix form reads and writes
+# length² / width scores per channel, the FFT form takes width · log(length) per channel and token: they were equal at
+# 256 tokens for width 8 and beyond 1,024 for width 16; widths 32 and 64 are extrapolated.
 FFT_PAYS = 4  # length / width²
-# The scan pays for its state, width · modes for each channel and token, where the matrices pay for the length.
+# The scan's cost grows with its state, width · modes per channel and token, that of the matrix form with the length.
 SCAN_PAYS = 8  # length / (width · modes of a filter)
 
 
@@ -52,7 +52,7 @@ class HyenaMixer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Short filters that pass their input on: the student starts from the teacher's own projections."""
+        """Initialise short filters to the identity, so that the student starts from the teacher's projections."""
         with torch.no_grad():
             self.short_filter.zero_()
             self.short_filter[:, -1] = 1
@@ -89,15 +89,15 @@ class HyenaMixer(nn.Module):
         return self.dense(y.transpose(1, 2).flatten(2).to(hidden.dtype))
 
     def _by_stream(self, projected):
-        """GPT-NeoX keeps q, k, v of a head side by side; here all q channels, then all k, then all v."""
+        """Reorder GPT-NeoX's q, k, v of each head to all q channels, then all k, then all v."""
         heads = projected.unflatten(-1, (self.num_heads, 3, -1))
         return heads.transpose(-2, -3).flatten(-3)
 
     def _split(self, x, cos, sin):
-        """q, k, v and the gates between, each (batch, filter, length, filter_head_width); rotary turns q and k."""
+        """q, k, v and the gates between, each (batch, filter, length, filter_head_width); q and k are rotated."""
         q, k, v, *between = x.split(self.dense.in_features, dim=-1)
         if self.rotary:
-            # Under autocast cos and sin are wider than what the projections gave.
+            # Under autocast cos and sin are wider than the outputs of the projections.
             q, k = (turn(z.unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(-2).to(v.dtype) for z in (q, k))
         q, k, v, *between = (z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in (q, k, v, *between))
         return q * self.scale, k, v, between
@@ -115,7 +115,7 @@ class HyenaMixer(nn.Module):
         return v
 
     def _exact(self, q, k, v, between, layer_cache):
-        """The same outputs from all inputs so far, which `layer_cache` keeps; float32 or wider."""
+        """The same outputs as _parallel, from all inputs so far in `layer_cache`; float32 or wider."""
         layer_cache.admit()
         if torch.is_grad_enabled():
             return self._parallel(q, k, v, between)
@@ -143,7 +143,7 @@ class HyenaMixer(nn.Module):
             return modal_scan(*(z.to(wide) for z in (q, k, v)), self.filter(min(q.shape[2], CHUNK)), state)
 
     def _recurrent(self, q, k, v, between, layer_cache):
-        """The same outputs from states of constant size, which go along; float32 or wider."""
+        """The same outputs as _parallel, from states of constant size in `layer_cache`; float32 or wider."""
         wide, length, first = self.filter.pole.dtype, q.shape[2], not layer_cache.modal_states
         q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
         if first:
@@ -196,7 +196,7 @@ def long_convolution(
     v: Tensor,  # (batch, filter, length, width)
     taps: Tensor,  # (filter, length or more)
 ) -> Tensor:  # (batch, filter, length, width)
-    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s in the exact form that is quickest at this shape."""
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s in the exact form that is fastest for this shape."""
     length, width = q.shape[2:]
     if width == 1:
         return q * causal_convolution((k * v)[..., 0], taps)[..., None]

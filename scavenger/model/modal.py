@@ -5,12 +5,12 @@ The one convention, used everywhere; time starts at 0, the real part is taken, t
     h_t = Re Σ_m R_m λ_m^t        x_t = λ ⊙ x_{t-1} + u_t,  x_{-1} = 0        y_t = Re Σ_m R_m x_{t,m} + D u_t
 
 Poles λ are per token, |λ| < 1. Source: arXiv:2310.18780, section 3; the matrix-valued input u = k vᵀ is that of
-MultiHyena, section 4. Filters are sorted by state size into buckets, so that those of one size are dense arrays and
-nothing is padded. States are real numbers, the real and imaginary part of each mode beside each other.
+MultiHyena, section 4. Filters are sorted by state size into buckets, so that those of one size form dense arrays
+without padding. States are real tensors, with an axis for the real and imaginary part of each mode.
 
-A state object holds the states of a batch, and what a step reads of the modes. `step` takes one token; a longer piece
-is `settle`, `read`, what the tokens before give to its outputs, and `advance`. Where no gradient is wanted a step
-writes into the states it has; otherwise it makes new ones.
+A state object holds the states of a batch and the constants of the modes that a step reads. `step` takes one token. For
+several tokens call `settle`, `read` for the contribution of the tokens before to the outputs, and `advance`. Without
+gradients a step updates its states in place; otherwise it makes new ones.
 """
 
 from collections import Counter
@@ -24,18 +24,18 @@ from torch.nn import functional as F
 from .convolution import toeplitz_block
 
 
-CHUNK = 64  # tokens of a piece that are taken at once: bounds what is in memory
-# A wide state is settled in so many parts, one with each token. More parts: less of the state is written at a step, and
-# more keys and values wait. Measured on one core of a busy machine, ms a step of one of six layers, medians of 12: a
-# step that writes all of the state, 8 parts, 16 parts. 8 filters of 64 channels and 2 modes: 15.8, 11.0, 8.9 at batch
-# 64; 0.15, 0.29, 0.29 at batch 1. 4 filters of 32 channels and 4 modes: 1.50, 1.67, 1.63 and 0.07, 0.22, 0.22.
+CHUNK = 64  # tokens processed at once, to bound memory
+# Number of slices of a head's state; each token updates one of them. More slices write less state per token but keep
+# more pending keys and values. Measured on one core of a busy machine, ms per step and layer (one of six), medians of
+# 12, with 1 / 8 / 16 slices: 8 filters of 64 channels and 2 modes: 15.8 / 11.0 / 8.9 at batch 64; 0.15 / 0.29 / 0.29 at
+# batch 1. 4 filters of 32 channels and 4 modes: 1.50 / 1.67 / 1.63 and 0.07 / 0.22 / 0.22.
 PARTS = 8
 
 
 def powers(poles: Tensor, count: int) -> Tensor:
-    """λ^t for t < count, (..., count), in float64: a float32 power of a pole near the circle drifts.
+    """λ^t for t < count, (..., count), in float64: float32 powers of a pole near the unit circle drift.
 
-    Doubled again and again, λ^{n+t} = λ^n λ^t: complex multiplications cost a fraction of complex powers.
+    Computed by repeated doubling, λ^{n+t} = λ^n λ^t: complex multiplications cost a fraction of complex powers.
     """
     step = poles.to(torch.complex128)[..., None]
     table = torch.ones_like(step)
@@ -46,31 +46,31 @@ def powers(poles: Tensor, count: int) -> Tensor:
 
 
 class Layout:
-    """Filters sorted by state size: `buckets` has how many filters there are of each size, and the size."""
+    """Filters sorted by state size; `buckets` lists (number of filters, state size)."""
 
     def __init__(self, state_sizes: list[int], device: torch.device):
         starts = [0, *accumulate(state_sizes)]
         filters = sorted(range(len(state_sizes)), key=lambda index: state_sizes[index])
         self.buckets = [(count, size) for size, count in sorted(Counter(state_sizes).items())]
-        with torch.inference_mode(False):  # they will serve a backward pass too
+        with torch.inference_mode(False):  # usable in a backward pass too
             self.filters = torch.tensor(filters, device=device)
             self.back = self.filters.argsort()
             modes = [mode for index in filters for mode in range(starts[index], starts[index + 1])]
             self.modes = torch.tensor(modes, dtype=torch.long, device=device)
 
     def split(self, x: Tensor, dim: int) -> list[Tensor]:
-        """The filters of each bucket."""
+        """Split x into the filters of each bucket."""
         if len(self.buckets) == 1:
             return [x]
         return list(x.index_select(dim, self.filters).split([count for count, _ in self.buckets], dim))
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
-        """The filters in their own order again."""
+        """Concatenate the buckets and restore the order of the filters."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim).index_select(dim, self.back)
 
 
 class Modes(NamedTuple):
-    """The modes of some filters, in one flat axis, filter after filter."""
+    """The modes of several filters on one flat axis, filter by filter."""
 
     poles: Tensor  # (mode,) complex
     residues: Tensor  # (mode,) complex
@@ -101,7 +101,7 @@ class ChannelState:
 
     def __init__(self, modes: Modes, batch: int):
         self.layout, self.direct, self.modes = modes.layout, modes.direct, modes.buckets()
-        # Re λ, Im λ, Re R and Im R of each bucket: complex numbers have no place in a compiled step.
+        # Re λ, Im λ, Re R and Im R of each bucket: a compiled step uses no complex numbers.
         self.numbers = [[x for z in own for x in (z.real.contiguous(), z.imag.contiguous())] for own in self.modes]
         self.parts = [writable(modes.direct.new_zeros(batch, 2, *poles.shape)) for poles, _ in self.modes]
 
@@ -129,9 +129,9 @@ class ChannelState:
         return q * (self.layout.join(reads, 1)[..., None, None] + self.direct[:, None, None] * u)
 
     def settle(self):
-        """Nothing waits: each step brings all of the state up to date."""
+        """Nothing to do: each step updates the whole state."""
 
-    def read(self, q: Tensor) -> Tensor:  # (batch, filter, length, 1), its first token the one after the state's
+    def read(self, q: Tensor) -> Tensor:  # (batch, filter, length, 1), from the token after the state's on
         """q_t Re Σ_m R_m λ^{t+1} x_m, as products λ^{Ca+b+1} = λ^{Ca} λ^{b+1}."""
         found, length = [], q.shape[2]
         for (poles, residues), part in zip(self.modes, self.parts, strict=True):
@@ -145,7 +145,7 @@ class ChannelState:
         return q * self.layout.join(found, 1)[..., None]
 
     def advance(self, k: Tensor, v: Tensor):  # (batch, filter, length, 1)
-        """x ← λ^L x + Σ_t λ^{L-1-t} k_t v_t: inside chunks as real products, then over the chunks."""
+        """x ← λ^L x + Σ_t λ^{L-1-t} k_t v_t: real matrix products within chunks, then a sum over chunks."""
         u = (k * v)[..., 0]
         length = u.shape[-1]
         u = F.pad(u, (-length % CHUNK, 0)).movedim(0, 1).unflatten(-1, (-1, CHUNK))  # (filter, batch, chunk, token)
@@ -164,10 +164,10 @@ class ChannelState:
 class HeadState:
     """The modes of filters on groups of channels: X ← λ X + k vᵀ, y = Re Σ_m R_m qᵀ X_m + D (q · k) v.
 
-    In a large batch a step takes the time in which memory reads and writes such a state. So the last `places` keys and
-    values wait in a ring. The rows of X (channels of k) are cut into as many slices, and each token settles one slice:
-    brings it up to date, and takes its channels out of the keys that wait. A slice of
-    `age` n, the tokens since it was settled, is read as λ^n X; the keys that wait give the rest by the filter's taps:
+    In a large batch the time of a step is that of reading and writing this state. So the last `places` keys and values
+    are pending in a ring buffer. The rows of X (channels of k) are cut into as many slices, and each token settles one
+    slice: it applies the pending updates to the slice and zeroes the slice's channels in the pending keys. A slice of
+    `age` n, the tokens since it was settled, is read as λ^n X; the pending keys add the rest through the filter's taps:
 
         y = Re Σ_m R_m λ^{age} qᵀ X_m + Σ_p h_{t-p} (q · k_p) v_p        X ← λ^{age} X + Σ_p λ^{t-p} k_p v_pᵀ
     """
@@ -187,7 +187,7 @@ class HeadState:
         self.values = writable(zeros(batch, len(modes.direct), self.places, width))
         self.keys = writable(self._sliced(torch.zeros_like(self.values)))
         self.ages = torch.zeros(batch, self.places, dtype=torch.long, device=self.keys.device)
-        self.place = self.ages.new_zeros(1)  # of the next token in the ring: the same for all rows
+        self.place = self.ages.new_zeros(1)  # of the next token in the ring, the same for all rows
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -210,7 +210,7 @@ class HeadState:
         self.place = (self.place + 1) % self.places
         return y
 
-    def read(self, q: Tensor) -> Tensor:  # (batch, filter, length, width), its first token the one after the state's
+    def read(self, q: Tensor) -> Tensor:  # (batch, filter, length, width), from the token after the state's on
         """Re Σ_m R_m λ^{t+1} q_tᵀ X_m of a settled state."""
         found, weights = [], []
         for poles, residues in self.modes:
@@ -234,13 +234,13 @@ class HeadState:
         self.parts = [writable(part) for part in self.parts]
 
     def settle(self):
-        """Bring every slice up to date, so that nothing waits."""
+        """Apply all pending updates, so that every slice is up to date."""
         every = torch.arange(self.places, device=self.place.device)
         self._settle(every, (self.place - 1 - every) % self.places, torch.Tensor.index_copy)
         self.parts, self.keys = [writable(part) for part in self.parts], writable(self.keys)
 
     def _settle(self, slices, behind, write):
-        """X ← λ^{age} X + Σ_p λ^{behind_p} k_p v_pᵀ in these slices, whose channels then leave the waiting keys."""
+        """X ← λ^{age} X + Σ_p λ^{behind_p} k_p v_pᵀ in these slices; zeroes their channels in the pending keys."""
         waiting = self.keys.index_select(3, slices)
         keys = self.layout.split(waiting, 1)
         values = self.layout.split(self.values, 1)
@@ -261,7 +261,7 @@ class HeadState:
         return self.layout.join(found, 1)
 
     def _behind(self):
-        """How many tokens before the newest each place of the ring was written."""
+        """For each place of the ring, the tokens written since then; 0 for the newest."""
         return (self.place - torch.arange(self.places, device=self.place.device)) % self.places
 
     def _sliced(self, x):
@@ -275,7 +275,7 @@ def modal_scan(
     taps: Tensor,  # (filter, min(length, CHUNK) or more)
     state: HeadState,
 ) -> Tensor:  # (batch, filter, length, width)
-    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s, chunk by chunk: inside by the taps, across by the state, a settled one."""
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s, by the taps within chunks and by the state, settled, across chunks."""
     outputs = []
     for a, b, c in zip(q.split(CHUNK, 2), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
         within = (a @ b.mT) * toeplitz_block(taps, slice(0, a.shape[2])) @ c
@@ -285,7 +285,7 @@ def modal_scan(
 
 
 def ring_places(width: int) -> int:
-    """Keys and values that wait in the ring of a HeadState: as many as there are slices of equal size."""
+    """Places in the ring of a HeadState, also its number of slices: the largest divisor of `width` up to PARTS."""
     return max(count for count in range(1, PARTS + 1) if width % count == 0)
 
 
@@ -315,7 +315,7 @@ def _outer(k, v, weights):
 
 
 def _add_turned(added, x, factor):
-    """added + factor · x, in the place of `added`.
+    """added + factor · x, in place.
 
     x is (batch, filter, slice, mode, 2, row, width), the factor (batch or 1, filter, slice or 1, mode, 2).
     """
@@ -326,7 +326,7 @@ def _add_turned(added, x, factor):
 
 
 def _power(poles, exponent):
-    """λ^n, taken in float64."""
+    """λ^n, computed in float64."""
     return (poles.to(torch.complex128) ** exponent).to(poles.dtype)
 
 

@@ -1,7 +1,7 @@
-"""GPT-NeoX with a Hyena mixer where attention was, at home in transformers.
+"""GPT-NeoX with Hyena mixers in place of attention, as a transformers model.
 
-Parameter names are GPT-NeoX's, with `mixer` for `attention`. A student whose filters are modal generates with a cache
-of constant size; one whose filters are implicit with a cache of all its inputs, exactly as it reads them at once.
+Parameter names are GPT-NeoX's, with `mixer` for `attention`. A student with modal filters generates with a cache of
+constant size; one with implicit filters caches all its inputs, with the outputs of a parallel forward pass.
 """
 
 import torch
@@ -24,11 +24,11 @@ from .online import ExactCacheLayer
 from .rotary import rotary_angles
 
 
-RENAMED = "5.40.0"  # until then transformers takes a cache under its old name, and so do we
+RENAMED = "5.40.0"  # before this version transformers passes the cache by its old name, so both are accepted
 
 
 class HyenaCacheLayer:
-    """What one mixer remembers: the last inputs of its short convolution, and the modes of its long ones."""
+    """The cache of one mixer: the last inputs of its short convolution and the modal states of its long ones."""
 
     is_compileable = False
     is_croppable = False
@@ -50,7 +50,7 @@ class HyenaCacheLayer:
 
 
 class HyenaCache(Cache):
-    """The state of a sequence, of a size that does not depend on how much was read; of implicit filters, all inputs."""
+    """The state of a batch of sequences: of constant size with modal filters, all inputs with implicit filters."""
 
     def __init__(self, config: HyenaNeoXConfig):
         kept = set(config.attention_layers)
@@ -63,7 +63,7 @@ class HyenaCache(Cache):
             ]
         )
         self.config = config
-        # Tensors and not numbers, so that a compiled step is the same at each length.
+        # Tensors rather than numbers, so that one compiled step serves every length.
         self.seen: Tensor | None = None  # () tokens read, padding included
         self.real: Tensor | None = None  # (batch,) tokens read, padding not included
 
@@ -137,7 +137,7 @@ class HyenaNeoXPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HyenaNeoXLayer"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True  # in the layers that keep attention
-    _is_stateful = True  # no decoding that takes tokens back
+    _is_stateful = True  # no decoding method that removes tokens from the cache
     _can_record_outputs = {"hidden_states": HyenaNeoXLayer}
     # Loading in half precision must leave poles and residues alone.
     _keep_in_fp32_modules_strict = ["mixer.filter"]
@@ -199,14 +199,14 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         if cache.config.filter != self.config.filter:
             raise ValueError(f"cache is of {cache.config.filter} filters; expected one of {self.config.filter} filters")
         if self.gradient_checkpointing and self.training:
-            raise ValueError("cache with gradient checkpointing would be read twice; expected None")
+            raise ValueError("cache would be read twice by gradient checkpointing; expected None")
         if cache.real is not None and len(cache.real) != batch:
             raise ValueError(f"cache holds {len(cache.real)} sequences; expected {batch}, as many as the input")
 
     def mask_and_angles(self, hidden: Tensor, attention_mask: Tensor | None = None, cache: HyenaCache | None = None):
-        """The mask over these tokens (None: no padding), and the cos and sin that turn q and k at their positions.
+        """The mask of these tokens (None: no padding), and the rotary cos and sin at their positions.
 
-        A row's positions are counted from its first real token: only differences count, but small numbers are exact.
+        Positions count from a row's first real token: only differences matter, but small numbers are exact.
         """
         batch, length = hidden.shape[:2]
         if cache is not None and cache.seen is None:
@@ -218,7 +218,7 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
                 shape = tuple(attention_mask.shape)
                 raise ValueError(f"attention_mask has shape {shape}; expected ({batch}, {length} tokens or more)")
             mask = attention_mask[:, attention_mask.shape[1] - length :]
-            # The device is not asked in a decoding step, where that costs more than the step, nor while compiling.
+            # No device synchronisation in a decoding step, where it costs more than the step, nor while compiling.
             if length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
                 mask = None
         if mask is None:
@@ -248,7 +248,7 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # forward makes a HyenaCache
+        return False  # forward creates a HyenaCache
 
     def get_output_embeddings(self):
         return self.lm_head
@@ -257,7 +257,7 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """A HyenaCache: no other kind fits, so none is looked for."""
+        """Always a HyenaCache, the only kind that fits."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; expected None, for a HyenaCache"
@@ -288,7 +288,7 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache: HyenaCache | None = None,
-        labels: Tensor | None = None,  # (batch, length), shifted here as everywhere in transformers
+        labels: Tensor | None = None,  # (batch, length), shifted by the loss as in all of transformers
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,

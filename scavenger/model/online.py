@@ -1,12 +1,12 @@
-"""Exact decoding: long convolutions token by token, without approximation and without reading the input again.
+"""Exact decoding: long convolutions token by token, without approximation and without processing the input again.
 
     y_t = Σ_{s≤t} h_{t-s} u_s
 
-The plane of pairs (s, t), s < t, is cut into tiles. After n tokens, U being the largest power of two that divides n,
-the part of the last U inputs in the next U outputs is computed by one FFT of length 2U. Tiles of one size come once in
-2U tokens, so L tokens cost O(L log² L) in all. Source: arXiv:2410.12982, algorithm 1, and arXiv:2410.03766.
+The plane of pairs (s, t), s < t, is divided into tiles. After n tokens, with U the largest power of two that divides n,
+the contribution of the last U inputs to the next U outputs is computed by one FFT of length 2U. A tile of size U occurs
+once every 2U tokens, so L tokens cost O(L log² L). Source: arXiv:2410.12982, algorithm 1, and arXiv:2410.03766.
 
-What is kept is every input: exact, but no state of constant size. Gradients do not pass through it.
+All inputs are kept: the outputs are exact, but the state grows. No gradients flow through the cache.
 """
 
 import torch
@@ -16,18 +16,18 @@ from .convolution import BLOCK, causal_convolution, toeplitz_block
 from .hyena import long_convolution
 
 
-# Measured on one core at 512 channels: from 16 to 64 a token took the same to a quarter, at batch 1 and at batch 16; at
-# 256 half as long again, and at batch 16 two to four times as long.
-NEAR = 32  # inputs that are summed directly; tiles are this large or larger
-PIECE = 1 << 18  # most numbers of one transform: with more of them at once a large batch took twice as long
-# Tiles keep `width` numbers for each channel and token, and transform as many; keys and values are two. Measured at 512
-# channels, both took the same time over the first 1,000 tokens at width 8; at width 16 tiles still took half as long
-# again over the first 2,000, at 64 some twenty times as long over 1,000.
-TILED_WIDTH = 8  # channels of a head up to which its convolution is tiled
+# Measured on one core at 512 channels: with 16 to 64 the time of a token varied by at most a quarter, at batch 1 and at
+# batch 16; with 256 it was 1.5 times as long, and at batch 16 two to four times.
+NEAR = 32  # recent inputs that are summed directly; the smallest tile
+PIECE = 1 << 18  # most numbers in one FFT call: with more a large batch took twice as long
+# Tiles store and transform `width` numbers per channel and token; keys and values are only two. Measured at 512
+# channels, both took the same time over the first 1,000 tokens at width 8; tiles took 1.5 times as long over the first
+# 2,000 at width 16, and about 20 times as long over 1,000 at width 64.
+TILED_WIDTH = 8  # largest head width whose convolution is tiled
 
 
 class ExactCacheLayer:
-    """What a mixer with implicit filters remembers: the last inputs of its short convolution, all of its long ones."""
+    """The cache of a mixer with implicit filters: the last inputs of its short convolution, all of its long ones."""
 
     is_compileable = False
     is_croppable = False
@@ -35,19 +35,19 @@ class ExactCacheLayer:
 
     def __init__(self, config):
         self.conv_state: Tensor | None = None  # (batch, tap - 1, 3 channel)
-        self.taps: Tensor | None = None  # (filter, as many as were needed or more)
+        self.taps: Tensor | None = None  # (filter, tokens so far or more)
         online = OnlineConvolution if config.hidden_size <= TILED_WIDTH * config.num_filters else OnlineProduct
         self.convolutions = [online() for _ in range(config.hyena_order)]
-        self.graph = False  # whether a piece was read for its gradients, of which nothing is kept
+        self.graph = False  # whether tokens were read with gradients enabled; nothing of them is cached
 
     def admit(self):
-        """Refuse what would lose gradients in silence."""
+        """Raise ValueError where gradients would be lost silently."""
         if self.graph or (torch.is_grad_enabled() and self.convolutions[0].read):
-            raise ValueError("cache of implicit filters hold no gradients; expected torch.no_grad() throughout")
+            raise ValueError("cache of implicit filters holds no gradients; expected torch.no_grad() throughout")
         self.graph = torch.is_grad_enabled()
 
-    def taps_for(self, filter, length: int) -> Tensor:  # (filter, tokens so far and `length` more, or more)
-        """The filter's taps; after the first piece computed anew whenever there must be twice as many."""
+    def taps_for(self, filter, length: int) -> Tensor:  # (filter, tokens so far + `length`, or more)
+        """The filter's taps; after the prompt, recomputed up to the next power of two whenever more are needed."""
         total = self.convolutions[0].read + length
         if self.taps is None or self.taps.shape[1] < total:
             self.taps = filter(length if total == length else 1 << (total - 1).bit_length())
@@ -66,20 +66,20 @@ class ExactCacheLayer:
 
 
 class OnlineConvolution:
-    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s by tiles over u_s = k_s v_sᵀ, for pieces of any length."""
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s by tiles over u_s = k_s v_sᵀ, for any number of new tokens."""
 
     def __init__(self):
-        # (batch, `read` or more, filter, width²): u, and behind it what it adds to outputs to come
+        # (batch, `read` or more, filter, width²): u, followed by its contributions to later outputs
         self.line: Tensor | None = None
         self.read = 0
-        self.tiled = 0  # inputs whose tiles were computed
+        self.tiled = 0  # number of inputs whose tiles have been computed
 
     def advance(
         self,
         q: Tensor,  # (batch, filter, length, width)
         k: Tensor,  # (batch, filter, length, width): after those already read
         v: Tensor,  # (batch, filter, length, width)
-        taps: Tensor,  # (filter, as many as tokens, these included); after the first piece a power of two, or more
+        taps: Tensor,  # (filter, all tokens including these); after the first call a power of two, or more
     ) -> Tensor:  # (batch, filter, length, width)
         u = (k[..., :, None] * v[..., None, :]).flatten(-2).transpose(1, 2)
         if self.read == 0:
@@ -91,7 +91,7 @@ class OnlineConvolution:
     def _convolve(self, u, taps):
         outputs = [u[:, :0]]
         while u.shape[1]:
-            # From `near` on the tiles have left out nothing that was read before it, up to where its own tile ends.
+            # The tiles contain all inputs before `near` for the outputs up to the end of the tile that ends at `near`.
             near = self.read - self.read % NEAR
             self._tile(near, taps)
             length = min(u.shape[1], near + (near & -near) - self.read) if near else u.shape[1]
@@ -100,7 +100,7 @@ class OnlineConvolution:
         return torch.cat(outputs, dim=1)
 
     def _tile(self, count, taps):
-        """All tiles that end at or before `count` inputs and reach outputs to come: those of its binary digits."""
+        """Compute the tiles of the first `count` inputs that reach later outputs: one per binary digit 1 of `count`."""
         end = 0
         for size in _powers_of_two(count if count > self.tiled else 0):
             end += size
@@ -115,7 +115,7 @@ class OnlineConvolution:
         self.tiled = max(count, self.tiled)
 
     def _block(self, u, near, taps):
-        """The next outputs: what the tiles gave, and the part of the inputs from `near` on."""
+        """The next outputs: the sums from the tiles plus the contributions of the inputs from `near` on."""
         stop = self.read + u.shape[1]
         self.line = _writable(self.line, 1, max(stop, NEAR))
         sums = self.line[:, self.read : stop].clone()
@@ -141,16 +141,16 @@ def tile(
     u: Tensor,  # (…, size)
     spectrum: Tensor,  # (…, size + 1) complex: of the first 2 · size taps
 ) -> Tensor:  # (…, size)
-    """Σ_s h_{size+t-s} u_s for t < size: what inputs add to as many outputs behind them.
+    """Σ_s h_{size+t-s} u_s for t < size: the contribution of `size` inputs to the next `size` outputs.
 
-    The transform is no longer than the taps: what wraps round are outputs that are not asked for.
+    The FFT is only as long as the taps: just the outputs that are discarded wrap around.
     """
     size = u.shape[-1]
     return torch.fft.irfft(torch.fft.rfft(u, n=2 * size) * spectrum, n=2 * size)[..., size:]
 
 
 class OnlineProduct:
-    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s by a product with all keys and values so far, for pieces of any length."""
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s by a product with all keys and values, for any number of new tokens."""
 
     def __init__(self):
         self.keys: Tensor | None = None  # (batch, filter, `read` or more, width)
@@ -162,7 +162,7 @@ class OnlineProduct:
         q: Tensor,  # (batch, filter, length, width)
         k: Tensor,  # (batch, filter, length, width): after those already read
         v: Tensor,  # (batch, filter, length, width)
-        taps: Tensor,  # (filter, as many as tokens, these included, or more)
+        taps: Tensor,  # (filter, all tokens including these, or more)
     ) -> Tensor:  # (batch, filter, length, width)
         start, self.read = self.read, self.read + q.shape[2]
         if start == 0:
@@ -189,7 +189,7 @@ class OnlineProduct:
 
 
 def _writable(states, dim, length):
-    """States with room for `length` tokens or more, zeros where there were none, that can be written in place."""
+    """The states, zero-padded to at least `length` tokens if shorter, in a tensor that can be written in place."""
     held = states.shape[dim]
     if held >= length and (torch.is_inference_mode_enabled() or not states.is_inference()):
         return states
@@ -201,5 +201,5 @@ def _writable(states, dim, length):
 
 
 def _powers_of_two(number):
-    """The powers of two that add up to a number, the largest first."""
+    """The powers of two that sum to `number`, largest first."""
     return [1 << place for place in reversed(range(number.bit_length())) if number >> place & 1]

@@ -1,4 +1,4 @@
-"""Rotary positions, as GPT-NeoX has them."""
+"""Rotary position embeddings as in GPT-NeoX."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,11 @@ from torch import Tensor
 
 def rotary_angles(
     positions: Tensor,  # (batch, length)
-    channels: int,  # of each head that are turned
+    channels: int,  # of each head that are rotated
     base: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # cos and sin, (batch, length, channels)
-    """cos and sin of p / base^{2i/channels}, each pair twice: GPT-NeoX turns channel i with channel i + channels/2."""
+    """cos and sin of p / base^{2i/channels}, repeated twice: GPT-NeoX rotates channel i with channel i + channels/2."""
     wide = torch.promote_types(dtype, torch.float32)
     rate = base ** (-torch.arange(0, channels, 2, device=positions.device, dtype=wide) / max(channels, 1))
     angle = positions[..., None].to(wide) * rate

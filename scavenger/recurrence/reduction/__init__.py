@@ -1,4 +1,4 @@
-"""From the taps of filters to poles and residues: numerics only, batched, float64, no modules and no transformers.
+"""Poles and residues from the taps of filters: only numerics, batched, in float64; no modules, no transformers.
 
-One file for each method, each with one function: `reduce(taps, tolerance=…)` or `reduce(taps, state_size=…)`.
+One file per method, each with one function: `reduce(taps, tolerance=…)` or `reduce(taps, state_size=…)`.
 """

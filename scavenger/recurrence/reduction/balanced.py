@@ -1,8 +1,8 @@
 """Balanced truncation of a finite filter: one eigendecomposition gives the poles of every smaller recurrence.
 
-The shift register that holds the last inputs realises the filter exactly. Its balanced realisation, cut to d states,
-has the poles below; the residues are then the best there are for those poles, by least squares. Sources: Moore (1981)
-for the truncation, Kung (1978) for the Hankel form.
+A shift register of the last inputs realises the filter exactly. Its balanced realisation, truncated to d states, gives
+the poles; the residues are then fitted by least squares. Sources: Moore (1981) for the truncation, Kung (1978) for the
+Hankel form.
 """
 
 import torch
@@ -13,17 +13,17 @@ from scavenger.recurrence.reduction.residues import count_modes, fit, settled
 
 
 FIRST = 32  # real states of the first eigendecomposition; doubled for the filters that need more
-RIPPLE = 1.5  # where the error at the most states is above this many tolerances, other sizes are not tried (our choice)
-NULL = 1e-14  # relative to the largest: Hankel values below are rounding
+RIPPLE = 1.5  # if the error near the largest size exceeds this many tolerances, smaller ones are not tried (our choice)
+NULL = 1e-14  # relative to the largest; smaller Hankel values are rounding errors
 
 
 def reduce(
     taps: Tensor, *, tolerance: float | None = None, state_size: int | None = None, max_state_size: int = 64
 ) -> list[ReducedFilter]:
-    """The recurrence of each filter, `taps` (filter, length) real: by `tolerance` or by `state_size`.
+    """Reduce each filter to a recurrence, by `tolerance` or by `state_size`; `taps` is real, (filter, length).
 
-    With a tolerance the fewest real states whose measured relative l2 error is within it, at most `max_state_size`
-    modes; where that many do not reach it, the most accurate that was found within. With a state size, at most so many
+    With a tolerance: the fewest real states whose measured relative l2 error is within it, in at most `max_state_size`
+    modes; if none reach it, the most accurate recurrence found within that limit. With a state size: at most that many
     complex modes.
     """
     return reduce_by(choose, taps, tolerance, state_size, max_state_size)
@@ -38,12 +38,12 @@ def choose(targets: Targets, tolerance: float | None, modes: int) -> Tensor:
         pending, top, bottom = pending[least > 0], min(FIRST, 2 * modes), 0
         while len(pending):
             rows = pending[least[pending] <= top]
-            # Near as many states as taps the error rises again.
+            # With nearly as many states as taps the error rises again.
             error = torch.stack(
                 [_attempt(targets, rows, states)[1] for states in (top, 3 * top // 4 or 1, top // 2 or 1)]
             )
             rows = rows[error.amin(0) <= RIPPLE * tolerance]
-            # Upward from what is proven necessary, so that the first size that will do is the smallest.
+            # Upward from the proven minimum, so that the first size that meets the tolerance is the smallest.
             for states in range(bottom + 1, top + 1):
                 trying = rows[least[rows] <= states]
                 found, error = _attempt(targets, trying, states)
@@ -59,7 +59,7 @@ def choose(targets: Targets, tolerance: float | None, modes: int) -> Tensor:
 
 
 def _most_accurate(targets, rows, modes):
-    """Poles (row, 2 modes) of the most real states that make so many modes, or of fewer where these do better."""
+    """Poles (row, 2 modes) of the most real states that fit into `modes` modes, or of fewer if more accurate."""
     poles = targets.taps.new_zeros(len(rows), 2 * modes, dtype=torch.complex128)
     going = torch.arange(len(rows), device=rows.device)
     for states in range(2 * modes, 0, -1):
@@ -69,7 +69,7 @@ def _most_accurate(targets, rows, modes):
         fitting = count_modes(found) <= modes
         poles[going[fitting], :states] = found[fitting]
         going = going[~fitting]
-    # Where there are nearly as many states as taps, the error rises with them: downward, by an eighth, while it pays.
+    # With nearly as many states as taps the error rises with more states: try an eighth fewer while that helps.
     least = fit(targets.taps[rows], poles).error
     idle = torch.zeros_like(rows)
     states = min(2 * modes, targets.taps.shape[1])
@@ -85,8 +85,8 @@ def _most_accurate(targets, rows, modes):
 def truncated_poles(targets: Targets, rows: Tensor, states: int) -> Tensor:
     """Poles of the balanced truncation of these filters to `states` real states, (filter, states).
 
-    With H = V diag(μ) Vᵀ and Z the shift by one tap, A = S |M|^{-1/2} (Vᵀ Z V) M |M|^{-1/2}, S the signs of μ = M; the
-    leading block of A is the truncation.
+    With H = V M Vᵀ, M = diag(μ), S = sign(M) and Z the shift by one tap, A = S |M|^{-1/2} (Vᵀ Z V) M |M|^{-1/2}; the
+    truncation is the leading block of A.
     """
     values, shift = targets.leading(rows, states)
     values = values[:, :states]
@@ -99,7 +99,7 @@ def truncated_poles(targets: Targets, rows: Tensor, states: int) -> Tensor:
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
-    """Of real matrices, pairs in adjacent columns; on the host, where many small ones take less time."""
+    """Eigenvalues of real matrices, pairs in adjacent columns; on the CPU, which is faster for many small matrices."""
     return torch.linalg.eigvals(matrix.cpu()).to(matrix.device)
 
 

@@ -1,8 +1,8 @@
-"""The Hankel matrix of a filter: the singular values that decide its state size, and the floors they prove.
+"""The Hankel matrix of a filter: its singular values, which decide the state size, and the error floors they prove.
 
-A filter's taps after the first, g_t = h_{t+1}, are a state-space response exactly when the Hankel matrix H_ij = g_{i+j}
-has finite rank: a recurrence of d real states has rank d at most. The first tap needs no state; it is the direct term.
-Everything is batched over filters and works on slices of PIECE_BYTES.
+The taps after the first, g_t = h_{t+1}, are the impulse response of a state-space model if and only if the Hankel
+matrix H_ij = g_{i+j} has finite rank; with d real states its rank is at most d. The first tap needs no state: it is the
+direct term. Everything is batched over filters and works on slices of PIECE_BYTES.
 """
 
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 
-PIECE_BYTES = 1 << 24  # of temporaries at once, or one filter; 4, 32 and 128 MiB took longer (measured on a CPU)
-DENSE = 200  # taps: above, a random space gives leading eigenpairs sooner than a whole decomposition (measured)
-DENSE_SECTION = 400  # rows: the same for the singular values of a section (measured)
-SPARE = 16  # columns of a random range finder beyond what is asked for; our choice
-COMPRESSED = 96  # columns kept of a long section; floors up to 48 states lost under 0.5 % on smooth filters (measured)
-LARGEST_WHOLE = 2048  # side of a section that is still decomposed whole where its compression proves too little
+PIECE_BYTES = 1 << 24  # of temporaries at once, at least one filter; 4, 32 and 128 MiB were slower (measured on a CPU)
+DENSE = 200  # taps; for longer filters a random subspace is faster than a full eigendecomposition (measured)
+DENSE_SECTION = 400  # rows; the same for the singular values of a section (measured)
+SPARE = 16  # oversampling of the random range finder, columns; our choice
+COMPRESSED = 96  # columns kept of a long section; floors up to 48 states fell by < 0.5 % on smooth filters (measured)
+LARGEST_WHOLE = 2048  # largest side of a section to decompose in full where its compression gives too low a floor
 EPSILON = torch.finfo(torch.float64).eps
 
 
 def relative_floors(g: Tensor) -> Tensor:
-    """For d = 0, 1, …: no recurrence of d real states has a relative l2 error below entry d, (filter, states + 1).
+    """Lower bounds on the relative l2 error of any recurrence with d = 0, 1, … real states, (filter, states + 1).
 
-    `g` is (filter, length). A recurrence of d states has a Hankel matrix of rank d at most, so by Eckart and Young
-    (1936) it misses Σ_{k>d} σ_k² of any section A, and of any weighted one. With w_i² = C(2i, i)/4^i the squares
-    convolve to ones, so ‖W H W‖_F² ≤ ‖g‖²; unweighted, each tap stands in at most `side` places. Both are floors; the
-    larger counts. For orthonormal Q, σ_k(Qᵀ A Q) ≤ σ_k(A): a compression of a long section proves no more than
-    is true. Rounding is taken off each singular value.
+    `g` is (filter, length). A recurrence of d states has a Hankel matrix of rank at most d, so by Eckart and Young
+    (1936) its squared error on any section A, weighted or not, is at least Σ_{k>d} σ_k². With w_i² = C(2i, i)/4^i,
+    Σ_i w_i² w_{t-i}² = 1, so ‖W H W‖_F² ≤ ‖g‖²; unweighted, each tap occurs at most `side` times. Both give a floor;
+    the larger is returned. Compressing a long section with an orthonormal Q keeps the floor valid, since
+    σ_k(Qᵀ A Q) ≤ σ_k(A). The possible rounding error is subtracted from each singular value.
     """
     side = (g.shape[1] + 1) // 2
     floors = g.new_zeros(len(g), side + 1)
@@ -37,36 +37,36 @@ def relative_floors(g: Tensor) -> Tensor:
         weighted = _tails(g[rows], weights) / norm
         plain = _tails(g[rows], torch.ones_like(weights)) / (norm * max(side, 1) ** 0.5)
         floors[rows] = torch.maximum(weighted, plain)
-    # Without a state the whole of g is missed, the corner outside the section too.
+    # With no state the error is all of g, including the corner outside the section.
     floors[:, 0] = (g.norm(dim=1) > 0).to(g.dtype)
     return floors
 
 
 def tap_floors(taps: Tensor) -> Tensor:
-    """The same relative to all taps, of which the first needs no state: (filter, length) to (filter, states + 1)."""
+    """relative_floors relative to all taps; the first needs no state: (filter, length) to (filter, states + 1)."""
     share = taps[:, 1:].norm(dim=1) / taps.norm(dim=1).clamp_min(1e-300)
     return relative_floors(taps[:, 1:]) * share[:, None]
 
 
 def section(g: Tensor) -> Tensor:
-    """H_ij = g_{i+j}, the largest square that has all its taps: (filter, length) to (filter, side, side)."""
+    """H_ij = g_{i+j}, the largest square block within the taps: (filter, length) to (filter, side, side)."""
     side = (g.shape[1] + 1) // 2
     return g.unfold(1, side, 1)[:, :side] if side else g.new_zeros(len(g), 0, 0)
 
 
 def weighted_section(g: Tensor) -> Tensor:
-    """W H W with w_i² = C(2i, i)/4^i: its tail of squared singular values is below the squared l2 error of any rank."""
+    """W H W with w_i² = C(2i, i)/4^i: Σ_{k>d} σ_k² is at most the squared l2 error of any recurrence of d states."""
     weights = _weights(g)
     return weights[:, None] * section(g) * weights
 
 
 def hankel_eigen(g: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` leading eigenvalues of H, zero past the last tap, by modulus, and eigenvectors.
+    """The `count` eigenvalues of largest modulus of H, zero past the last tap, and their eigenvectors.
 
-    (filter, length) to (filter, count) and (filter, length, count); zeros where the matrix is smaller. |eigenvalue| are
-    the Hankel singular values. Dense for short filters, otherwise Rayleigh and Ritz on a random block Krylov space
-    (Halko, Martinsson and Tropp 2011; Musco and Musco 2015), whose values are never above the true ones.
-    The caller sees that the filters are few enough for memory.
+    (filter, length) to (filter, count) and (filter, length, count); padded with zeros if the matrix is smaller. The
+    |eigenvalues| are the Hankel singular values. Dense for short filters, otherwise Rayleigh-Ritz on a random block
+    Krylov space (Halko, Martinsson and Tropp 2011; Musco and Musco 2015), whose values never exceed the true ones.
+    The caller must pass few enough filters to fit in memory.
     """
     length = g.shape[1]
     kept = min(count, length)
@@ -94,35 +94,35 @@ def hankel_matrix(g: Tensor) -> Tensor:
 
 
 def hankel_product(g: Tensor, x: Tensor) -> Tensor:
-    """y_i = Σ_j g_{i+j} x_j, g zero past its end, by FFT: (filter, length) and (filter, row, side) to the latter."""
-    if not x.numel():  # no transform takes it
+    """y_i = Σ_j g_{i+j} x_j, g zero past its end, by FFT: (filter, length) and (filter, row, side) to that of x."""
+    if not x.numel():  # the FFT rejects empty tensors
         return x
     side = x.shape[-1]
     size = max(g.shape[1], 2 * side - 1)
-    size = min(1 << (size - 1).bit_length(), 3 << max(0, (-(-size // 3) - 1).bit_length()))  # 2ⁿ or 3·2ⁿ: quick sizes
+    size = min(1 << (size - 1).bit_length(), 3 << max(0, (-(-size // 3) - 1).bit_length()))  # 2ⁿ or 3·2ⁿ: fast sizes
     transformed = torch.fft.rfft(x, n=size).conj() * torch.fft.rfft(g, n=size)[:, None]
     return torch.fft.irfft(transformed, n=size)[..., :side]
 
 
 def gain_floors(values: Tensor) -> Tensor:
-    """For d = 0, 1, …: no stable recurrence of d real states has a worst-case gain error below σ_{d+1}.
+    """σ_{d+1}, a lower bound on the worst-case gain error of any stable recurrence with d = 0, 1, … real states.
 
-    `values` (filter, count) as from hankel_eigen. Adamyan, Arov and Krein (1971).
+    `values` is (filter, count), from hankel_eigen. Source: Adamyan, Arov and Krein (1971).
     """
     return values.abs()
 
 
 def pieces(count: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of `count` filters, so that each needs PIECE_BYTES at most or is one filter; an empty one for none."""
+    """Slices of `count` filters, each of at most PIECE_BYTES or a single filter; one empty slice if `count` is 0."""
     step = max(1, PIECE_BYTES // max(bytes_each, 1))
     return (slice(start, min(start + step, count)) for start in range(0, max(count, 1), step))
 
 
 def _krylov(g, kept):
-    """An orthonormal basis of span{H Ω, H² Ω, H³ Ω}, (filter, length, column), whose leading part is nearly H's own.
+    """An orthonormal basis of span{H Ω, H² Ω, H³ Ω}, (filter, length, column), which nearly contains H's leading part.
 
-    A block that adds nothing, as for a small system, leaves arbitrary directions: harmless, since the last
-    factorisation makes the whole orthonormal whatever its rank.
+    A block that adds nothing new, as for an H of low rank, leaves arbitrary directions. That is harmless: the last QR
+    makes the whole basis orthonormal whatever its rank.
     """
     width = kept // 2 + SPARE
     generator = torch.Generator().manual_seed(0)  # the same filters give the same recurrences
@@ -145,7 +145,7 @@ def _weights(g):
 
 
 def _tails(g, weights):
-    """√Σ_{k>d} σ_k² of the weighted section for d = 0 … side, from below: (filter, side + 1)."""
+    """√Σ_{k>d} σ_k² of the weighted section for d = 0 … side, or a lower bound on it: (filter, side + 1)."""
     side = len(weights)
 
     def whole(g):
@@ -158,7 +158,7 @@ def _tails(g, weights):
     basis = torch.linalg.qr((weights * hankel_product(g, (weights * start).expand(len(g), -1, -1))).mT)[0].mT
     compressed = (weights * hankel_product(g, weights * basis)) @ basis.mT
     tails = _sum_tails(torch.linalg.eigvalsh((compressed + compressed.mT) / 2), side)
-    # What the compression misses, every tail misses. Where that is much for a moderate size, the whole pays.
+    # Energy lost in the compression is missing from every tail. Where much is lost, decompose the section in full.
     square = weights.square()
     places = torch.fft.irfft(torch.fft.rfft(square, n=2 * side).square(), n=2 * side)[: 2 * side - 1]  # Σ w_i² w_{t-i}²
     energy = (g[:, : 2 * side - 1].square() * places).sum(1)

@@ -1,8 +1,9 @@
-"""Iterative rational Krylov: poles moved until the recurrence meets the filter, twice, at its own mirrored poles.
+"""Iterative rational Krylov (IRKA): move the poles until the recurrence interpolates the filter at their mirror images.
 
-That is the first-order condition of the smallest l2 error over the infinite horizon. It starts from balanced
-truncation and, unlike descent on poles, turns real poles into pairs and back. Source: Gugercin, Antoulas and Beattie
-(2008); the projections are in Hankel form, so that no state-space matrix of the filter is needed.
+There the transfer functions and their first derivatives agree, the first-order condition for the smallest l2 error over
+the infinite horizon. It starts from balanced truncation and, unlike gradient descent on poles, turns real poles into
+pairs and back. Source: Gugercin, Antoulas and Beattie (2008); the projections are in Hankel form, so that no
+state-space matrix of the filter is needed.
 """
 
 import torch
@@ -15,8 +16,8 @@ from scavenger.recurrence.reduction.residues import columns, count_modes, fit, h
 
 
 STEPS = 12  # our choice
-SETTLED = 1e-3  # relative gain of a step below which it counts as none
-PATIENCE = 3  # steps without gain after which a filter is done: on the way errors rise and fall again
+SETTLED = 1e-3  # a step with a smaller relative gain counts as one without gain
+PATIENCE = 3  # consecutive steps without gain after which a filter is done; the error is not monotone
 
 
 def reduce(
@@ -36,7 +37,7 @@ def choose(targets: Targets, tolerance: float | None, modes: int) -> Tensor:
 
 
 def refine(taps: Tensor, poles: Tensor, modes: int) -> Tensor:
-    """The best poles that STEPS steps pass, by padded error, among those of at most so many modes; or the given ones.
+    """The poles of smallest padded error among the given ones and those of STEPS steps that fit into `modes` modes.
 
     (filter, length) and (filter, states) to (filter, states).
     """

@@ -1,8 +1,8 @@
-"""Variable projection: descent on the poles alone, the residues being the best for them at every step.
+"""Variable projection: optimise the poles alone, with the least-squares residues for them at every step.
 
-Levenberg and Marquardt on the target padded with zeros, so that no tail grows unseen past the horizon. It keeps the
-number of real poles and of pairs, so it starts from irka, which does not. Sources: Golub and Pereyra (1973);
-Kaufman (1975) for the Jacobian.
+Levenberg-Marquardt on the target padded with zeros, so that no tail grows unseen past the horizon. It cannot change the
+number of real poles and pairs, so it starts from irka, which can. Sources: Golub and Pereyra (1973); Kaufman (1975)
+for the Jacobian.
 """
 
 import torch
@@ -25,7 +25,7 @@ from scavenger.recurrence.reduction.residues import (
 
 STEPS = 20  # our choice
 SETTLED = 1e-4  # relative gain of a step below which a filter is done
-LARGEST_DAMPING = 1e4  # of columns of norm 1: a step so short that none will help
+LARGEST_DAMPING = 1e4  # for columns of norm 1; at this damping steps are too short to help
 
 
 def reduce(
@@ -45,7 +45,7 @@ def choose(targets: Targets, tolerance: float | None, modes: int) -> Tensor:
 
 
 def refine(taps: Tensor, poles: Tensor, modes: int) -> Tensor:
-    """Poles with a smaller padded error, or the given ones: (filter, length) and (filter, states) to the latter."""
+    """Poles of smaller padded error, or else the given ones: (filter, length) and (filter, states) to the latter."""
     best = [
         _refine_piece(taps[rows], poles[rows], modes)
         for rows in pieces(len(taps), 96 * taps[0].numel() * poles.shape[1])
@@ -75,8 +75,8 @@ def _refine_piece(taps, poles, modes):
 def _step(taps, poles, amplitudes, damping):
     """One step in u, θ with λ = exp(-exp(u) + iθ); a real pole keeps its sign and has no θ.
 
-    With D = c t λ^t the model's derivatives are log|λ| Re D and -Im D; of both only what the columns of the poles do
-    not span counts.
+    With D = c t λ^t the model's derivatives are log|λ| Re D and -Im D; the Jacobian is the part of both that is
+    orthogonal to the columns of the poles.
     """
     padded = max(int(PADDING * taps.shape[1]) - 1, 2 * poles.shape[1] + 1)
     basis = torch.linalg.qr(columns(poles, padded))[0]
@@ -95,7 +95,7 @@ def _step(taps, poles, amplitudes, damping):
     change = change.nan_to_num(0, 0, 0).clamp(-1, 1)
     radius = (-(torch.log(-logarithm[:, 0]) + change).exp()).exp().clamp(MIN_RADIUS, MAX_RADIUS)
     angle = poles.angle()
-    turned = (angle + change.roll(-1, dims=1)).abs()  # one that crosses the axis is its own conjugate
+    turned = (angle + change.roll(-1, dims=1)).abs()  # a pole that crosses the axis becomes its conjugate
     turned = torch.pi - (torch.pi - turned).abs()
     upper = torch.where(poles.imag > 0, torch.polar(radius, turned), radius * poles.real.sign() + 0j)
     return settled(torch.where(lower[:, 0], upper.roll(1, dims=1).conj(), upper))

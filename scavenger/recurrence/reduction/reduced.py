@@ -1,6 +1,6 @@
-"""What a reduction returns, and the frame that all methods share: filters in, one recurrence each with its errors out.
+"""The result of a reduction, and the code that all methods share: one recurrence with its errors for each filter.
 
-A method chooses poles; everything else is the same for all of them.
+A method only chooses the poles.
 """
 
 import math
@@ -17,21 +17,21 @@ from scavenger.recurrence.reduction import hankel
 from scavenger.recurrence.reduction.residues import count_modes, count_states, fit, gain_errors, tails
 
 
-TOGETHER = 256  # filters whose search goes on at once; what is large is cut into pieces of hankel.PIECE_BYTES besides
+TOGETHER = 256  # filters searched at once; large temporaries are split further into pieces of hankel.PIECE_BYTES
 
 
 @dataclass(frozen=True)
 class ReducedFilter:
     """One filter as a recurrence: h_t ≈ Re Σ_m R_m λ_m^t + D [t = 0]."""
 
-    poles: NDArray  # (mode,) complex; of a conjugate pair the one above the axis
+    poles: NDArray  # (mode,) complex; of a conjugate pair only the pole above the real axis
     residues: NDArray  # (mode,) complex
     direct: float
     real_states: int  # a complex mode counts two, a real one counts one
     relative_error: float  # l2 error of the taps over the horizon, relative to all taps
-    floor: float  # proven relative l2 error of any recurrence with as many real states
+    floor: float  # proven lower bound on relative_error for as many real states
     gain_error: float  # max over frequency of |E(e^{iω})| in units of the taps; the target is zero past the horizon
-    gain_floor: float  # proven gain error of any stable recurrence with as many real states
+    gain_floor: float  # proven lower bound on gain_error for as many real states, if stable
     tail: float  # l2 norm of the recurrence from the horizon to infinity, relative to the taps
     hankel_values: NDArray  # leading singular values of the zero-padded Hankel matrix, largest first
 
@@ -45,7 +45,7 @@ class ReducedFilter:
 
 
 class Targets:
-    """Some filters, what is proven of them, and as much of their Hankel matrices as has been asked for."""
+    """A group of filters with their error floors and the leading part of their Hankel matrices, computed on demand."""
 
     def __init__(self, taps: Tensor, most_states: int):
         self.taps = taps  # (filter, length)
@@ -55,11 +55,11 @@ class Targets:
         self._shift = taps.new_zeros(len(taps), most_states + 1, most_states + 1)
 
     def least(self, tolerance: float) -> Tensor:
-        """The fewest real states that are not proven to miss the tolerance, (filter,)."""
+        """The fewest real states whose floor is within the tolerance, (filter,)."""
         return (self.floors > tolerance).sum(1)
 
     def leading(self, rows: Tensor, states: int) -> tuple[Tensor, Tensor]:
-        """Hankel eigenvalues μ (row, states + 1), largest first, and Vᵀ Z V (row, states, states) of their vectors.
+        """Hankel eigenvalues μ (row, states + 1), largest first, and Vᵀ Z V (row, states, states) of the eigenvectors.
 
         Z is the shift by one tap: (Z v)_t = v_{t-1}.
         """
@@ -76,19 +76,19 @@ class Targets:
         return self._values[rows, :count], self._shift[rows, :states, :states]
 
 
-Choose = Callable[[Targets, float | None, int], Tensor]  # targets, tolerance, most modes; poles (filter, 2 modes)
-Refine = Callable[[Tensor, Tensor, int], Tensor]  # taps, poles (filter, states), most modes; poles no worse
-Start = Callable[[Targets, Tensor, int, int], Tensor]  # targets, rows, real states, most modes; poles (row, states)
+Choose = Callable[[Targets, float | None, int], Tensor]  # (targets, tolerance, most modes) -> poles (filter, 2 modes)
+Refine = Callable[[Tensor, Tensor, int], Tensor]  # (taps, poles (filter, states), most modes) -> poles no worse
+Start = Callable[[Targets, Tensor, int, int], Tensor]  # (targets, rows, real states, most modes) -> poles (row, states)
 
 
 def reduce_by(
     choose: Choose, taps: Tensor, tolerance: float | None, state_size: int | None, max_state_size: int
 ) -> list[ReducedFilter]:
-    """The recurrence of each filter, `taps` (filter, length) real, with the poles that `choose` finds.
+    """Reduce each filter to a recurrence with the poles that `choose` finds; `taps` is real, (filter, length).
 
-    Filters are taken TOGETHER at a time; on a CPU as many such groups at once as torch has threads, since LAPACK gains
-    nothing from several threads at these sizes. Each needs a few hankel.PIECE_BYTES, or what a single filter takes, and
-    TOGETHER × (2 modes + 1)² numbers, however many filters there are; the recurrences themselves come on top.
+    Filters are processed in groups of at most TOGETHER; on a CPU one group per torch thread at a time, since LAPACK
+    gains nothing from several threads at these sizes. Whatever the number of filters, a group needs a few
+    hankel.PIECE_BYTES (or the memory of one filter) and TOGETHER × (2 modes + 1)² numbers, plus the recurrences.
     """
     if (tolerance is None) == (state_size is None):
         raise ValueError("reduce: found both or neither of tolerance and state_size; expected one of them")
@@ -113,16 +113,16 @@ def reduce_by(
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 found = list(pool.map(one_group, groups))
         finally:
-            torch.set_num_threads(threads)  # what a thread sets is the default of every thread to come
+            torch.set_num_threads(threads)  # a worker's set_num_threads changes the default of new threads
     return [filter for group in found for filter in group]
 
 
 def improve(targets: Targets, poles: Tensor, refine: Refine, start: Start, tolerance: float | None) -> Tensor:
-    """Poles refined filter by filter, and then, with a tolerance, as few as still meet it.
+    """Refine the poles of each filter; with a tolerance, then remove states while it is still met.
 
-    A refinement counts only where the error over the padded target falls and the modes stay within their number. Where
-    the refined poles meet the tolerance, one real state less is tried, from `start` at that size, until that misses or
-    is proven to.
+    A refinement is accepted only if it lowers the error over the padded target within the limit on modes. While the
+    refined poles meet the tolerance, one real state fewer is tried, from `start` at that size, until that misses the
+    tolerance or the floor proves that it must.
     """
     modes = poles.shape[1] // 2
     poles = packed(poles)
@@ -153,7 +153,7 @@ def improve(targets: Targets, poles: Tensor, refine: Refine, start: Start, toler
 
 
 def packed(poles: Tensor) -> Tensor:
-    """Used columns first, in their order, so that pairs stay together."""
+    """Move the used columns to the front, in their order, so that pairs stay together."""
     return poles.gather(1, (poles == 0).to(torch.int8).argsort(dim=1, stable=True))
 
 
@@ -180,7 +180,7 @@ def _reduce_group(choose, taps, tolerance, modes):
 
 
 def _recurrences(targets, rows, poles, scale):
-    """The poles of some filters, all of as many real states, as recurrences with everything that is said of them."""
+    """The recurrences, with all error figures, for poles of filters that have equally many real states."""
     states, taps = poles.shape[1], targets.taps[rows]
     amplitudes, error, _ = fit(taps, poles)
     values = targets.leading(rows, states)[0].abs()
@@ -205,7 +205,7 @@ def _recurrences(targets, rows, poles, scale):
         yield ReducedFilter(
             poles=poles[index, upper[index]],
             residues=own,
-            direct=float(first[index] - own.real.sum()),  # modes alone leave Re Σ R at t = 0
+            direct=float(first[index] - own.real.sum()),  # the modes contribute Re Σ R at t = 0
             real_states=states,
             relative_error=error,
             floor=floor,

@@ -1,7 +1,7 @@
-"""The best residues for given poles, by least squares, and what the recurrence then misses.
+"""The least-squares residues for given poles, and the errors of the recurrence.
 
-Poles are (filter, column) complex, closed under conjugation: of a pair, in adjacent columns, the upper one comes first;
-0 means that a column is not used. With c = R λ the taps after the first are g_t = Re Σ_m c_m λ_m^t.
+Poles are (filter, column) complex, closed under conjugation: a pair is in adjacent columns, the pole above the real
+axis first; 0 marks an unused column. With c = R λ the taps after the first are g_t = Re Σ_m c_m λ_m^t.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,10 @@ from torch.nn.functional import pad
 from scavenger.recurrence.reduction.hankel import pieces
 
 
-MAX_RADIUS = 0.9999  # e-folds after 10⁴ tokens; every pole is held within
-MIN_RADIUS = 0.02  # a faster mode is gone after the first tap, and its residue would only cancel the direct term
-PADDING = 1.5  # the target goes on as zeros to this many horizons, so that tails are held down too
-DEPENDENT = 1e-11  # of a column's norm: what columns before it leave of it; less is rounding, not a direction
+MAX_RADIUS = 0.9999  # largest radius of a pole: 1/e after 10⁴ tokens
+MIN_RADIUS = 0.02  # a faster mode has decayed after one tap; its residue would only cancel the direct term
+PADDING = 1.5  # horizons to which the target is padded with zeros, so that the fit penalises tails
+DEPENDENT = 1e-11  # smallest share of a column's norm, orthogonal to earlier columns, that is not rounding error
 
 
 class Fit(NamedTuple):
@@ -28,8 +28,8 @@ class Fit(NamedTuple):
 def fit(taps: Tensor, poles: Tensor) -> Fit:
     """Least squares over the taps after the first, zero past the horizon: (filter, length) and (filter, column).
 
-    Columns scaled to norm 1, QR, then the triangle's inverse, or its truncated pseudo-inverse where columns depend on
-    each other, as for poles that are nearly equal.
+    Columns are scaled to norm 1 and factorised by QR; the triangular system is solved directly, or with a truncated
+    pseudo-inverse where columns are linearly dependent, as for nearly equal poles.
     """
     found = [
         _fit_piece(taps[rows], poles[rows])
@@ -39,15 +39,15 @@ def fit(taps: Tensor, poles: Tensor) -> Fit:
 
 
 def held(poles: Tensor) -> Tensor:
-    """Poles within MAX_RADIUS: those outside the circle reflected, those too near it moved inward."""
-    most = MAX_RADIUS * (1 - 1e-14)  # room for the rounding of whoever takes the absolute value again
+    """Poles within MAX_RADIUS: those outside the unit circle are reflected, those too near it moved inward."""
+    most = MAX_RADIUS * (1 - 1e-14)  # margin for rounding when the absolute value is taken again
     radius = poles.abs()
     inside = torch.where(radius > 1, 1 / radius.clamp_min(1), radius).clamp_max(most)
     return torch.where(radius > most, poles * (inside / radius.clamp_min(1e-300)), poles)
 
 
 def settled(poles: Tensor) -> Tensor:
-    """Poles as they are used: held, real where nearly so, 0 where too fast."""
+    """Poles in their final form: within MAX_RADIUS, real if nearly real, 0 if below MIN_RADIUS."""
     poles = held(torch.where(poles.imag.abs() < 1e-12, poles.real + 0j, poles))
     return torch.where(poles.abs() >= MIN_RADIUS, poles, 0)
 
@@ -79,7 +79,7 @@ def power_table(poles: Tensor, count: int) -> Tensor:
 def tails(taps: Tensor, poles: Tensor, amplitudes: Tensor) -> Tensor:
     """l2 norm of the recurrence from the horizon to infinity, relative to the taps, (filter,).
 
-    Up to the padded end as it is, from there in closed form: with x = c λ^t,
+    Summed term by term up to the padded length and in closed form from there: with x = c λ^t,
     Σ y² = ½ Re Σ_mn x_m x_n / (1 - λ_m λ_n) + x_m x̄_n / (1 - λ_m λ̄_n).
     """
     horizon, padded = taps.shape[1] - 1, int(PADDING * taps.shape[1]) - 1
@@ -93,10 +93,10 @@ def tails(taps: Tensor, poles: Tensor, amplitudes: Tensor) -> Tensor:
 
 
 def gain_errors(taps: Tensor, poles: Tensor, amplitudes: Tensor) -> Tensor:
-    """max over ω of |E(e^{iω})|, the target being zero past the horizon and the recurrence endless, (filter,).
+    """max over ω of |E(e^{iω})|, with the target zero past the horizon and the recurrence infinite, (filter,).
 
-    On a grid of four points for each tap, more closely around the largest, and at the poles' own angles, where a slow
-    mode has its peak.
+    Evaluated on a grid of four points per tap, on a finer grid around the largest value, and at the angles of the
+    poles, where slow modes peak.
     """
     g, size = taps[:, 1:], 4 * taps.shape[1]
     grid = -2 * torch.pi / size * torch.arange(size // 2 + 1, device=taps.device, dtype=taps.dtype)
@@ -110,7 +110,7 @@ def gain_errors(taps: Tensor, poles: Tensor, amplitudes: Tensor) -> Tensor:
 
 
 def _response(points, poles, amplitudes):
-    """Σ_t Re(c λ^t) z^t at points z of the circle: (filter, point)."""
+    """Σ_t Re(c λ^t) z^t at points z of the unit circle: (filter, point)."""
     c, z, poles = amplitudes[:, None] / 2, points[:, :, None], poles[:, None]
     return (c / (1 - poles * z) + c.conj() / (1 - poles.conj() * z)).sum(2)
 
@@ -122,7 +122,7 @@ def _fit_piece(taps, poles):
     scale = basis.norm(dim=1, keepdim=True)
     scale = torch.where(scale > 0, scale, 1)
     basis = basis / scale
-    # The target as one more column: its part in R is Qᵀ target, and Q itself is never formed.
+    # With the target as a last column, R contains Qᵀ target, and Q is never formed.
     triangle = torch.linalg.qr(torch.cat([basis, target], dim=2), mode="r")[1]
     triangle, projected = triangle[:, :-1, :-1], triangle[:, :-1, -1:]
     dependent = (triangle.diagonal(dim1=1, dim2=2).abs() < DEPENDENT).any(1)
