@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -49,6 +50,20 @@ def test_a_cache_under_its_old_name():
     with pytest.warns(FutureWarning, match="Use `cache`"):
         second = model(input_ids=ids[:, 7:], past_key_values=first.past_key_values, use_cache=True)
     assert_close(model(input_ids=ids, use_cache=False).logits[:, 7:], second.logits, 1e-12)
+
+
+def test_a_configuration_with_the_former_key_prefill_outputs(folder, tmp_path):
+    """Saved with its only value that is left: nothing is missing or unexpected, and the student generates the same."""
+    shutil.copytree(folder, tmp_path / "former")
+    config = json.loads((folder / "config.json").read_text())
+    assert "prefill_outputs" not in config
+    (tmp_path / "former/config.json").write_text(json.dumps(config | {"prefill_outputs": "recurrent"}))
+    expected, ids = AutoModelForCausalLM.from_pretrained(folder), torch.randint(1, 320, (2, 9))
+    former, report = AutoModelForCausalLM.from_pretrained(tmp_path / "former", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(expected(input_ids=ids).logits, former(input_ids=ids).logits)
+    arguments = dict(max_new_tokens=11, **GREEDY)
+    assert torch.equal(expected.generate(ids, **arguments), former.generate(ids, **arguments))
 
 
 def test_pipeline_one_by_one_and_in_a_padded_batch(folder):
