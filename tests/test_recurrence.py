@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_student
+from conftest import command_line, tiny_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scavenger import measure, plan
@@ -451,6 +451,11 @@ def test_mistakes_of_a_program(tmp_path):
     assert done.stderr.startswith("scavenger: error: ") and "no such folder" in done.stderr
     done = subprocess.run([*words, "much"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_method_that_only_the_benchmark_has_is_not_offered():
+    done = command_line("recur", "folder", "--method", "gradient")
+    assert done.returncode == 2 and "invalid choice: 'gradient'" in done.stderr
 
 
 def test_mistakes_end_in_one_line(folder, workshop, tmp_path, monkeypatch, capsys):

@@ -88,7 +88,7 @@ class AttentionCacheLayer:
         """Overwrite the oldest token; returns the ring's keys, values and attention mask (batch, 1, window)."""
         self._begin(k, v, real, window)
         place = (self.written % window)[None]
-        write = Tensor.index_copy_ if may_overwrite() else Tensor.index_copy
+        write = Tensor.index_copy_ if may_overwrite([self.keys, self.values, self.real]) else Tensor.index_copy
         self.keys = write(self.keys, 2, place, k.to(self.keys.dtype))
         self.values = write(self.values, 2, place, v.to(self.values.dtype))
         self.real = write(self.real, 1, place, real)

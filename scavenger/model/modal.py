@@ -114,7 +114,7 @@ class ChannelState:
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each (batch, filter, 1, 1)
         u = k * v
-        in_place, reads = may_overwrite(), []
+        in_place, reads = may_overwrite(self.tensors), []
         for index, own in enumerate(self.layout.split(u[..., 0], 1)):
             a, b, c, d = self.numbers[index]
             re, im = self.parts[index].unbind(1)
@@ -200,7 +200,7 @@ class HeadState:
         self.keys, self.values, self.ages = (writable(x.index_select(0, rows)) for x in kept)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each (batch, filter, 1, width)
-        write = torch.Tensor.index_copy_ if may_overwrite() else torch.Tensor.index_copy
+        write = torch.Tensor.index_copy_ if may_overwrite(self.tensors) else torch.Tensor.index_copy
         self.keys = write(self.keys, 2, self.place, self._sliced(k))
         self.values = write(self.values, 2, self.place, v)
         self.ages = self.ages + 1
@@ -289,15 +289,15 @@ def ring_places(width: int) -> int:
     return max(count for count in range(1, PARTS + 1) if width % count == 0)
 
 
-def may_overwrite() -> bool:
-    """Whether a step writes into its states; where gradients are recorded it makes new ones."""
-    return not torch.is_grad_enabled()
+def may_overwrite(states: list[Tensor]) -> bool:
+    """Whether a step may write to the states in place: no gradient is recorded here, and none flows through them."""
+    return not (torch.is_grad_enabled() or any(state.requires_grad for state in states))
 
 
 def writable(state: Tensor) -> Tensor:
-    """The state as a tensor that a step may write to inside and outside inference mode.
+    """The state as a tensor that a step may write to in place, inside and outside inference mode.
 
-    Called where states are made, not in the step: dynamo breaks a graph at questions about inference mode.
+    Called where states are made and not in the step: TorchDynamo breaks the graph at a question about inference mode.
     """
     if torch.compiler.is_compiling() or not state.is_inference():
         return state
