@@ -48,7 +48,7 @@ def test_one_table_one_page_one_json(compared):
     for row in found["rows"]:
         assert row["metric"] in page, row["metric"]
     last = json.loads(printed.splitlines()[-1])
-    assert last["verdict"] in page and last["verdict"].count("Beside teacher, ") == 3
+    assert last["verdict"] in page and last["verdict"].count("Compared with teacher, ") == 3
     for word in ("recall of pairs", "documents 40", "examples 3", "seed 0", "greedy agreement"):
         assert word in printed, word
     assert found["versions"]["torch"] and found["seed"] == 0
@@ -209,4 +209,4 @@ def test_what_has_no_interval_is_not_called_alike():
     row = {"metric": "perplexity", "headline": True, "unit": "", "exponential": True}
     few = {"value": 7.39, "low": None, "high": None, "items": 4, "verdict": None}
     found = {"reference": "a", "labels": ["a", "b"], "rows": [row | {"differences": {"b": few}}]}
-    assert comparison.verdict(found) == "Beside a, b is of too few items for an interval at perplexity (× 7.390)."
+    assert comparison.verdict(found) == "Compared with a, b is not judged (too few items) at perplexity (× 7.390)."

@@ -352,7 +352,7 @@ def test_the_card_says_what_the_run_found(finished, workshop):
         f"KL {found['model']['divergence']:.2e} nats per token",
         "at a context of 48 tokens, on 3,840 tokens of `text.jsonl`",
         f"torch {read_json(finished / 'environment.json')['torch']}",
-        "Beside teacher, recurrent is ",
+        "Compared with teacher, recurrent is ",
         "2401.17574",
         "2310.18780",
         "2302.10866",

@@ -1,4 +1,4 @@
-"""What the commands of `eval/` share: their arguments, tables, files and mistakes."""
+"""Shared by the commands in `eval/`: arguments, tables, files of results and error reporting."""
 
 import argparse
 import json
@@ -15,30 +15,30 @@ from scavenger.report.results import Results
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """Models, and what every measurement has."""
+    """The parser of a command: the models and the options common to all measurements."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folder or Hub name, or LABEL=FOLDER")
-    made.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the intervals (0)")
+    made.add_argument("--seed", type=int, default=0, help="seed of sampling and of the intervals (0)")
     made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     made.add_argument(
-        "--results", type=Path, metavar="DIR", help="keep what is measured there, and do not measure it again"
+        "--results", type=Path, metavar="DIR", help="store measurements in this folder and reuse those it has"
     )
     return made
 
 
 def add_text(made: argparse.ArgumentParser):
-    """Where held-out text comes from."""
+    """Add the options that select the held-out text."""
     made.add_argument("--text", metavar="PATH", help=".txt, .jsonl or .parquet, file or folder (the standard library)")
-    made.add_argument("--dataset", metavar="NAME", help="or a data set of the Hub")
-    made.add_argument("--subset", help="of the data set")
-    made.add_argument("--revision", help="of the data set")
-    made.add_argument("--split", choices=["validation", "test"], default="test", help="where there are splits (test)")
-    made.add_argument("--text-column", default="text", help="of tables (text)")
-    made.add_argument("--limit", type=int, metavar="N", help="read so many documents (all of them)")
+    made.add_argument("--dataset", metavar="NAME", help="or a data set on the Hub")
+    made.add_argument("--subset", help="subset of the data set")
+    made.add_argument("--revision", help="revision of the data set")
+    made.add_argument("--split", choices=["validation", "test"], default="test", help="split, if there are any (test)")
+    made.add_argument("--text-column", default="text", help="column of tables that holds the text (text)")
+    made.add_argument("--limit", type=int, metavar="N", help="read only the first N documents (all)")
 
 
 def text_of(args: argparse.Namespace) -> text.Text:
-    """The text that `add_text` asks for."""
+    """The text selected by the options of `add_text`."""
     positive(args, "limit")
     if args.text is not None and not Path(args.text).exists():
         raise ValueError(f"--text: {args.text} is not there; expected a file or folder of text")
@@ -48,7 +48,7 @@ def text_of(args: argparse.Namespace) -> text.Text:
 
 
 def models_of(args: argparse.Namespace) -> list[Evaluated]:
-    """The models, each under a label of its own."""
+    """The models; ValueError if two have the same label."""
     found = [Evaluated.parsed(word, args.dtype) for word in args.models]
     labels = [model.label for model in found]
     for label in labels:
@@ -60,7 +60,7 @@ def models_of(args: argparse.Namespace) -> list[Evaluated]:
 
 
 def positive(args: argparse.Namespace, *names: str):
-    """ValueError where an argument that was given is not 1 or more."""
+    """Raise ValueError if one of these arguments was given and is less than 1."""
     for name in names:
         found = getattr(args, name)
         for value in found if isinstance(found, list) else [found]:
@@ -91,7 +91,7 @@ def run(
 
 
 def summary(result: dict, seed: int = 0) -> dict:
-    """A result with values and intervals in the place of sums over items."""
+    """A result with values and intervals in place of the sums over items."""
     rows = {}
     for entry in result["metrics"]:
         metric = Metric(**entry)
@@ -101,7 +101,7 @@ def summary(result: dict, seed: int = 0) -> dict:
 
 
 def table(results: list[dict], seed: int = 0) -> str:
-    """Metrics down, models across, each with its interval; what all of them were measured with beneath."""
+    """A row per metric and a column per model, values with their intervals; the settings are below the table."""
     labels = list(dict.fromkeys(result["model"] for result in results))
     cells = {}
     for result in results:
@@ -119,6 +119,6 @@ def table(results: list[dict], seed: int = 0) -> str:
 
 
 def described(settings: dict) -> str:
-    """Settings in a line; limits among them."""
+    """The settings, including limits, in one line."""
     shown = {key: "none" if value is None else value for key, value in settings.items()}
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())

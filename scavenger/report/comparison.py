@@ -1,4 +1,4 @@
-"""Two or more models on everything: one table with intervals, one page, one JSON; differences are paired."""
+"""Compare models on all measurements: one table with intervals, one page, one JSON; differences are paired."""
 
 import functools
 import sys
@@ -14,13 +14,13 @@ from scavenger.report.results import Results, versions
 from scavenger.report.text import Blocks, Text
 
 
-# Measured by document or question in units of text, so that models of different tokenizers compare.
+# Per unit of text, with documents or questions as items: comparable between models with different tokenizers.
 OF_TEXT = ("bits per byte",)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; None: not."""
+    """The settings of each measurement; None if it is skipped."""
 
     seed: int = 0
     perplexity: "perplexity.Settings | None" = None
@@ -31,7 +31,7 @@ class Settings:
 
 
 def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, results: Results) -> dict:
-    """Every measurement of every model, and its difference to that of the first, the reference."""
+    """All measurements of all models, and their differences to the first model, the reference."""
     reference = models[0]
     record = text.settings
 
@@ -48,12 +48,12 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
         return lm_eval_tasks.questions_of(settings.tasks)
 
     alike, outputs = same_tokenizer(models), same_outputs(models)
-    if settings.tasks:  # what cannot be asked is said before anything is measured
+    if settings.tasks:  # raises for missing documents before anything is measured
         questions()
     if settings.generation and outputs:
         continuations()
     elif settings.generation:
-        print("what models write is not compared: their tokens are not the same", file=sys.stderr)
+        print("generation is not compared: the tokens of the models are not the same", file=sys.stderr)
     found, bar = {}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
     for model in bar:
         bar.set_postfix_str(model.label)
@@ -91,7 +91,7 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
 
 
 def facts(model: Evaluated) -> dict:
-    """What a table says of a model itself."""
+    """Properties of the model itself, shown in tables."""
     return {
         "metrics": [],
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
@@ -103,7 +103,7 @@ def facts(model: Evaluated) -> dict:
 
 
 def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Settings, alike: bool) -> dict:
-    """What is shown: for each metric each model's value and interval, and its difference to the reference's."""
+    """The comparison: for each metric, every model's value, interval and difference to the reference."""
     labels = [model.label for model in models]
     rows = []
     for name, results in found.items():
@@ -142,7 +142,7 @@ def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Set
 
 
 def verdict(found: dict, labels: list[str] | None = None) -> str:
-    """What models, all if none is named, lost and gained beside the reference, in a sentence for each."""
+    """One sentence per model (by default all) on where it is better or worse than the reference."""
     sentences = []
     for label in labels or found["labels"][1:]:
         said = {"worse": [], "better": [], "alike": [], "unsure": []}
@@ -157,16 +157,16 @@ def verdict(found: dict, labels: list[str] | None = None) -> str:
         if said["better"]:
             parts.append(f"better at {', '.join(said['better'])}")
         if said["alike"]:
-            parts.append(f"not to be told apart at {', '.join(name.split(' (')[0] for name in said['alike'])}")
+            parts.append(f"not significantly different at {', '.join(name.split(' (')[0] for name in said['alike'])}")
         if said["unsure"]:
-            parts.append(f"of too few items for an interval at {', '.join(said['unsure'])}")
+            parts.append(f"not judged (too few items) at {', '.join(said['unsure'])}")
         if parts:
-            sentences.append(f"Beside {found['reference']}, {label} is {'; '.join(parts)}.")
+            sentences.append(f"Compared with {found['reference']}, {label} is {'; '.join(parts)}.")
     return " ".join(sentences) or "One model was measured; nothing was compared."
 
 
 def text_table(found: dict) -> str:
-    """The headline figures as aligned text, and what they were measured with."""
+    """The headline metrics as aligned text, followed by the settings."""
     header, rows, _ = headline(found)
     lines = [aligned(header, rows)]
     for name, settings in found["settings"].items():
@@ -175,7 +175,7 @@ def text_table(found: dict) -> str:
 
 
 def headline(found: dict) -> tuple[list[str], list[list[str]], dict[tuple[int, int], str]]:
-    """Header, a row for each headline metric, and which cells differ from the reference beyond their interval."""
+    """Header, a row per headline metric, and the cells that differ significantly from the reference."""
     header = [f"{100 * found['level']:.0f} % intervals", *found["labels"]]
     header += [f"{label}, published" for label in found["published"]]
     rows, classes = [], {}
@@ -194,7 +194,7 @@ def headline(found: dict) -> tuple[list[str], list[list[str]], dict[tuple[int, i
 
 
 def _row(measurement, name, own, reference, seed, comparable):
-    """A metric as it is shown: values, and differences where the items are the same."""
+    """A row of the comparison: values, and differences between models measured on the same items."""
     any_metric = next(iter(own.values()))
     estimates = {label: metrics.estimate(metric, seed) for label, metric in own.items()}
     differences = {}
@@ -218,7 +218,7 @@ def _row(measurement, name, own, reference, seed, comparable):
 
 
 def _state_row(results):
-    """What each model keeps for a sequence after the longest prompt that was read, with its smallest cache."""
+    """The memory of each model's smallest cache for one sequence, after the longest prompt measured."""
     read = [(row["prompt"], row["state_bytes"]) for result in results for row in result["rows"] + result["contexts"]]
     longest = max((prompt for prompt, state in read if state is not None), default=0)
     kept = {}
@@ -231,13 +231,13 @@ def _state_row(results):
 
 
 def _plain_row(measurement, name, unit, values):
-    """A row without intervals; of values that were not measured, without values."""
+    """A row without intervals; `values` is empty if nothing was measured."""
     shared = {"unit": unit, "better": "", "exponential": False, "group": "", "x": None, "headline": True}
     return {"measurement": measurement, "metric": name, **shared, "models": values, "differences": {}}
 
 
 def _judged(found, metric):
-    """better, worse, or None: not to be told apart."""
+    """better, worse, or None if the difference is not significant."""
     if not metric.better or not metrics.separates(found, metric):
         return None
     larger = found.value > (1.0 if metric.exponential else 0.0)
@@ -249,14 +249,14 @@ def _plain(found):
 
 
 def shown(row: dict, label: str) -> str:
-    """A model's cell of a row."""
+    """A model's value in a row, as text."""
     if label not in row["models"]:
         return "–"
     return metrics.show(Estimate(**row["models"][label]), row["unit"])
 
 
 def shown_difference(row: dict, label: str) -> str:
-    """The difference to the reference in a model's cell."""
+    """A model's difference to the reference in a row, as text."""
     if label not in row["differences"]:
         return "–"
     found = {key: value for key, value in row["differences"][label].items() if key != "verdict"}
@@ -264,7 +264,7 @@ def shown_difference(row: dict, label: str) -> str:
 
 
 def _limited(measurement, settings):
-    """What is said where not all documents, or not all questions, were read."""
+    """A note for measurements that read only the first documents or questions."""
     limit = settings[measurement].get("limit") if measurement in ("perplexity", "harness") else None
     return f" (first {limit})" if limit else ""
 

@@ -1,7 +1,7 @@
-"""How a model writes: whether it goes on as a reference does (its teacher), and whether it repeats itself.
+"""Text generation: whether a model continues prompts as a reference does (its teacher), and whether it repeats itself.
 
-Every model goes on from the same pieces of held-out text, greedily and by sampling; an item of every metric is such a
-prompt. An end-of-text token does not end a continuation, so that all have the same length.
+All models continue the same prompts from held-out text, greedily and by sampling; the items of every metric are the
+prompts. Generation does not stop at an end-of-text token, so all continuations have the same length.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from scavenger.report.metrics import Metric
 
 
 SAMPLES = 3  # prompts whose continuations are shown
-COLUMNS = 160  # characters of them side by side
+COLUMNS = 160  # width of the samples shown side by side, in characters
 NGRAM = 4  # as in arXiv:1908.04319
-LOOP_READINGS = 3  # a list's lines begin alike twice soon enough
-LOOP_TOKENS = 16  # less is a ruler of dashes, an indentation or an ellipsis
+LOOP_READINGS = 3  # twice would be too few: two lines of a list often begin alike
+LOOP_TOKENS = 16  # shorter loops may be a row of dashes, an indentation or an ellipsis
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Prompts of `prompt_tokens`, each gone on with for `new_tokens`; how text is sampled, as in a run's report."""
+    """Prompts of `prompt_tokens`, each continued for `new_tokens`; sampling defaults are those of a run's report."""
 
     prompts: int = 64
     prompt_tokens: int = 64
@@ -52,22 +52,22 @@ class Settings:
 
 
 def described(settings: Settings) -> dict:
-    """For the record, to which the reference's weights belong too."""
+    """The settings, as recorded with a result; the caller adds the reference's weights."""
     return dataclasses.asdict(settings)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The reference's side, which all models share: prompts, what follows them in the text, and what it writes."""
+    """Shared by all models: the prompts, the text that follows them, and the reference's continuations."""
 
     reference: Evaluated
     settings: Settings
     prompts: np.ndarray  # (prompt, prompt_tokens)
-    text: np.ndarray  # (prompt, new_tokens), what follows in the held-out text
+    text: np.ndarray  # (prompt, new_tokens), the held-out text after each prompt
 
     @functools.cached_property
     def greedy(self) -> np.ndarray:
-        """The reference's own greedy continuations, (prompt, new_tokens); written when they are first asked for."""
+        """The reference's greedy continuations, (prompt, new_tokens); generated on first access."""
         return continuations(self.reference.model, self.prompts, self.settings, f"{self.reference.label}, greedy")
 
     @functools.cached_property
@@ -77,13 +77,13 @@ class Prepared:
 
 
 def prepare(reference: Evaluated, stream: np.ndarray, settings: Settings) -> Prepared:
-    """Prompts at seeded places of a text's token ids, none of which overlap; nothing is computed yet."""
+    """Non-overlapping prompts at seeded positions of a text's token ids; no model is run yet."""
     length = settings.prompt_tokens + settings.new_tokens
     places = len(stream) // length
     if places < settings.prompts:
         raise ValueError(
             f"the text has {len(stream)} tokens; expected {settings.prompts * length} or more, for "
-            f"{settings.prompts} prompts and what follows"
+            f"{settings.prompts} prompts and their continuations"
         )
     chosen = np.random.default_rng(settings.seed).choice(places, settings.prompts, replace=False)
     pieces = stream[: places * length].reshape(places, length)[chosen]
@@ -91,22 +91,22 @@ def prepare(reference: Evaluated, stream: np.ndarray, settings: Settings) -> Pre
 
 
 def comparable(model: Evaluated, reference: Evaluated):
-    """ValueError where two models' tokens are not the same."""
+    """Raise ValueError if two models differ in tokenizer or vocabulary size."""
     if not same_outputs([model, reference]):
         raise ValueError(
-            f"{model.label} and {reference.label} have different tokens; expected models of one tokenizer and one "
-            "size of vocabulary"
+            f"{model.label} and {reference.label} have different tokens; expected models with the same tokenizer "
+            "and vocabulary size"
         )
 
 
 def run(
     model: Evaluated, reference: Evaluated, stream: np.ndarray, settings: Settings, prepared: Prepared | None = None
 ) -> dict:
-    """How a model writes beside a reference; ValueError where their tokens differ.
+    """Compare a model's generated text with a reference's; ValueError if their tokens differ.
 
-    The KL and the agreement of most likely tokens are along the reference's greedy text, which both read. `held_out`
-    has, under the names of the sampled text's metrics, those of the text that really follows; `samples` the first
-    prompts and what follows them. What `prepare` gave is used again for the next model.
+    KL and top-1 agreement are measured along the reference's greedy text, which both models read. `held_out` has the
+    metrics of sampled text, under the same names, for the text that really follows; `samples` has the first prompts
+    and their continuations. Pass the result of `prepare` to reuse it for several models.
     """
     comparable(model, reference)
     prepared = prepared or prepare(reference, stream, settings)
@@ -136,9 +136,10 @@ def run(
 def continuations(
     model: nn.Module, prompts: np.ndarray, settings: Settings, what: str = "continuations", sampled: bool = False
 ) -> np.ndarray:
-    """The model's greedy or sampled continuations of prompts (prompt, length), (prompt, new_tokens)."""
+    """Greedy or sampled continuations, (prompt, new_tokens), of prompts, (prompt, length)."""
     drawn = {"temperature": settings.temperature, "top_k": settings.top_k} if sampled else {}
-    # The model's own may ask for anything, and fills in what a call leaves open. An end-of-text token is one of many.
+    # The model's own config may set anything, and is used for arguments not given here. The default one has no
+    # end-of-text token, at which generation would stop.
     own, model.generation_config = model.generation_config, GenerationConfig()
     rows, found = max(1, measure.BATCH_TOKENS // (prompts.shape[1] + settings.new_tokens)), []
     batches = torch.from_numpy(prompts.astype(np.int64)).split(rows)
@@ -151,7 +152,7 @@ def continuations(
                     attention_mask=torch.ones_like(batch, device=model.device),
                     max_new_tokens=settings.new_tokens,
                     do_sample=sampled,
-                    pad_token_id=0,  # for nothing: all are of one length
+                    pad_token_id=0,  # never used: all rows have the same length
                     **drawn,
                 )
                 found.append(ids[:, prompts.shape[1] :].cpu())
@@ -163,9 +164,9 @@ def continuations(
 def along(
     model: nn.Module, reference: nn.Module, prompts: np.ndarray, text: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """KL(reference ‖ model) in nats, and whether the most likely token is the reference's, at each token of a text.
+    """KL(reference ‖ model) in nats and top-1 agreement at each token of texts that follow prompts.
 
-    Both read the prompt and the text, (prompt, length) each; both results are (prompt, length of the text).
+    Both models read prompt and text, each (prompt, length); both results are (prompt, length of the text).
     """
     divergence, same = [], []
     for ids in _batches(prompts, text, model.device):
@@ -176,7 +177,7 @@ def along(
 
 
 def losses_of(model: nn.Module, prompts: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """-log p of each token of texts behind prompts, (prompt, length of the text), nats."""
+    """-log p of each token of texts that follow prompts, (prompt, length of the text), nats."""
     found = []
     for ids in _batches(prompts, text, model.device):
         log_p = _log_probabilities(model, ids, text.shape[1])
@@ -185,18 +186,18 @@ def losses_of(model: nn.Module, prompts: np.ndarray, text: np.ndarray) -> np.nda
 
 
 def common_prefix(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Tokens that two texts begin with alike, for each row of (prompt, length)."""
+    """Length of the common prefix of two texts, for each row of (prompt, length)."""
     return np.cumprod(one == other, axis=1).sum(1)
 
 
 def repeated_ngrams(tokens: np.ndarray, size: int = NGRAM) -> float:
-    """Share of a text's n-grams that repeat another: 1 - different ones / all of them (seq-rep-n, arXiv:1908.04319)."""
+    """Share of a text's n-grams that are repeats: 1 - distinct / all (seq-rep-n, arXiv:1908.04319)."""
     grams = [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
     return 1 - len(set(grams)) / len(grams)
 
 
 def ends_in_loop(tokens: np.ndarray) -> bool:
-    """Whether a text's last tokens are one piece again and again: LOOP_READINGS times, over LOOP_TOKENS at least."""
+    """Whether a text ends in one sequence repeated at least LOOP_READINGS times, over at least LOOP_TOKENS tokens."""
     for period in range(1, len(tokens) // LOOP_READINGS + 1):
         span = max(LOOP_READINGS * period, LOOP_TOKENS)
         if span <= len(tokens) and np.array_equal(tokens[-span:-period], tokens[len(tokens) - span + period :]):
@@ -205,7 +206,7 @@ def ends_in_loop(tokens: np.ndarray) -> bool:
 
 
 def side_by_side(results: list[dict]) -> str:
-    """The samples of all models in columns, by prompt; ‖ is where a greedy continuation leaves the reference's."""
+    """The samples of all models in columns, by prompt; ‖ marks where a greedy continuation leaves the reference's."""
     reference, blocks = results[0]["reference"], []
     for number, shared in enumerate(results[0]["samples"]):
         own = {result["model"]: result["samples"][number] for result in results}
@@ -219,7 +220,7 @@ def side_by_side(results: list[dict]) -> str:
 
 
 def _batches(prompts, text, device):
-    """Prompts with texts, so few at once that some tensors of their logits fit: a quarter of an evaluation batch."""
+    """Batches of prompts with texts, a quarter of an evaluation batch each: several tensors of logits are alive."""
     ids = torch.from_numpy(np.concatenate([prompts, text], axis=1).astype(np.int64))
     rows = max(1, measure.BATCH_TOKENS // 4 // ids.shape[1])
     return (batch.to(device) for batch in ids.split(rows))
@@ -227,7 +228,7 @@ def _batches(prompts, text, device):
 
 @torch.inference_mode()
 def _log_probabilities(model, ids, count):
-    """Of the last `count` tokens, each before it is read, in float32 or wider."""
+    """Log-probabilities for predicting the last `count` tokens, in float32 or wider."""
     logits = numbers(model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=count).logits)
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
@@ -238,7 +239,7 @@ def _metric(name, values, unit, better, headline=False, **what):
 
 
 def _by_position(divergence):
-    """KL by place in the continuation, in bins that double: 1, 2, 3–4, 5–8, …; x is a bin's last place."""
+    """KL by position in the continuation, in bins of doubling width: 1, 2, 3–4, 5–8, …; x is a bin's last position."""
     found, low, high, length = [], 1, 1, divergence.shape[1]
     while low <= length:
         last = min(high, length)
@@ -258,7 +259,7 @@ def _repetition(texts, kind, headline=False):
 
 
 def _degeneration(texts, its_losses):
-    """Repetition, and the loss: of text that repeats itself it is too low, of text that makes no sense too high."""
+    """Repetition and loss; the loss is too low for text that repeats itself and too high for nonsense."""
     return [
         *_repetition(texts, "sampled"),
         _metric("loss of sampled text under the reference", its_losses.mean(1), "nats", ""),
@@ -269,7 +270,7 @@ def _samples(prepared, greedy, sampled, common):
     decode, found = prepared.reference.tokenizer.decode, []
     for row in range(min(SAMPLES, len(common))):
         alike, whole = int(common[row]), decode(greedy[row])
-        # A character of several tokens is none in either half.
+        # A character of several tokens that is split here belongs to neither half.
         agreed = os.path.commonprefix([decode(greedy[row, :alike]), whole])
         found.append(
             {
@@ -291,7 +292,7 @@ def _marked(sample):
 
 
 def _columns(texts: dict[str, str]) -> str:
-    """Texts next to each other, each under its name and broken to its share of COLUMNS characters."""
+    """Texts in columns, each below its name and wrapped to its share of COLUMNS characters."""
     width = COLUMNS // len(texts) - 3
     columns = []
     for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""The plots of a run's report: how it was trained, and what became of its filters."""
+"""The plots of a run's report: its training and the reduction of its filters."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ COLOURS = dict(zip(NAMES, page.PALETTE, strict=False))
 
 
 def quality(figures: dict) -> Figure:
-    """Held-out perplexity against tokens seen: both steps of transfer on one axis, beside pre-training."""
+    """Held-out perplexity against tokens seen: both steps of transfer on one axis, and pre-training."""
     trainings = {
         name: [row for row in figures["trainings"] if row["name"].startswith(name)]
         for name in ("activations", "logits", "baseline")
@@ -56,7 +56,7 @@ def quality(figures: dict) -> Figure:
 
 
 def activations(figures: dict) -> Figure:
-    """The first step's error, layer by layer."""
+    """The activation error of the first step, by layer."""
     layers = _layers(figures["history"]["activations"], "layer_")
     return _by_layer(
         figures["history"]["activations"],
@@ -68,7 +68,7 @@ def activations(figures: dict) -> Figure:
 
 
 def logits(figures: dict) -> Figure:
-    """The second step's loss."""
+    """The loss of the second step."""
     history = figures["history"]["logits"]
     key = "divergence" if "divergence" in history[0] else "loss"
     figure, axes = page.plot()
@@ -85,7 +85,7 @@ def logits(figures: dict) -> Figure:
 
 
 def floors(figures: dict) -> Figure:
-    """Both steps on one axis, the mean over the watched filters of a layer."""
+    """The floor in both steps on one axis, averaged over the watched filters of each layer."""
     history = figures["history"]
     before = history["activations"][-1]["step"]
     entries = history["activations"] + [entry | {"step": before + entry["step"]} for entry in history["logits"]]
@@ -94,21 +94,21 @@ def floors(figures: dict) -> Figure:
         [entry for entry in entries if any(key.startswith("floor_") for key in entry)],
         _layers(entries, "floor_"),
         "floors",
-        f"While training: the least error that {watched} real states allow a filter.",
-        ("step (the line: from activations to logits)", "floor of the relative error"),
+        f"During training: lower bound on the error of a filter with {watched} real states.",
+        ("step (line: from activations to logits)", "floor of the relative error"),
         line=before,
     )
 
 
 def recurrence(run_dir: Path, figures: dict) -> tuple[Figure, ...]:
-    """What became of the filters."""
+    """The plots of the filters' reduction."""
     return _errors(figures), _sizes(figures), _positions(figures), _spectra(figures), _filter(run_dir, figures)
 
 
 def _errors(figures):
     layers = figures["recurrence"]["layers"]
     figure, axes = page.plot()
-    least = 1e-9  # of what is drawn: a floor of zero has no place on a logarithmic axis
+    least = 1e-9  # drawn for smaller values: a logarithmic axis cannot show zero
     for index, layer in enumerate(layers):
         if layer["filters"]:
             axes.scatter(
@@ -121,17 +121,17 @@ def _errors(figures):
     ends = [min(floors), max(floors)]
     axes.plot(ends, ends, color="#888888", linewidth=0.8)
     axes.set(xlabel="proven floor", ylabel="relative error", xscale="log", yscale="log")
-    axes.xaxis.set_minor_formatter(NullFormatter())  # less than a decade would have labels upon labels
+    axes.xaxis.set_minor_formatter(NullFormatter())  # labels would overlap if the axis is shorter than a decade
     axes.legend(fontsize=7)
     return page.drawn(
         figure,
         "errors",
-        "The error of each filter above its proven floor, below which no method comes.",
+        "The error of each filter against its proven floor, a lower bound for every method.",
         ["layer", "filter", "modes", "floor", "error"],
         [
             [str(index), str(row), str(f["state_size"]), f"{f['floor']:.2e}", f"{f['relative_error']:.2e}"]
             for index, layer in enumerate(layers)
-            for row, f in enumerate(layer["filters"][:64])  # a thousand rows are in certificate.json
+            for row, f in enumerate(layer["filters"][:64])  # certificate.json has all rows
         ],
     )
 
@@ -146,7 +146,7 @@ def _sizes(figures):
     return page.drawn(
         figure,
         "state-sizes",
-        "How many modes the filters have.",
+        "Number of modes per filter.",
         ["modes", "filters"],
         [[str(size), f"{count:.0f}"] for size, count in enumerate(counts)],
     )
@@ -176,7 +176,7 @@ def _positions(figures):
     return page.drawn(
         figure,
         "exactness",
-        "KL to the exact student by position, in contexts of the training length and longer ones.",
+        "KL to the exact student by position, in contexts of the training length and longer.",
         ["context", "positions", "KL"],
         rows,
     )
@@ -189,7 +189,7 @@ def _spectra(figures):
     for index, layer in enumerate(layers):
         if not layer["filters"]:
             continue
-        count = max(len(f["hankel_values"]) for f in layer["filters"])  # of some only the first ones are known
+        count = max(len(f["hankel_values"]) for f in layer["filters"])  # only the first ones are known for some filters
         spectra = [np.array(f["hankel_values"]) for f in layer["filters"] if len(f["hankel_values"]) == count]
         curves = np.array([values / (values.max(initial=0) or 1) for values in spectra])
         states, middle = np.arange(1, count + 1), np.median(curves, axis=0)
@@ -202,7 +202,7 @@ def _spectra(figures):
     return page.drawn(
         figure,
         "hankel",
-        "Hankel singular values: how fast they fall decides how many states a filter needs.",
+        "Hankel singular values: the faster they decay, the fewer states a filter needs.",
         ["layer", "state", "median"],
         rows,
     )
@@ -233,7 +233,7 @@ def _filter(run_dir, figures):
 
 
 def _by_layer(entries, layers, name, caption, axes_names, line=None):
-    """A curve for each layer over steps, with its table."""
+    """A curve over the steps for each layer, and a table."""
     figure, axes = page.plot()
     if line is not None:
         axes.axvline(line, color="#bbbbbb", linewidth=1)
@@ -262,7 +262,7 @@ def _curve(history, key):
 
 
 def _tokens_at(step, turns):
-    """Tokens that the first steps of trainings, one after the other, have read."""
+    """Tokens read in the first `step` steps of consecutive trainings."""
     tokens = 0
     for row in turns:
         own = min(step, row["steps"])

@@ -1,4 +1,4 @@
-"""Any checkpoint folder or Hub name, loaded when it is measured and not before."""
+"""A model to evaluate, from a checkpoint folder or the Hub, loaded on first use."""
 
 import contextlib
 import functools
@@ -13,26 +13,26 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-import scavenger.model  # AutoModel knows the student
+import scavenger.model  # registers the student with AutoModel
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model under measurement: what the tables call it, and the folder or Hub name it is read from.
+    """A model to evaluate: its label in the tables, and the folder or Hub name that it is loaded from.
 
-    Weights come from safetensors only, and no code that came with them is run: the student's class is this package's.
-    What cannot be read is a ValueError of one line. `close` gives the memory back.
+    Only safetensors weights are loaded, and no code from the checkpoint is run: the student's class is this package's.
+    A model that cannot be loaded raises a one-line ValueError. `close` frees the memory.
     """
 
     label: str
     path: str
     dtype: str = "float32"
     revision: str | None = None  # of a Hub name
-    loader: Callable[[], nn.Module] | None = None  # where the weights are read in another way
+    loader: Callable[[], nn.Module] | None = None  # loads the weights instead, if given
 
     @classmethod
     def parsed(cls, word: str, dtype: str = "float32"):
-        """From `FOLDER`, `NAME` or `NAME@REVISION`, or one of these behind `LABEL=`."""
+        """Parse `FOLDER`, `NAME` or `NAME@REVISION`, optionally preceded by `LABEL=`."""
         label, equals, path = (word, "", "") if Path(word).is_dir() else word.partition("=")
         if equals and not (label and path):
             raise ValueError(f"found {word}; expected FOLDER or LABEL=FOLDER")
@@ -51,12 +51,14 @@ class Evaluated:
         with _named(self.path):
             found = AutoTokenizer.from_pretrained(self.path, revision=self.revision)
             if found.eos_token_id is None:
-                raise ValueError("its tokenizer has no end-of-text token; expected one, to begin documents with")
+                raise ValueError(
+                    "its tokenizer has no end-of-text token; expected one, as the first token of documents"
+                )
         return found
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        """In evaluation mode, on the GPU where there is one."""
+        """The model in evaluation mode, on the GPU if there is one."""
         with _named(self.path):
             if self.loader is not None:
                 model = self.loader()
@@ -68,7 +70,7 @@ class Evaluated:
                     use_safetensors=True,
                     output_loading_info=True,
                 )
-                if found["missing_keys"]:  # which would be filled at random
+                if found["missing_keys"]:  # these would be initialised at random
                     missing = sorted(found["missing_keys"])
                     raise ValueError(f"{len(missing)} of its weights are not in the file, {missing[0]} among them")
         return model.eval().requires_grad_(False).to(self.device)
@@ -87,20 +89,20 @@ class Evaluated:
 
     @property
     def stated_context(self) -> int | None:
-        """Tokens that it was trained to read at once, where its configuration says so."""
+        """The context length of its training in tokens, if its configuration has it."""
         stated = (getattr(self.config, key, None) for key in ("context_length", "max_position_embeddings"))
         return next((length for length in stated if length is not None), None)
 
     @property
     def training_context(self) -> int:
-        """The same; ValueError where it does not."""
+        """`stated_context`; ValueError if the configuration does not have it."""
         if self.stated_context is not None:
             return self.stated_context
         raise ValueError(f"{self.path}: the configuration names no training context; expected --context-length")
 
     @functools.cached_property
     def weights(self) -> str:
-        """What changes when the model does: of a folder the names, sizes and times of files, of the Hub the commit."""
+        """Identifies the weights: by names, sizes and times of a folder's files, or by the commit of a Hub model."""
         folder = Path(self.path)
         if folder.is_dir():
             files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
@@ -110,7 +112,7 @@ class Evaluated:
         return hashlib.sha256(json.dumps([*facts, self.dtype]).encode()).hexdigest()[:16]
 
     def close(self):
-        """Forget the model; it is loaded again when it is asked for."""
+        """Free the model; it is loaded again on the next access."""
         self.__dict__.pop("model", None)
         gc.collect()
         if torch.cuda.is_available():
@@ -118,28 +120,28 @@ class Evaluated:
 
 
 def numbers(logits: torch.Tensor) -> torch.Tensor:
-    """The same; ValueError where a model gives what is no number, of which every comparison would be false."""
+    """The logits unchanged; ValueError if any is NaN, since every comparison with NaN is false."""
     if logits.isnan().any():
-        raise ValueError("a model gives probabilities that are not numbers; expected weights that are finite")
+        raise ValueError("a model's logits are not numbers (NaN); expected finite weights")
     return logits
 
 
 def same_tokenizer(models: list[Evaluated]) -> bool:
-    """Whether all models read text as the same tokens."""
+    """Whether all models have the same tokenizer vocabulary."""
     vocabularies = [model.tokenizer.get_vocab() for model in models]
     return all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
 
 
 def same_outputs(models: list[Evaluated]) -> bool:
-    """Whether, besides, all give probabilities to as many tokens: some models' vocabularies are padded further."""
+    """Whether they also have the same number of logits: some models pad their vocabulary further."""
     return same_tokenizer(models) and len({model.config.vocab_size for model in models}) == 1
 
 
 @contextlib.contextmanager
 def _named(path):
-    """What loading raises, as one line that begins with the model."""
+    """Turn every error of loading into a one-line ValueError that begins with the model's path."""
     try:
         yield
-    except Exception as error:  # whatever a foreign file makes the libraries raise
+    except Exception as error:  # the libraries may raise anything on a foreign file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: cannot be loaded ({reason})") from error

@@ -18,15 +18,15 @@ from scavenger.report.metrics import Metric
 from scavenger.report.text import Blocks, Text
 
 
-BEYOND = 4  # contexts that positions are measured in, as a multiple of the window: past every training length of ours
+BEYOND = 4  # length of the contexts for positions, in windows: beyond all our training lengths
 AGREEMENT = "same most likely token"
 DIVERGENCE = "KL from the reference"
-LONG_CONTEXTS = 32  # of them at most: 32 times 1,024 tokens tell positions apart by a few per cent
+LONG_CONTEXTS = 32  # at most: 32 contexts of 1,024 tokens resolve differences of a few per cent
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Windows of `context_length` tokens, `stride` apart; positions in contexts of `longest`."""
+    """Windows of `context_length` tokens, `stride` apart; contexts of `longest` tokens for perplexity by position."""
 
     context_length: int
     stride: int
@@ -44,13 +44,13 @@ class Settings:
 
 
 def settings_for(models: list[Evaluated], context_length=None, stride=None, longest=None) -> Settings:
-    """What is not given: the shortest training context, half of it, and four times it."""
+    """Defaults: the shortest training context, half of it as stride, and four times it for positions."""
     length = context_length or min(model.training_context for model in models)
     return Settings(length, stride or max(1, length // 2), longest or BEYOND * length)
 
 
 def of(model: Evaluated, text: Text | Blocks, settings: Settings, reference: Evaluated | None = None) -> dict:
-    """Perplexity, how near the model is to a reference that reads the same tokens, and perplexity by position."""
+    """Perplexity, agreement with a reference on the same tokens, and perplexity by position."""
     measure_all = of_blocks if isinstance(text, Blocks) else of_documents
     found = measure_all(model, text, settings, reference)
     stream = text.stream(model.tokenizer)
@@ -58,11 +58,12 @@ def of(model: Evaluated, text: Text | Blocks, settings: Settings, reference: Eva
 
 
 def of_documents(model: Evaluated, text: Text, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
-    """In a sliding window, each document on its own behind an end-of-text token.
+    """Metrics in a sliding window; each document is read independently, after an end-of-text token.
 
-    A window reads `context_length` tokens and predicts each next one; those that no earlier window predicted count:
-    all of the first, `stride` of the following ones. Every token of a document is predicted once, so that bits per
-    byte compare models of different tokenizers (stride = context_length is lm-eval's rolling log-likelihood).
+    A window reads `context_length` tokens and predicts the next token after each; predictions count if no earlier
+    window made them: all of the first window, `stride` of each later one. Every token of a document counts once, so
+    bits per byte compare models with different tokenizers (stride = context_length is lm-eval's rolling
+    log-likelihood).
     """
     documents = text.ids(model.tokenizer)
     if all(len(ids) < 2 for ids in documents):
@@ -73,9 +74,9 @@ def of_documents(model: Evaluated, text: Text, settings: Settings, reference: Ev
 
 
 def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
-    """Of a run's held-out blocks (block, length), each read on its own, its first token context only.
+    """Metrics on a run's held-out blocks (block, length), each read independently; its first token is only context.
 
-    Items are documents, which an end-of-text token begins; a document's part of a block counts to it.
+    Items are documents, each beginning with an end-of-text token; the parts of a document in several blocks are summed.
     """
     blocks, end = np.asarray(text.blocks).astype(np.int64), model.tokenizer.eos_token_id
     document = np.cumsum(blocks.reshape(-1) == end).reshape(blocks.shape)[:, 1:]
@@ -92,17 +93,17 @@ def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Eva
 
 
 def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> list[Metric]:
-    """Perplexity by position, in contexts of `longest` tokens (or the most there are of), each read on its own.
+    """Perplexity by position, in contexts of `longest` tokens (or the whole of a shorter text), read independently.
 
-    Positions are in bins that double, 1, 2-3, 4-7, …; the last metric is of those past the window. Items are the
-    documents that the contexts are of, as in `of_blocks`: contexts of one document are much alike.
+    Positions are in bins of doubling width, 1, 2-3, 4-7, …; the last metric covers those beyond the window. Items are
+    documents, as in `of_blocks`: contexts from one document are much alike.
     """
     longest = min(settings.longest, len(stream))
     count = min(LONG_CONTEXTS, len(stream) // longest)
     ids = stream[: count * longest].reshape(count, longest)
     loss = predictions(model.model, ids)[0]
     document = np.cumsum(ids.reshape(-1) == model.tokenizer.eos_token_id).reshape(ids.shape)[:, 1:]
-    position = np.arange(1, longest)  # tokens read before the one that is predicted
+    position = np.arange(1, longest)  # tokens read before the predicted one
     found = []
 
     def of_places(inside):
@@ -133,19 +134,19 @@ def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> lis
 def sliding(
     model: Evaluated, documents: list[list[int]], length: int, stride: int, reference: Evaluated | None = None
 ) -> np.ndarray:
-    """Sums over all tokens of each document but its first of what `predictions` gives, (kind, document)."""
+    """The values of `predictions` summed over each document's tokens except the first, (kind, document)."""
     windows = [
         (number, begin, first, end)
         for number, ids in enumerate(documents)
         for begin, first, end in _windows(len(ids) - 1, length, stride)
     ]
-    windows.sort(key=lambda window: window[1] - window[3])  # the longest first: equal lengths share a batch
+    windows.sort(key=lambda window: window[1] - window[3])  # longest first: equal lengths share a batch
     sums = np.zeros((3 if reference else 1, len(documents)))
     rows = max(1, BATCH_TOKENS // (length + 1))
     for start in tqdm(range(0, len(windows), rows), desc="perplexity", unit="batch", leave=False, dynamic_ncols=True):
         batch = windows[start : start + rows]
         width = batch[0][3] - batch[0][1]
-        # Filled up at the end, where a causal model does not look.
+        # Padded on the right, which does not affect a causal model's predictions of the tokens before.
         ids = np.full((len(batch), width + 1), model.tokenizer.eos_token_id)
         for row, (number, begin, _, end) in zip(ids, batch, strict=True):
             row[: end - begin + 1] = documents[number][begin : end + 1]
@@ -157,9 +158,9 @@ def sliding(
 
 @torch.inference_mode()
 def predictions(model: nn.Module, blocks: np.ndarray, reference: nn.Module | None = None) -> np.ndarray:
-    """Of each token of blocks but the first -log p, (1, block, length - 1) float64, nats.
+    """-log p of each token of the blocks except the first, (1, block, length - 1) float64, nats.
 
-    With a reference, (3, …): as well whether the most likely token is the reference's, and KL(reference || model).
+    With a reference, (3, …): also whether the most likely token is the reference's, and KL(reference || model).
     """
     device = next(model.parameters()).device
     rows, found = max(1, BATCH_TOKENS // blocks.shape[1]), []
@@ -180,12 +181,12 @@ def _log_probabilities(model, ids):
 
 
 def _bytes(text):
-    """In UTF-8; a character that a block's edge cuts is one byte on either side, about what each has of it."""
+    """Size in UTF-8; a character cut by a block's edge counts as one byte on each side, about its share."""
     return len(text.replace("\ufffd", "?").encode())
 
 
 def _windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, first, end): reads places begin … end - 1, and those that count predict first + 1 … end."""
+    """(begin, first, end): a window reads tokens begin … end - 1, and its predictions of first + 1 … end count."""
     first, end = 0, min(length, tokens)
     while first < tokens:
         yield max(0, end - length), first, end
@@ -209,5 +210,5 @@ def _metrics(sums, tokens, sizes) -> list[Metric]:
 
 
 def described(settings: Settings) -> dict:
-    """For the record."""
+    """The settings, as recorded with a result."""
     return dataclasses.asdict(settings)
