@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where there is no NVIDIA GPU, the CPU build of torch and not gigabytes of CUDA.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 
-.PHONY: setup quickstart test quality
+.PHONY: setup quickstart check test quality
 
 setup: .venv/ready
 
@@ -17,8 +17,13 @@ setup: .venv/ready
 quickstart: setup
 	$(BIN)/accelerate launch recipes/quickstart.yaml
 
+# Two workers of one thread each: on two cores faster than one worker of two threads.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# Before every commit: what needs less than a second each.
+check: setup quality
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not gpu'
 
 quality: setup
 	$(BIN)/ruff check .
