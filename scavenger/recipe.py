@@ -1,7 +1,8 @@
-"""A recipe: one YAML file, one frozen dataclass per section, nothing left to guess.
+"""A recipe: one YAML file, one frozen dataclass per section, every default written down.
 
-A section has the name of the module that reads it. Loading touches no file but the recipe and the folders it
-names, and imports neither torch nor transformers, so a mistake is answered at once.
+A section has the name of the module that reads it. A field carries its meaning, its unit and its bounds (`key`), from
+which values are checked and docs/recipes.md is generated. Loading touches no file but the recipe and the folders it
+names; it imports neither torch nor transformers, so that a mistake is reported at once.
 """
 
 import dataclasses
@@ -39,6 +40,8 @@ PYTHIA_SHAPES = {
     ]
     for suffix in ("", "-deduped")
 }
+# Keys of earlier versions, with the only value that today's code stands for: a saved recipe may still have them.
+REMOVED = {"recurrence.prefill_outputs": "recurrent"}
 
 
 class RecipeError(Exception):
@@ -59,67 +62,110 @@ def _require(condition, key, found, right):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One optimisation: AdamW with linear warm-up and cosine decay."""
+class Bounds:
+    """The values that a key takes, of a list each item; `right` says it in words, after "expected"."""
 
-    steps: int
-    batch_size: int  # sequences per step, over all processes
-    learning_rate: float
-    warmup_steps: int = 0
+    right: str
+    least: float | None = None  # inclusive
+    most: float | None = None
+    above: float | None = None  # exclusive
+    below: float | None = None
+
+    def hold(self, value) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+def key(meaning: str, default=dataclasses.MISSING, *, unit: str = "", right: str = "", **bounds):
+    """A field of a section: its meaning, its default (none: it must be given), its unit and its bounds."""
+    metadata = {"meaning": meaning, "unit": unit, "bounds": Bounds(right, **bounds) if bounds else None}
+    return field(default=default, metadata=metadata)
+
+
+def section(meaning: str, kind=None):
+    """A field that is a section: one with defaults of its own, or (kind None) one that may be left out."""
+    metadata = {"meaning": meaning, "unit": "", "bounds": None}
+    return field(default=None, metadata=metadata) if kind is None else field(default_factory=kind, metadata=metadata)
+
+
+class Section:
+    """A section of a recipe: checks the bounds of its fields, then `relations`, what holds between several of them."""
 
     def __post_init__(self):
-        _require(self.steps > 0, "steps", self.steps, "a positive number of steps")
-        _require(self.batch_size > 0, "batch_size", self.batch_size, "a positive number of sequences")
-        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "a number between 0 and 1")
-        _require(0 <= self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"0 to steps ({self.steps})")
+        for own in dataclasses.fields(self):
+            bounds, value = own.metadata["bounds"], getattr(self, own.name)
+            if bounds is not None and value is not None:
+                held = all(map(bounds.hold, value)) if isinstance(value, tuple) else bounds.hold(value)
+                _require(held, own.name, list(value) if isinstance(value, tuple) else value, bounds.right)
+        self.relations()
+
+    def relations(self):
+        """Raise _Wrong where fields do not go together."""
+
+
+RATE = {"above": 0, "below": 1, "right": "a number between 0 and 1"}
+
+
+@dataclass(frozen=True)
+class Stage(Section):
+    """The settings of one optimisation: AdamW with linear warm-up and cosine decay to a tenth of the learning rate."""
+
+    steps: int = key("optimiser steps", least=1, right="a positive number of steps")
+    batch_size: int = key(
+        "global batch size, over all processes", unit="sequences", least=1, right="a positive number of sequences"
+    )
+    learning_rate: float = key("peak learning rate", **RATE)
+    warmup_steps: int = key("steps of linear warm-up", 0, least=0, right="0 to steps")
+
+    def relations(self):
+        _require(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"0 to steps ({self.steps})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTraining(Stage):
-    """A GPT-NeoX from scratch, with a byte-level BPE tokenizer of its own."""
+    """A GPT-NeoX trained from scratch, with its own byte-level BPE tokenizer."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    vocab_size: int
+    hidden_size: int = key("channels of a layer", least=1, right="a positive number")
+    num_layers: int = key("layers", least=1, right="a positive number")
+    num_heads: int = key("attention heads of a layer", least=1, right="a positive number")
+    vocab_size: int = key(
+        "tokens of the tokenizer",
+        least=300,
+        most=65536,
+        right="300 to 65536 (256 bytes, special tokens and merges)",
+    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        for key in ("hidden_size", "num_layers", "num_heads"):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
-        _require(
-            self.hidden_size % self.num_heads == 0,
-            "hidden_size",
-            self.hidden_size,
-            f"a multiple of num_heads ({self.num_heads})",
-        )
-        _require(
-            self.hidden_size // self.num_heads % 2 == 0,
-            "num_heads",
-            self.num_heads,
-            f"heads of even width (rotary turns pairs of channels), not {self.hidden_size // self.num_heads}",
-        )
-        _require(
-            300 <= self.vocab_size <= 65536,
-            "vocab_size",
-            self.vocab_size,
-            "300 to 65536 (256 bytes, special tokens and merges)",
-        )
+    def relations(self):
+        super().relations()
+        heads, width = self.num_heads, self.hidden_size
+        _require(width % heads == 0, "hidden_size", width, f"a multiple of num_heads ({heads})")
+        even = f"heads of even width (rotary turns pairs of channels), not {width // heads}"
+        _require(width // heads % 2 == 0, "num_heads", heads, even)
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """Which GPT-NeoX: a local folder, else a Hub name, else one trained here, else the embedded one."""
+class Teacher(Section):
+    """The GPT-NeoX teacher: a local folder, else a Hub name, else one trained here, else the embedded one."""
 
-    name: str | None = None
-    revision: str | None = None
-    path: str | None = None
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: the checkpoint's own; float32 on a CPU
-    allow_pickle: bool = False  # weights that are no safetensors run code of whoever wrote them when they are read
-    trust_remote_code: bool = False  # of the tokenizer; the model's code is transformers' own
-    train: TeacherTraining | None = None
+    name: str | None = key("name on the Hub", None)
+    revision: str | None = key("commit, tag or branch on the Hub", None)
+    path: str | None = key("local checkpoint folder; takes precedence over name", None)
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = key(
+        "dtype of the teacher's weights; auto: the checkpoint's own, float32 on a CPU", "auto"
+    )
+    allow_pickle: bool = key(
+        "also load weights that are not safetensors; reading these runs code of whoever wrote them", False
+    )
+    trust_remote_code: bool = key(
+        "run code that comes with the tokenizer; the model's code is transformers' own", False
+    )
+    train: TeacherTraining | None = section("train the teacher in this run")
 
-    def __post_init__(self):
+    def relations(self):
         _require(
             self.train is None or not (self.name or self.path),
             "train",
@@ -130,13 +176,12 @@ class Teacher:
             self.revision is None or self.name is not None, "revision", self.revision, "a revision goes with a name"
         )
         _require(not _is_folder(self.name), "name", self.name, "a name on the Hub; a local folder goes into path")
-        if self.path is not None:
-            _require(
-                (Path(self.path) / "config.json").is_file(),
-                "path",
-                self.path,
-                "a folder with a GPT-NeoX checkpoint (config.json is missing)",
-            )
+        _require(
+            self.path is None or (Path(self.path) / "config.json").is_file(),
+            "path",
+            self.path,
+            "a folder with a GPT-NeoX checkpoint (config.json is missing)",
+        )
 
     @property
     def folder(self):
@@ -147,102 +192,109 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Data:
-    """Which text: a local file or folder, else a Hub data set, else the standard library's own source."""
+class Data(Section):
+    """The text: a local file or folder, else a Hub data set, else the source of the standard library."""
 
-    name: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    path: str | None = None
-    text_column: str = "text"
-    context_length: int = 256  # tokens per training example
-    evaluation_tokens: int = 65_536  # held-out tokens, in each of validation and test
-    # stream: documents end to end, as Pythia read them. documents: each begins a block, its last one is padded, and no
-    # loss is taken on the padding.
-    packing: Literal["stream", "documents"] = "stream"
+    name: str | None = key("data set on the Hub", None)
+    subset: str | None = key("configuration of the data set", None)
+    revision: str | None = key("commit, tag or branch of the data set", None)
+    path: str | None = key("local file or folder of .txt, .md, .py, .jsonl, .json or .parquet", None)
+    text_column: str = key("column that holds the text", "text")
+    context_length: int = key("length of a training example", 256, unit="tokens", least=8, right="8 tokens or more")
+    evaluation_tokens: int = key("held-out text in each of validation and test", 65_536, unit="tokens")
+    packing: Literal["stream", "documents"] = key(
+        "stream: documents end to end, as Pythia read them; documents: each document starts a block, its last block is "
+        "padded, and padding has no loss",
+        "stream",
+    )
 
-    def __post_init__(self):
-        _require(self.context_length >= 8, "context_length", self.context_length, "8 tokens or more")
+    def relations(self):
         _require(
             self.evaluation_tokens >= self.context_length,
             "evaluation_tokens",
             self.evaluation_tokens,
             f"at least one context ({self.context_length})",
         )
-        for key in ("subset", "revision"):
-            _require(
-                getattr(self, key) is None or self.name is not None,
-                key,
-                getattr(self, key),
-                f"a {key} goes with a name",
-            )
+        for name in ("subset", "revision"):
+            value = getattr(self, name)
+            _require(value is None or self.name is not None, name, value, f"a {name} goes with a name")
         _require(not _is_folder(self.name), "name", self.name, "a name on the Hub; a local folder goes into path")
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(Section):
     """The long filters of a student: implicit (arXiv:2302.10866, appendix), or modal from the start."""
 
-    form: Literal["implicit", "modal"] = "implicit"
-    filter_width: int = 64
-    position_features: int = 33
+    form: Literal["implicit", "modal"] = key("implicit: a small network of the position; modal: poles", "implicit")
+    filter_width: int = key("width of the implicit filter's network", 64, least=1, right="a positive width")
+    position_features: int = key(
+        "inputs of that network: time, and a sine and cosine for each frequency", 33, least=1, right="an odd number"
+    )
     # The published Pile configuration has 14. At 1 the filters are smooth: in trials with the quickstart's teacher the
     # mean activation error after 205 thousand tokens was 0.22 instead of 0.46 (14 needed taps a tenth as large at the
     # start to come so far), and they take fewer modes.
-    sine_frequency: float = 1.0
-    window: float = 1.5  # contexts after which the slowest filter has 1 % of its amplitude left, the fastest in a fifth
-    state_size: int = 4  # complex modes of a filter that is modal from the start
-    hankel_penalty: float = 0.0  # weight, in the loss of both steps, of the energy that `hankel_states` cannot reach
-    hankel_states: int = 8  # real states of the floor that is watched while training, and pressed on by the penalty
+    sine_frequency: float = key("frequency of the network's sine activations", 1.0, above=0, right="a positive number")
+    window: float = key(
+        "time after which the slowest filter has decayed to 1 % of its amplitude; the fastest takes a fifth of it",
+        1.5,
+        unit="contexts",
+        above=0,
+        right="a positive number of contexts",
+    )
+    state_size: int = key("complex modes of a filter with form: modal", 4, least=1, right="a positive number of modes")
+    hankel_penalty: float = key(
+        "weight, in the loss of both steps, of the energy that `hankel_states` cannot reach",
+        0.0,
+        least=0,
+        right="0 for none, or a positive weight",
+    )
+    hankel_states: int = key(
+        "real states of the floor that is logged during training, and that the penalty acts on",
+        8,
+        least=1,
+        right="a positive number of real states",
+    )
 
-    def __post_init__(self):
-        _require(self.filter_width > 0, "filter_width", self.filter_width, "a positive width")
-        _require(
-            self.position_features > 0 and self.position_features % 2 == 1,
-            "position_features",
-            self.position_features,
-            "an odd number (time, and a sine and cosine for each frequency)",
-        )
-        _require(self.sine_frequency > 0, "sine_frequency", self.sine_frequency, "a positive number")
-        _require(self.window > 0, "window", self.window, "a positive number of contexts")
-        _require(self.state_size > 0, "state_size", self.state_size, "a positive number of modes")
-        _require(self.hankel_penalty >= 0, "hankel_penalty", self.hankel_penalty, "0 for none, or a positive weight")
-        _require(self.hankel_states > 0, "hankel_states", self.hankel_states, "a positive number of real states")
+    def relations(self):
+        odd = "an odd number (time, and a sine and cosine for each frequency)"
+        _require(self.position_features % 2 == 1, "position_features", self.position_features, odd)
 
 
 @dataclass(frozen=True)
-class Student:
-    """The mixer in place of attention, and its filters."""
+class Student(Section):
+    """The mixers that replace attention, and their filters."""
 
-    mixer: Literal["hyena", "multihyena"] = "multihyena"
-    hyena_order: int = 1  # hyena: long convolutions of a layer; 1 is gated before and after, from 2 on as in the paper
-    num_filter_heads: int | None = None  # multihyena: filters per layer; None: the teacher's heads
-    rotary: bool = True  # keep the teacher's rotary turn of q and k, where groups of channels split no turned pair
-    attention_layers: tuple[int, ...] = ()  # layers that keep the teacher's attention, counted from 0
-    attention_window: int | None = None  # tokens that such a layer sees; None: the context length; 0: all, without end
-    short_filter_length: int = 3
-    filter: Filter = field(default_factory=Filter)
+    mixer: Literal["hyena", "multihyena"] = key("hyena: a filter per channel; multihyena: per head", "multihyena")
+    hyena_order: int = key(
+        "hyena: long convolutions of a layer; 1 is gated before and after, 2 and more is the paper's recurrence",
+        1,
+        least=1,
+        most=8,
+        right="1 to 8 long convolutions",
+    )
+    num_filter_heads: int | None = key(
+        "multihyena: filters per layer; null: the teacher's heads", None, least=1, right="a positive number of filters"
+    )
+    rotary: bool = key("keep the teacher's rotary turn of q and k, where filter groups split no turned pair", True)
+    attention_layers: tuple[int, ...] = key("layers that keep the teacher's attention, counted from 0", ())
+    attention_window: int | None = key(
+        "window of a kept layer; null: the context length; 0: no window, the state grows",
+        None,
+        unit="tokens",
+        least=0,
+        right="a number of tokens, or 0 for no window",
+    )
+    short_filter_length: int = key(
+        "taps of the short convolutions of q, k and v", 3, least=1, most=16, right="1 to 16 taps"
+    )
+    filter: Filter = section("the long filters", Filter)
 
-    def __post_init__(self):
-        _require(
-            self.attention_window is None or self.attention_window >= 0,
-            "attention_window",
-            self.attention_window,
-            "a number of tokens, or 0 for no window",
-        )
-        _require(1 <= self.hyena_order <= 8, "hyena_order", self.hyena_order, "1 to 8 long convolutions")
+    def relations(self):
         _require(
             self.hyena_order == 1 or self.mixer == "hyena",
             "hyena_order",
             self.hyena_order,
             "1: the full recurrence works on single channels; it goes with hyena",
-        )
-        _require(1 <= self.short_filter_length <= 16, "short_filter_length", self.short_filter_length, "1 to 16 taps")
-        _require(
-            self.num_filter_heads is None or self.num_filter_heads > 0,
-            "num_filter_heads",
-            self.num_filter_heads,
-            "a positive number of filters",
         )
         _require(
             self.num_filter_heads is None or self.mixer == "multihyena",
@@ -254,43 +306,59 @@ class Student:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations(Stage):
-    """Match each mixer to the teacher's attention; mixers only."""
+    """Step one: match each mixer to the teacher's attention; only mixers are trained."""
 
-    # parallel: each layer reads the teacher's activations. progressive: one layer after the other, from the bottom, on
-    # the student's own. joint: all at once, on the student's own.
-    schedule: Literal["parallel", "progressive", "joint"] = "parallel"
-    # Ends a turn early: since the last look the held-out error fell by less than this share of itself.
-    flat: float | None = None
-    look_every: int = 50  # steps between two looks at held-out text, where `flat` asks for them
-
-    def __post_init__(self):
-        super().__post_init__()
-        _require(self.flat is None or 0 < self.flat < 1, "flat", self.flat, "a share between 0 and 1")
-        _require(self.look_every > 0, "look_every", self.look_every, "a positive number of steps")
+    schedule: Literal["parallel", "progressive", "joint"] = key(
+        "parallel: each layer reads the teacher's activations; progressive: layer by layer from the bottom, on the "
+        "student's own; joint: all layers at once on the student's own",
+        "parallel",
+    )
+    flat: float | None = key(
+        "end early once the held-out error falls by less than this share between two looks",
+        None,
+        above=0,
+        below=1,
+        right="a share between 0 and 1",
+    )
+    look_every: int = key(
+        "steps between two measurements of the held-out error for `flat`",
+        50,
+        least=1,
+        right="a positive number of steps",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Logits(Stage):
-    """Match the teacher's distribution."""
+    """Step two: match the teacher's distribution."""
 
-    trained: Literal["mixers", "everything"] = "everything"
-    rest_learning_rate: float | None = None  # of all that is no mixer (kept attention is one); None: the same
-    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
-    temperature: float = 1.0  # of both distributions; the loss is multiplied by its square
-    cross_entropy: float = 0.0  # loss = (1 - cross_entropy) objective + cross_entropy CE
-    hidden_states: float = 0.0  # weight of the mean relative error of the blocks' outputs against the teacher's
+    trained: Literal["mixers", "everything"] = key("which parameters are trained", "everything")
+    rest_learning_rate: float | None = key(
+        "learning rate outside the mixers (kept attention is a mixer); null: the same", None, **RATE
+    )
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = key("divergence", "forward_kl")
+    temperature: float = key(
+        "temperature of both distributions; the loss is multiplied by its square",
+        1.0,
+        above=0,
+        right="a positive number",
+    )
+    cross_entropy: float = key(
+        "weight c of the cross-entropy: loss = (1 - c) objective + c cross-entropy",
+        0.0,
+        least=0,
+        below=1,
+        right="a share, 0 up to but not 1",
+    )
+    hidden_states: float = key(
+        "weight of the mean relative error of the blocks' outputs against the teacher's",
+        0.0,
+        least=0,
+        right="0 for none, or a positive weight",
+    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        _require(0 <= self.cross_entropy < 1, "cross_entropy", self.cross_entropy, "a share, 0 up to but not 1")
-        _require(self.temperature > 0, "temperature", self.temperature, "a positive number")
-        _require(self.hidden_states >= 0, "hidden_states", self.hidden_states, "0 for none, or a positive weight")
-        _require(
-            self.rest_learning_rate is None or 0 < self.rest_learning_rate < 1,
-            "rest_learning_rate",
-            self.rest_learning_rate,
-            "a number between 0 and 1",
-        )
+    def relations(self):
+        super().relations()
         _require(
             self.rest_learning_rate is None or self.trained == "everything",
             "rest_learning_rate",
@@ -300,15 +368,15 @@ class Logits(Stage):
 
 
 @dataclass(frozen=True)
-class Transfer:
+class Transfer(Section):
     """Stage one: activations, then logits; each a section, or a list of sections that follow one another."""
 
-    activations: tuple[Activations, ...]
-    logits: tuple[Logits, ...]
+    activations: tuple[Activations, ...] = key("step one")
+    logits: tuple[Logits, ...] = key("step two")
 
-    def __post_init__(self):
-        for key in ("activations", "logits"):
-            _require(len(getattr(self, key)) > 0, key, [], "a section, or a list of them")
+    def relations(self):
+        for name in ("activations", "logits"):
+            _require(len(getattr(self, name)) > 0, name, [], "a section, or a list of them")
 
     @property
     def phases(self) -> tuple[Stage, ...]:
@@ -317,16 +385,21 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """The teacher's outputs on disk, so that several passes, seeds and students need its forward once."""
+class Cache(Section):
+    """The teacher's outputs on disk, so that several passes, seeds and students need its forward pass once."""
 
-    folder: str = "cache"  # shared by runs: what lies there is named by a hash of teacher, text and length
-    logits: int | None = None  # the most likely tokens kept at each position, with the mass of the rest
-    activations: bool = False  # what every attention layer takes in and gives out, in float16
+    folder: str = key("shared by runs; subfolders are named by a hash of teacher, text and length", "cache")
+    logits: int | None = key(
+        "most likely tokens kept at each position, with the mass of the rest",
+        None,
+        unit="tokens",
+        least=1,
+        right="a positive number of tokens",
+    )
+    activations: bool = key("keep the inputs and outputs of every attention layer, in 16 bits", False)
 
-    def __post_init__(self):
+    def relations(self):
         _require(self.folder != "", "folder", self.folder, "a folder")
-        _require(self.logits is None or self.logits > 0, "logits", self.logits, "a positive number of tokens")
         _require(
             self.activations or self.logits is not None,
             "logits",
@@ -336,38 +409,32 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """The same student from scratch on the tokens that transfer saw, in the same batches and order."""
+class Baseline(Section):
+    """The same student from scratch, on the tokens that transfer read, in the same batches and order."""
 
-    learning_rate: float
-    warmup_steps: int = 0
-
-    def __post_init__(self):
-        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "a number between 0 and 1")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+    learning_rate: float = key("peak learning rate", **RATE)
+    warmup_steps: int = key("steps of linear warm-up", 0, least=0, right="0 or more")
 
 
 @dataclass(frozen=True)
-class Recurrence:
+class Recurrence(Section):
     """Stage two: the smallest state whose taps meet the tolerance, or the best use of a number of bytes."""
 
-    method: Literal["balanced", "irka", "projection", "gradient"] = "irka"
-    tolerance: float = 1e-2  # relative l2 error of the taps, per filter
-    state_bytes: int | None = None  # of a sequence, with short convolutions and kept attention; replaces the tolerance
-    max_state_size: int = 32  # complex modes per filter
-    horizon: int | None = None  # taps to match; None: the context length
-    prefill_outputs: Literal["recurrent", "exact"] = "recurrent"  # a prompt's outputs: from the modes or the filters
-
-    def __post_init__(self):
-        _require(0 < self.tolerance < 1, "tolerance", self.tolerance, "a relative error between 0 and 1")
-        _require(self.max_state_size > 0, "max_state_size", self.max_state_size, "a positive number of modes")
-        _require(
-            self.state_bytes is None or self.state_bytes > 0,
-            "state_bytes",
-            self.state_bytes,
-            "a positive number of bytes",
-        )
-        _require(self.horizon is None or self.horizon >= 8, "horizon", self.horizon, "8 taps or more")
+    method: Literal["balanced", "irka", "projection"] = key("how poles are found", "irka")
+    tolerance: float = key(
+        "relative l2 error of each filter's taps", 1e-2, above=0, below=1, right="a relative error between 0 and 1"
+    )
+    state_bytes: int | None = key(
+        "budget for a sequence's state, with short convolutions and kept attention; replaces the tolerance",
+        None,
+        unit="bytes",
+        least=1,
+        right="a positive number of bytes",
+    )
+    max_state_size: int = key("most complex modes of a filter", 32, least=1, right="a positive number of modes")
+    horizon: int | None = key(
+        "taps to match; null: the context length", None, unit="tokens", least=8, right="8 taps or more"
+    )
 
     @classmethod
     def from_command_line(cls, **given):
@@ -380,52 +447,51 @@ class Recurrence:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What is measured when everything is made."""
+class Report(Section):
+    """What is measured at the end of a run."""
 
-    context_lengths: tuple[int, ...] = (256, 2048)  # after which the speed and state of one sequence are measured
-    cases: tuple[str, ...] = ()  # BATCHxPROMPT+NEW, as 64x512+256, whose throughput is measured too
-    rounds: int = 5  # of all timings, in turn
-    examples: int = 64  # sequences of each kind of recall, at each distance
-    prompts: int = 16  # held-out beginnings from which every model goes on
-    sample_tokens: int = 96  # by so many tokens
-    tasks: tuple[str, ...] = ()  # of lm-eval (the extra `eval`); their documents come from the Hub,
-    tasks_path: str | None = None  # or from below this folder,
-    task_files: tuple[str, ...] = ()  # where these folders have task files that read them, as eval/tasks
-    task_limit: int | None = None  # questions of each task; None: all
+    context_lengths: tuple[int, ...] = key(
+        "context lengths after which speed and state of one sequence are measured",
+        (256, 2048),
+        unit="tokens",
+        least=2,
+        right="a list of lengths of 2 tokens or more",
+    )
+    cases: tuple[str, ...] = key("BATCHxPROMPT+NEW, as 64x512+256, whose throughput is measured as well", ())
+    rounds: int = key("interleaved rounds of all timings", 5, least=1, right="a positive number")
+    examples: int = key("sequences of each kind of recall, at each distance", 64, least=1, right="a positive number")
+    prompts: int = key("held-out prompts that every model continues", 16, least=1, right="a positive number")
+    sample_tokens: int = key(
+        "length of these continuations", 96, unit="tokens", least=4, right="4 or more, to look for repetitions"
+    )
+    tasks: tuple[str, ...] = key("lm-eval tasks (the extra `eval`)", ())
+    tasks_path: str | None = key("folder with the tasks' documents; null: the Hub", None)
+    task_files: tuple[str, ...] = key("folders with lm-eval task files that read them, as eval/tasks", ())
+    task_limit: int | None = key("questions of each task; null: all", None, least=1, right="a positive number")
 
-    def __post_init__(self):
-        _require(
-            len(self.context_lengths) > 0 and min(self.context_lengths) > 1,
-            "context_lengths",
-            list(self.context_lengths),
-            "a list of lengths of 2 tokens or more",
-        )
+    def relations(self):
+        lengths = list(self.context_lengths)
+        _require(len(lengths) > 0, "context_lengths", lengths, "a list of lengths of 2 tokens or more")
         for case in self.cases:
             right = "BATCHxPROMPT+NEW with prompts of 2 tokens or more, such as 64x512+256"
             found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", case)
             batch, prompt, new = map(int, found.groups()) if found else (0, 0, 0)
             _require(batch > 0 and prompt > 1 and new > 0, "cases", case, right)
-        for key in ("rounds", "examples", "prompts", "task_limit"):
-            value = getattr(self, key)
-            _require(value is None or value > 0, key, value, "a positive number")
-        _require(self.sample_tokens >= 4, "sample_tokens", self.sample_tokens, "4 or more, to look for repetitions")
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Section):
     """What every optimisation shares: logging and checkpoints."""
 
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    log_every: int = 10  # steps
-    checkpoint_every: int = 200  # steps
-    accumulate: int = 1  # parts that a process takes its share of a batch in, one after the other
-    energy: bool = False  # measure energy and CO2 of each stage with codecarbon
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = key("where the log goes", "tensorboard")
+    log_every: int = key("steps between two entries of the log", 10, least=1, right="a positive number of steps")
+    checkpoint_every: int = key("steps between two checkpoints", 200, least=1, right="a positive number of steps")
+    accumulate: int = key(
+        "micro-batches of a process's share of a batch", 1, least=1, right="a positive number of parts"
+    )
+    energy: bool = key("measure energy and CO2 of each stage with codecarbon", False)
 
-    def __post_init__(self):
-        for key in ("log_every", "checkpoint_every"):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of steps")
-        _require(self.accumulate > 0, "accumulate", self.accumulate, "a positive number of parts")
+    def relations(self):
         _require(
             self.checkpoint_every % self.log_every == 0,
             "checkpoint_every",
@@ -435,14 +501,14 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Hub:
-    """Where on the Hub the finished student goes; without this section nothing leaves the machine."""
+class Hub(Section):
+    """Where on the Hub the finished student is pushed; without this section nothing leaves the machine."""
 
-    name: str
-    private: bool = False  # False: as the account makes its repositories, which is public unless it says otherwise
-    revision: str | None = None  # a branch, made where there is none; None: the main branch
+    name: str = key("repository, as user/repo")
+    private: bool = key("make a private repository; false: the account's default, usually public", False)
+    revision: str | None = key("branch, created if needed; null: main", None)
 
-    def __post_init__(self):
+    def relations(self):
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
@@ -475,29 +541,28 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One experiment. A section that is left out is a stage that is not run."""
+class Recipe(Section):
+    """One experiment. The stage of a section that is left out is not run."""
 
-    run_dir: str
-    seed: int = 0
-    teacher: Teacher = field(default_factory=Teacher)
-    data: Data = field(default_factory=Data)
-    student: Student = field(default_factory=Student)
-    training: Training = field(default_factory=Training)
-    cache: Cache | None = None
-    transfer: Transfer | None = None
-    baseline: Baseline | None = None
-    recurrence: Recurrence | None = None
-    report: Report | None = None
-    hub: Hub | None = None
+    run_dir: str = key("folder of the run")
+    seed: int = key("seed of weights, order of the text, and measurements", 0, least=0, right="0 or more")
+    teacher: Teacher = section("the teacher", Teacher)
+    data: Data = section("the text", Data)
+    student: Student = section("the student", Student)
+    training: Training = section("logging and checkpoints of every optimisation", Training)
+    cache: Cache | None = section("the teacher's outputs on disk")
+    transfer: Transfer | None = section("stage one")
+    baseline: Baseline | None = section("the student from scratch, for comparison")
+    recurrence: Recurrence | None = section("stage two")
+    report: Report | None = section("measurements, table and page at the end")
+    hub: Hub | None = section("push to the Hub")
 
-    def __post_init__(self):
+    def relations(self):
         _require(self.run_dir != "", "run_dir", self.run_dir, "a folder for the run")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
-        for section in ("cache", "baseline", "recurrence", "report", "hub"):
+        for name in ("cache", "baseline", "recurrence", "report", "hub"):
             _require(
-                getattr(self, section) is None or self.transfer is not None,
-                section,
+                getattr(self, name) is None or self.transfer is not None,
+                name,
                 "a section",
                 "nothing, or a transfer section before it",
             )
@@ -506,14 +571,6 @@ class Recipe:
             "transfer",
             None,
             "a transfer section, or teacher.train: the recipe makes nothing",
-        )
-        _require(
-            self.recurrence is None
-            or self.recurrence.prefill_outputs == "recurrent"
-            or self.student.filter.form == "implicit",
-            "recurrence.prefill_outputs",
-            "exact",
-            "recurrent: the student's filters are modal already",
         )
         for phase in self.transfer.activations if self.transfer else ():
             _require(
@@ -597,7 +654,7 @@ def differences(saved: str, recipe: Recipe) -> list[str]:
 
     `hub` is left out: where a student goes changes nothing of what it is.
     """
-    before, after = yaml.safe_load(saved), _flat(yaml.safe_load(resolved(recipe)))
+    before, after = _without_removed(yaml.safe_load(saved)), _flat(yaml.safe_load(resolved(recipe)))
     try:  # a key that came after the run was started has its default there
         before = _flat(yaml.safe_load(resolved(_build(Recipe, before, ""))))
     except _Wrong:
@@ -640,6 +697,18 @@ def teacher_shape(recipe: Recipe) -> dict | None:
         "a GPT-NeoX checkpoint (model_type gpt_neox)",
     )
     return shape
+
+
+def _without_removed(values):
+    """A saved recipe without the keys of REMOVED that have the value there."""
+    for name, value in REMOVED.items():
+        *sections, last = name.split(".")
+        part = values
+        for section_name in sections:
+            part = part.get(section_name) or {} if isinstance(part, dict) else {}
+        if isinstance(part, dict) and part.get(last) == value:
+            del part[last]
+    return values
 
 
 def _is_folder(name):
@@ -703,6 +772,9 @@ def _build(kind, values, where):
     fields = {f.name: f for f in dataclasses.fields(kind)}
     prefix = where + "." if where else ""
     for key in values:
+        removed = REMOVED.get(prefix + str(key))
+        right = f"no such line: {removed} is what the code does"
+        _require(removed is None, prefix + str(key), "a key of an earlier version", right)
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             right = f"`{near[0]}`" if near else "one of " + ", ".join(fields)
@@ -710,7 +782,7 @@ def _build(kind, values, where):
     hints = typing.get_type_hints(kind)
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise _Wrong(prefix + name, "nothing", _describe(hints[name]))
+            raise _Wrong(prefix + name, "nothing", describe(hints[name]))
     made = {key: _convert(hints[key], value, prefix + key) for key, value in values.items()}
     try:
         return kind(**made)
@@ -740,7 +812,7 @@ def _convert(hint, value, where):
         if dataclasses.is_dataclass(kind) and not isinstance(value, list):
             return (_build(kind, value, where),)  # one section is a list of one
         if not isinstance(value, list):
-            raise _Wrong(where, value, _describe(hint))
+            raise _Wrong(where, value, describe(hint))
         several = dataclasses.is_dataclass(kind) and len(value) > 1
         return tuple(_convert(kind, item, f"{where}.{i}" if several else where) for i, item in enumerate(value))
     if hint in (int, float):
@@ -750,16 +822,17 @@ def _convert(hint, value, where):
             number = None
         # A number that is not finite, or an int with a fraction, is nobody's intention.
         if number is None or number - number != 0 or (hint is int and number != int(number)):
-            raise _Wrong(where, value, _describe(hint))
+            raise _Wrong(where, value, describe(hint))
         return hint(number) if hint is float or not isinstance(value, int) else value
     if not isinstance(value, hint):
-        raise _Wrong(where, value, _describe(hint))
+        raise _Wrong(where, value, describe(hint))
     return value
 
 
-def _describe(hint):
+def describe(hint) -> str:
+    """A type in words."""
     if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(kind) for kind in typing.get_args(hint))
+        return " or ".join(describe(kind) for kind in typing.get_args(hint))
     if dataclasses.is_dataclass(hint):
         required = [f.name for f in dataclasses.fields(hint) if f.default is dataclasses.MISSING]
         return "a section" + (" with " + ", ".join(required) if required else "")
@@ -768,7 +841,7 @@ def _describe(hint):
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         if dataclasses.is_dataclass(kind):
-            return _describe(kind) + ", or a list of them"
+            return describe(kind) + ", or a list of them"
         return "a list of words" if kind is str else "a list of whole numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[hint]
 

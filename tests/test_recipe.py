@@ -1,13 +1,16 @@
 """A mistake in a recipe is one line that says where and what would be right."""
 
+import dataclasses
+import importlib.util
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
-from scavenger.recipe import RecipeError, differences, load_recipe, resolved
+from scavenger.recipe import Recipe, RecipeError, Section, differences, load_recipe, resolved
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -142,7 +145,7 @@ CACHE = "cache={logits: 8}"
         (["recurrence.state_bytes=0"], ["recurrence.state_bytes", "0", "positive number of bytes"]),
         (
             ["student.filter.form=modal", "recurrence.prefill_outputs=exact"],
-            ["recurrence.prefill_outputs", "exact", "modal already"],
+            ["recurrence.prefill_outputs", "a key of an earlier version", "no such line"],
         ),
         (["teacher.path=/no/such/folder"], ["teacher.path", "/no/such/folder", "config.json"]),
         (["data.path=/no/such/text"], ["data.path", "/no/such/text", "existing"]),
@@ -220,3 +223,76 @@ def test_recipes_need_no_torch(tmp_path):
     loading = f"from scavenger.recipe import load_recipe; load_recipe({write(tmp_path, MINIMAL)!r})"
     code = f"import sys; {loading}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def sections():
+    """Every section's class, by its place in a recipe."""
+    found, waiting = {}, [("", Recipe)]
+    while waiting:
+        place, kind = waiting.pop()
+        found[place] = kind
+        for name, hint in typing.get_type_hints(kind).items():
+            for part in (hint, *typing.get_args(hint)):
+                if isinstance(part, type) and issubclass(part, Section):
+                    waiting.append((f"{place}.{name}".strip("."), part))
+    return found
+
+
+BOUNDED = [
+    (place, field)
+    for place, kind in sections().items()
+    for field in dataclasses.fields(kind)
+    if field.metadata["bounds"] is not None
+]
+
+
+@pytest.mark.parametrize(("place", "field"), BOUNDED, ids=lambda word: getattr(word, "name", word))
+def test_every_bound_holds(place, field):
+    """Just outside a bound is refused in the bound's words, just inside is not."""
+    kind, bounds = sections()[place], field.metadata["bounds"]
+    whole = "int" in str(field.type)
+    step = 1 if whole else 1e-9
+
+    def made(value):
+        value = (value,) if "tuple" in str(field.type) else value
+        instance = object.__new__(kind)
+        for other in dataclasses.fields(kind):
+            object.__setattr__(instance, other.name, None)
+        object.__setattr__(instance, field.name, value)
+        object.__setattr__(instance, "relations", lambda: None)
+        Section.__post_init__(instance)
+
+    for edge, inside, outside in (
+        (bounds.least, 0, -step),
+        (bounds.most, 0, step),
+        (bounds.above, step, 0),
+        (bounds.below, -step, 0),
+    ):
+        if edge is not None:
+            made(edge + inside)
+            with pytest.raises(Exception) as error:
+                made(edge + outside)
+            assert error.value.key == field.name and error.value.right == bounds.right
+
+
+def test_the_reference_is_current():
+    """docs/recipes.md is what docs/recipes.py makes, and every key has a meaning there."""
+    spec = importlib.util.spec_from_file_location("reference", RECIPES.parent / "docs/recipes.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    page = (RECIPES.parent / "docs/recipes.md").read_text(encoding="utf-8")
+    assert page == reference.page(), "run python docs/recipes.py"
+    for place, kind in sections().items():
+        assert kind.__doc__.strip() in page
+        for field in dataclasses.fields(kind):
+            assert field.metadata["meaning"] and field.metadata["meaning"] in page, f"{place}.{field.name}"
+
+
+def test_a_run_with_a_removed_key_is_the_same_run(tmp_path):
+    recipe = load_recipe(write(tmp_path, MINIMAL | {"recurrence": {"tolerance": 0.1}}))
+    values = yaml.safe_load(resolved(recipe))
+    values["recurrence"]["prefill_outputs"] = "recurrent"
+    assert differences(yaml.safe_dump(values), recipe) == []
+    values["recurrence"]["prefill_outputs"] = "exact"
+    (difference,) = differences(yaml.safe_dump(values), recipe)
+    assert difference.startswith('recurrence.prefill_outputs (the run has "exact"')
