@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import command, command_line
 
 from scavenger.recipe import load_recipe
 from scavenger.run.checkpoint import read_json
@@ -67,7 +68,11 @@ def test_quickstart(quickstart):
 def test_make_runs_those_commands():
     found = commands()
     assert found[:2] == ["make quickstart", "make test"]
-    for target, words in (("quickstart", "accelerate launch recipes/quickstart.yaml"), ("test", "pytest")):
+    for target, words in (
+        ("quickstart", "accelerate launch recipes/quickstart.yaml"),
+        ("test", "pytest"),
+        ("check", "ruff"),
+    ):
         assert words in run(["make", "--dry-run", target]).stdout
     assert "make test" in (ROOT / ".ci/run").read_text()
 
@@ -85,12 +90,43 @@ def test_recipes_in_commands_load():
         assert (ROOT / configuration).is_file()
 
 
-def test_evaluation_commands(quickstart):
+EVALUATIONS = [words for words in commands() if words.startswith(("python eval/", "scavenger recur "))]
+
+
+def one_number(script, printed, folder):
+    """A figure of each command that is known beforehand, or whose range is."""
+    if script == "compare":
+        assert json.loads(printed)["figures"] == f"{folder}-compared/compare.json"
+        rows = {row["metric"]: row for row in read_json(Path(f"{folder}-compared/compare.json"))["rows"]}
+        return rows["perplexity"]["models"]["teacher-stdlib"]["value"]
+    teacher, student, *_ = json.loads(printed)
+    if script == "speed":
+        assert student["constant_state"] and not teacher["constant_state"]
+        return student["rows"][0]["tokens_per_second"]
+    name = {"perplexity": "perplexity", "recall": "recall of pairs", "generation": "greedy agreement"}.get(script)
+    return teacher["metrics"][name or next(iter(teacher["metrics"]))]["value"]
+
+
+RANGES = {"perplexity": (2, 200), "compare": (2, 200), "recall": (0, 1), "generation": (1, 1), "speed": (1, 1e6)}
+
+
+@pytest.mark.parametrize("words", EVALUATIONS)
+def test_evaluation_commands(quickstart, words, tmp_path):
+    """As they stand, on a shorter text."""
     folder, _ = quickstart
-    for words in (words.split() for words in commands() if words.startswith(("python eval/", "scavenger recur "))):
-        words = [word.replace("runs/quickstart", str(folder)).replace("runs/", f"{folder}-") for word in words]
-        done = run([sys.executable, *words[1:]] if words[0] == "python" else words)
-        assert done.returncode == 0, done.stderr
+    text = tmp_path / "README.md"
+    text.write_text(README[:9000], encoding="utf-8")
+    words = words.replace("runs/quickstart", str(folder)).replace("runs/", f"{folder}-")
+    _, script, *rest = words.replace("README.md", str(text)).split()
+    if script == "recur":
+        made = command_line(script, *rest, "--text", text)
+        assert made.returncode == 0, made.stderr
+        assert read_json(Path(rest[-1]) / "certificate.json")["largest_radius"] < 1
+        return
+    made = command(script, *rest)
+    assert made.returncode == 0, made.stderr
+    least, most = RANGES.get(Path(script).stem, (1, 1e9))
+    assert least <= one_number(Path(script).stem, made.stdout.splitlines()[-1], folder) <= most
 
 
 def test_python_example(quickstart, tmp_path):
@@ -104,10 +140,23 @@ def test_python_example(quickstart, tmp_path):
 
 def test_file_tree_is_the_disk():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.S)[1].splitlines()
-    named = {line.split()[0] for line in tree if line.startswith("  ")}
-    tracked = run(["git", "ls-files", "scavenger"]).stdout.split()
-    entries = {path.split("/")[1] + ("/" if path.count("/") > 1 else "") for path in tracked}
-    assert named == entries - {"__init__.py"}
+    named, folder = set(), None
+    for line in tree:
+        name, depth = line.split()[0], len(line) - len(line.lstrip())
+        if depth == 2:
+            named.add(name)
+            folder = name
+        if depth == 4:
+            named.add(folder + name)
+    tracked = [path.removeprefix("scavenger/") for path in run(["git", "ls-files", "scavenger"]).stdout.split()]
+    shown = {name.partition("/")[0] + "/" for name in named if "/" in name.rstrip("/")}  # folders with their files
+    entries = set()
+    for path in tracked:
+        first, slash, inside = path.partition("/")
+        entries.add(first + slash)
+        if slash and first + slash in shown:
+            entries.add(first + slash + inside.partition("/")[0] + ("/" if "/" in inside else ""))
+    assert named == {entry for entry in entries if not entry.endswith("__init__.py")}
     top = {line.split()[0] for line in tree if not line.startswith("  ")}
     assert all((ROOT / name).exists() for name in top)
 
