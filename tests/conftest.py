@@ -74,6 +74,59 @@ def seed():
     torch.manual_seed(7)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call():
+    """Seed again: after the fixtures, pytest-randomly has DeepSpeed seed torch with another number in each run."""
+    torch.manual_seed(7)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a test computes. Models and numbers are made on the CPU and then moved: the same on every device."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+def normal(*shape, device):
+    """Normal numbers in float64."""
+    return torch.randn(*shape, dtype=torch.float64).to(device)
+
+
+def random_ids(*shape, low=0, device):
+    """Tokens of the tiny models' vocabulary, from `low` on."""
+    return torch.randint(low, 97, shape).to(device)
+
+
+GPU_DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_deselected(items):
+    for item in items:
+        item.config.stash[GPU_DESELECTED] = item.config.stash.get(GPU_DESELECTED, 0) + ("gpu" in item.keywords)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+        session.config.workeroutput["gpu_deselected"] = session.config.stash.get(GPU_DESELECTED, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Each worker of pytest-xdist collects, and deselects, the same tests."""
+    node.config.stash[GPU_DESELECTED] = getattr(node, "workeroutput", {}).get("gpu_deselected", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    skipped = sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+    for count, why in (
+        (config.stash.get(GPU_DESELECTED, 0), "pytest -m gpu runs them on a CUDA device"),
+        (skipped, "no CUDA device"),
+    ):
+        if count:
+            terminalreporter.write_line(f"{count} gpu tests left out: {why}")
+
+
 def tiny_teacher(**changes):
     """3 layers, 5 heads of width 6 (2 of them turned): no two sizes are equal, none is a power of two."""
     config = GPTNeoXConfig(

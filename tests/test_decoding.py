@@ -8,7 +8,7 @@ import sys
 import pytest
 import reference
 import torch
-from conftest import Graphs, tiny_student
+from conftest import Graphs, normal, random_ids, tiny_student
 from reference import assert_close, relative_error
 
 from scavenger.model import HyenaCache
@@ -37,8 +37,8 @@ LENGTH = 41
 
 @pytest.mark.parametrize("length", [1, 2, 7, 63, 64, 65, 150])
 @pytest.mark.parametrize("width", [1, 4, 6, 9, 11])
-def test_a_piece_is_the_recurrence(width, length):
-    filter, modes, q, k, v = _inputs(width, length)
+def test_a_piece_is_the_recurrence(width, length, device):
+    filter, modes, q, k, v = _inputs(width, length, device)
     state, start = _some_state(modes, width)
     twin = copy.deepcopy(state)
     expected, final = _recurrence(filter, q, k, v, start)
@@ -53,9 +53,9 @@ def test_a_piece_is_the_recurrence(width, length):
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("width", [1, 4, 6, 9, 11])
-def test_steps_are_the_recurrence(width, in_place):
+def test_steps_are_the_recurrence(width, in_place, device):
     """In place and not; and the state is right wherever the ring of waiting keys stands."""
-    filter, modes, q, k, v = _inputs(width, 23)
+    filter, modes, q, k, v = _inputs(width, 23, device)
     state, start = _some_state(modes, width)
     expected, _ = _recurrence(filter, q, k, v, start)
     before = [tensor.data_ptr() for tensor in state.parts]
@@ -70,8 +70,8 @@ def test_steps_are_the_recurrence(width, in_place):
     assert in_place == (before == [tensor.data_ptr() for tensor in state.parts])
 
 
-def test_a_state_that_is_not_advanced_and_an_output_of_zero_are_found():
-    filter, modes, q, k, v = _inputs(6, 23)
+def test_a_state_that_is_not_advanced_and_an_output_of_zero_are_found(device):
+    filter, modes, q, k, v = _inputs(6, 23, device)
     state, start = _some_state(modes, 6)
     expected, final = _recurrence(filter, q, k, v, start)
     assert relative_error(expected, torch.zeros_like(expected)) > 0.5
@@ -81,13 +81,13 @@ def test_a_state_that_is_not_advanced_and_an_output_of_zero_are_found():
 
 @pytest.mark.parametrize("pieces", [[31], [12, 1, 1, 17], [1] * 10])
 @pytest.mark.parametrize("width", [1, 6])
-def test_gradients_of_outputs_and_of_the_final_state(width, pieces):
-    filter, _, q, k, v = _inputs(width, sum(pieces))
+def test_gradients_of_outputs_and_of_the_final_state(width, pieces, device):
+    filter, _, q, k, v = _inputs(width, sum(pieces), device)
     modes = filter.requires_grad_().modes()
     state, _ = _some_state(modes, width)
     parts = [part.requires_grad_() for part in state.parts if part.numel()]
     start = _complex(modes, state)
-    weight, state_weight = torch.randn_like(v), torch.randn_like(start)
+    weight, state_weight = normal(*v.shape, device=device), normal(*start.shape, device=device)
     variables = [*(x.requires_grad_() for x in (q, k, v)), *parts, *filter.parameters()]
 
     def gradients(y, final):
@@ -110,9 +110,9 @@ def test_gradients_of_outputs_and_of_the_final_state(width, pieces):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prompt", [0, 1, 2, 3, 17, LENGTH - 1])
-def test_whole_pass_is_prompt_and_steps_is_pure_recurrence(shape, prompt, monkeypatch):
-    model = tiny_student(modal=True, **shape)
-    ids = torch.randint(0, 97, (2, LENGTH))
+def test_whole_pass_is_prompt_and_steps_is_pure_recurrence(shape, prompt, monkeypatch, device):
+    model = tiny_student(modal=True, **shape).to(device)
+    ids = random_ids(2, LENGTH, device=device)
     whole = model(input_ids=ids, use_cache=False).logits
     with torch.no_grad():
         assert_close(whole, _prompt_and_steps(model, ids, prompt), 5e-14)
@@ -127,19 +127,19 @@ def test_whole_pass_is_prompt_and_steps_is_pure_recurrence(shape, prompt, monkey
 # Measured 1e-6, 4e-3 and 4e-2 at most.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_dtype_by_its_own_rounding(shape, dtype, tolerance):
-    model = tiny_student(modal=True, **shape).float().to(dtype)
-    ids = torch.randint(0, 97, (2, LENGTH))
-    exact = tiny_student(modal=True, **shape)(input_ids=ids, use_cache=False).logits
+def test_each_dtype_by_its_own_rounding(shape, dtype, tolerance, device):
+    model = tiny_student(modal=True, **shape).float().to(device).to(dtype)
+    ids = random_ids(2, LENGTH, device=device)
+    exact = tiny_student(modal=True, **shape).to(device)(input_ids=ids, use_cache=False).logits
     with torch.no_grad():
         assert_close(exact, _prompt_and_steps(model, ids, 17).double(), tolerance)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_states_are_copied_and_reordered(shape):
-    model = tiny_student(modal=True, **shape)
-    ids = torch.randint(0, 97, (3, LENGTH))
-    order = torch.tensor([2, 0, 0, 1])
+def test_states_are_copied_and_reordered(shape, device):
+    model = tiny_student(modal=True, **shape).to(device)
+    ids = random_ids(3, LENGTH, device=device)
+    order = torch.tensor([2, 0, 0, 1], device=device)
     with torch.no_grad():
         whole = model(input_ids=ids[order], use_cache=False).logits
         cache = model(input_ids=ids[:, :9], use_cache=True).cache
@@ -156,9 +156,9 @@ def test_states_are_copied_and_reordered(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prompt", [1, 17])
-def test_states_made_in_inference_mode_are_stepped_outside_it(shape, prompt):
-    model = tiny_student(modal=True, **shape)
-    ids, rows = torch.randint(0, 97, (2, LENGTH)), torch.tensor([1, 0, 1])
+def test_states_made_in_inference_mode_are_stepped_outside_it(shape, prompt, device):
+    model = tiny_student(modal=True, **shape).to(device)
+    ids, rows = random_ids(2, LENGTH, device=device), torch.tensor([1, 0, 1], device=device)
     with torch.inference_mode():
         cache = model(input_ids=ids[:, :prompt], use_cache=True).cache
         model(input_ids=ids[:, prompt : prompt + 1], cache=cache)
@@ -174,10 +174,10 @@ def test_states_made_in_inference_mode_are_stepped_outside_it(shape, prompt):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_states_that_gradients_flow_through_are_not_overwritten(shape):
+def test_states_that_gradients_flow_through_are_not_overwritten(shape, device):
     """Steps without gradients keep what a backward pass of earlier steps needs, and their states have no gradient."""
-    model = tiny_student(modal=True, **shape)
-    ids = torch.randint(0, 97, (2, LENGTH))
+    model = tiny_student(modal=True, **shape).to(device)
+    ids = random_ids(2, LENGTH, device=device)
     whole = model(input_ids=ids, use_cache=False).logits
     prompt = model(input_ids=ids[:, :17], use_cache=True)
     step = model(input_ids=ids[:, 17:18], cache=prompt.cache)
@@ -193,9 +193,9 @@ def test_states_that_gradients_flow_through_are_not_overwritten(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_that_come_and_go_are_each_sequence_alone(shape):
-    model = tiny_student(modal=True, **shape)
-    texts = [torch.randint(0, 97, (LENGTH,)) for _ in range(4)]
+def test_rows_that_come_and_go_are_each_sequence_alone(shape, device):
+    model = tiny_student(modal=True, **shape).to(device)
+    texts = [random_ids(LENGTH, device=device) for _ in range(4)]
     whole = [model(input_ids=text[None], use_cache=False).logits[0] for text in texts]
     decoder = Decoder(model, rows=3)
     rows, read = {}, {}
@@ -208,7 +208,7 @@ def test_rows_that_come_and_go_are_each_sequence_alone(shape):
         for (text, prompt), row in zip(new, decoder.add([texts[t][:n] for t, n in new]), strict=True):
             rows[text], read[text] = row, prompt
         assert len(set(rows.values())) == len(rows)
-        tokens = torch.randint(0, 97, (3,))  # what idle rows read
+        tokens = random_ids(3, device=device)  # what idle rows read
         for text, row in rows.items():
             assert_close(whole[text][read[text] - 1], decoder.logits[row], 5e-14)
             tokens[row] = texts[text][read[text]]
@@ -218,9 +218,9 @@ def test_rows_that_come_and_go_are_each_sequence_alone(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES[::2])
-def test_generated_tokens_are_those_of_transformers(shape):
-    model = tiny_student(modal=True, **shape)
-    prompts = [torch.randint(1, 97, (n,)) for n in (5, 1, 12, 3, 8, 2, 2)]
+def test_generated_tokens_are_those_of_transformers(shape, device):
+    model = tiny_student(modal=True, **shape).to(device)
+    prompts = [random_ids(n, low=1, device=device) for n in (5, 1, 12, 3, 8, 2, 2)]
     alone = [
         model.generate(prompt[None], max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)[
             0, len(prompt) :
@@ -239,17 +239,17 @@ def test_generated_tokens_are_those_of_transformers(shape):
     assert [x.tolist() for x in sharp] == [x.tolist() for x in alone]
     torch.manual_seed(0)
     first, second = (decoder.generate(prompts[:1], 1, do_sample=True, top_k=5, top_p=0.9) for _ in range(2))
-    best = model(input_ids=prompts[0][None]).logits[0, -1].topk(5).indices
+    best = model(input_ids=prompts[0][None]).logits[0, -1].topk(5).indices.cpu()
     assert first[0] in best and second[0] in best
 
 
-def test_packed_layers_are_the_layers():
-    model = tiny_student(5, modal=True).float()
-    ids = torch.randint(0, 97, (2, LENGTH))
+def test_packed_layers_are_the_layers(device):
+    model = tiny_student(5, modal=True).float().to(device)
+    ids = random_ids(2, LENGTH, device=device)
     whole = model(input_ids=ids, use_cache=False).logits
     decoder = Decoder(model, rows=2)
     assert decoder.model is not model and type(model.lm_head) is torch.nn.Linear
-    if torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
         assert type(decoder.model.lm_head).__name__ == "PackedLinear"
     decoder.add(list(ids[:, :9]))
     for t in range(9, 20):
@@ -257,14 +257,14 @@ def test_packed_layers_are_the_layers():
 
 
 @pytest.mark.parametrize("shape", COMPILED)
-def test_a_compiled_step_is_one_graph(shape, monkeypatch):
+def test_a_compiled_step_is_one_graph(shape, monkeypatch, device):
     """Its logits are the eager ones while rows join and leave, and nothing is compiled a second time."""
     graphs = Graphs()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
     monkeypatch.setenv("CXX", sys.executable)  # a compiler that is there; this backend calls none
     torch._dynamo.reset()
-    model = tiny_student(modal=True, num_hidden_layers=2, **shape)
-    prompts = [torch.randint(0, 97, (n,)) for n in (9, 2, 14)]
+    model = tiny_student(modal=True, num_hidden_layers=2, **shape).to(device)
+    prompts = [random_ids(n, device=device) for n in (9, 2, 14)]
     compiled, eager = (Decoder(model, rows=3, compiled=compiled) for compiled in (True, False))
     for step in range(12):
         for decoder in (compiled, eager):
@@ -273,16 +273,16 @@ def test_a_compiled_step_is_one_graph(shape, monkeypatch):
             elif step == 7:
                 decoder.remove([1])
                 decoder.add([prompts[0][:1]])
-        tokens = torch.randint(0, 97, (3,))
+        tokens = random_ids(3, device=device)
         assert_close(eager.step(tokens), compiled.step(tokens), 1e-14)
     assert graphs.count == 1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_a_step_as_machine_code():
+def test_a_step_as_machine_code(device):
     """The one that Inductor and g++ compile; what the graphs of other students are is above."""
-    model = tiny_student(5, modal=True, num_hidden_layers=1, state_sizes=[[2, 2, 2, 2, 2]]).float()
-    ids = torch.randint(0, 97, (2, LENGTH))
+    model = tiny_student(5, modal=True, num_hidden_layers=1, state_sizes=[[2, 2, 2, 2, 2]]).float().to(device)
+    ids = random_ids(2, LENGTH, device=device)
     whole = model(input_ids=ids, use_cache=False).logits
     torch._dynamo.reset()
     decoder = Decoder(model, rows=2, compiled=True)
@@ -323,7 +323,7 @@ def test_what_a_decoder_refuses():
         decoder.generate([word], 3)
 
 
-def _inputs(width, length):
+def _inputs(width, length, device):
     """A filter of each state size from 0 to 3, two of size 2, one of its poles slow; and q, k, v."""
     filter = ModalFilter([2, 0, 3, 1, 2]).double().requires_grad_(False)
     with torch.no_grad():
@@ -332,13 +332,14 @@ def _inputs(width, length):
         filter.pole.copy_(torch.view_as_real(torch.polar(radius, 3 * torch.rand(8, dtype=F64))))
         filter.residue.normal_()
         filter.direct.normal_()
-    return filter, filter.modes(), *torch.randn(3, 2, 5, length, width, dtype=F64)
+    filter.to(device)
+    return filter, filter.modes(), *normal(3, 2, 5, length, width, device=device)
 
 
 def _some_state(modes, width):
     """A state that holds something, and the same as (batch, mode, width, width) complex."""
     state = ChannelState(modes, 2) if width == 1 else HeadState(modes, 2, width)
-    state.parts = [torch.randn_like(part) for part in state.parts]
+    state.parts = [normal(*part.shape, device=part.device) for part in state.parts]
     return state, _complex(modes, state)
 
 
@@ -354,21 +355,23 @@ def _complex(modes, state):
 
 
 def _recurrence(filter, q, k, v, start):
-    mode_filter = torch.tensor([index for index, size in enumerate(filter.state_sizes) for _ in range(size)])
+    mode_filter = [index for index, size in enumerate(filter.state_sizes) for _ in range(size)]
+    mode_filter = torch.tensor(mode_filter, device=filter.pole.device)
     return reference.recurrence(q, k, v, filter.poles, filter.residues, mode_filter, filter.direct, start)
 
 
 def _loop_state(modes, batch, width=1):
     """A state that knows nothing but the recurrence's definition."""
-    return _Loop(modes, torch.zeros(batch, len(modes.poles), width, width, dtype=modes.poles.dtype))
+    return _Loop(modes, modes.poles.new_zeros(batch, len(modes.poles), width, width))
 
 
 class _Loop:
     def __init__(self, modes, state):
-        sizes = torch.tensor([size for count, size in modes.layout.buckets for _ in range(count)])
-        sizes = sizes[modes.layout.back]
+        back = modes.layout.back
+        sizes = torch.tensor([size for count, size in modes.layout.buckets for _ in range(count)], device=back.device)
+        sizes = sizes[back]
         self.modes, self.state = modes, state
-        self.mode_filter = torch.arange(len(sizes)).repeat_interleave(sizes)
+        self.mode_filter = torch.arange(len(sizes), device=back.device).repeat_interleave(sizes)
 
     def step(self, q, k, v):
         poles, residues, direct, _ = self.modes

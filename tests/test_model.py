@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from conftest import tiny_student
+from conftest import normal, random_ids, tiny_student
 from reference import assert_close
 from transformers import DynamicCache
 
@@ -34,10 +34,10 @@ SHAPES = [
 ]
 
 
-def test_fft_convolution_and_its_gradients():
-    u = torch.randn(2, 3, 63, dtype=F64, requires_grad=True)
-    taps = torch.randn(3, 63, dtype=F64, requires_grad=True)
-    weight = torch.randn(2, 3, 63, dtype=F64)
+def test_fft_convolution_and_its_gradients(device):
+    u = normal(2, 3, 63, device=device).requires_grad_()
+    taps = normal(3, 63, device=device).requires_grad_()
+    weight = normal(2, 3, 63, device=device)
     fast, slow = causal_convolution(u, taps), reference.convolution(u, taps)
     assert_close(slow, fast, 1e-14)  # measured 3e-16
     for a, b in zip(
@@ -49,16 +49,16 @@ def test_fft_convolution_and_its_gradients():
     assert_close(slow.float(), causal_convolution(u.float(), taps.float()), 5e-6)
 
 
-def test_fft_convolution_with_taps_longer_than_the_input_does_not_wrap():
-    u, taps = torch.randn(2, 3, 63, dtype=F64), torch.randn(3, 101, dtype=F64)
+def test_fft_convolution_with_taps_longer_than_the_input_does_not_wrap(device):
+    u, taps = normal(2, 3, 63, device=device), normal(3, 101, device=device)
     whole = causal_convolution(u, taps)
     for length in (1, 2, 3, 17):
         assert_close(whole[..., :length], causal_convolution(u[..., :length], taps), 1e-13)
 
 
 @pytest.mark.parametrize("split", [[63], [1] * 63, [0, 1, 2, 60], [5, 0, 58]])
-def test_short_convolution_in_pieces(split):
-    x, weight = torch.randn(2, 63, 7, dtype=F64), torch.randn(7, 3, dtype=F64)
+def test_short_convolution_in_pieces(split, device):
+    x, weight = normal(2, 63, 7, device=device), normal(7, 3, device=device)
     whole = reference.convolution(x.transpose(1, 2), torch.nn.functional.pad(weight.flip(1), (0, 60))).transpose(1, 2)
     state, pieces = None, []
     for piece in x.split(split, dim=1):
@@ -68,12 +68,12 @@ def test_short_convolution_in_pieces(split):
     assert torch.equal(state, x[:, -2:])
 
 
-def test_toeplitz_block_is_the_matrix_of_the_filter():
-    taps = torch.randn(3, 11, dtype=F64)
+def test_toeplitz_block_is_the_matrix_of_the_filter(device):
+    taps = normal(3, 11, device=device)
     block = toeplitz_block(taps, slice(4, 9))
     for row, t in enumerate(range(4, 9)):
         for s in range(9):
-            expected = taps[:, t - s] if s <= t else torch.zeros(3, dtype=F64)
+            expected = taps[:, t - s] if s <= t else torch.zeros(3, dtype=F64, device=device)
             assert torch.equal(block[:, row, s], expected)
 
 
@@ -88,11 +88,11 @@ def test_transforms_are_of_a_size_that_is_quick():
 
 @pytest.mark.parametrize("length", [1, 16, 17, 50, 63])
 @pytest.mark.parametrize("form", [ToeplitzProduct.apply, outer_product_convolution, long_convolution])
-def test_every_form_is_the_formula_with_gradients(form, length, monkeypatch):
+def test_every_form_is_the_formula_with_gradients(form, length, monkeypatch, device):
     monkeypatch.setattr(convolution, "BLOCK", 17)  # lengths below, at and across blocks
-    q, k, v = (torch.randn(2, 3, length, 5, dtype=F64, requires_grad=True) for _ in range(3))
-    taps = torch.randn(3, length + 4, dtype=F64, requires_grad=True)
-    weight = torch.randn_like(v)
+    q, k, v = (normal(2, 3, length, 5, device=device).requires_grad_() for _ in range(3))
+    taps = normal(3, length + 4, device=device).requires_grad_()
+    weight = normal(*v.shape, device=device)
     fast, slow = form(q, k, v, taps), reference.mixer(q, k, v, taps)
     assert_close(slow, fast, 5e-15)  # measured 5e-16, its gradients too
     for a, b in zip(
@@ -103,22 +103,22 @@ def test_every_form_is_the_formula_with_gradients(form, length, monkeypatch):
         assert_close(a, b, 1e-14)
 
 
-def test_the_form_depends_on_the_shape(monkeypatch):
+def test_the_form_depends_on_the_shape(monkeypatch, device):
     taken = []
     for name in ("causal_convolution", "outer_product_convolution"):
         whole = getattr(convolution, name)
         monkeypatch.setattr(f"scavenger.model.hyena.{name}", lambda *x, n=name, w=whole: taken.append(n) or w(*x))
     for width, length in ((1, 9), (2, 9), (2, 40), (7, 40)):
-        q, k, v = torch.randn(3, 2, 3, length, width, dtype=F64)
-        taps = torch.randn(3, length, dtype=F64)
+        q, k, v = normal(3, 2, 3, length, width, device=device)
+        taps = normal(3, length, device=device)
         assert_close(reference.mixer(q, k, v, taps), long_convolution(q, k, v, taps), 1e-13)
     assert taken == ["causal_convolution", "outer_product_convolution"]
 
 
 @pytest.mark.parametrize("filters", [5, 10])
-def test_the_scan_stands_in_for_the_matrices_where_inputs_are_long(filters, monkeypatch):
-    model = tiny_student(filters, modal=True)
-    ids = torch.randint(0, 97, (2, 391))
+def test_the_scan_stands_in_for_the_matrices_where_inputs_are_long(filters, monkeypatch, device):
+    model = tiny_student(filters, modal=True).to(device)
+    ids = random_ids(2, 391, device=device)
     scans = []
     monkeypatch.setattr("scavenger.model.hyena.modal_scan", lambda *x: scans.append(1) or modal_scan(*x))
     scanned = model(input_ids=ids, use_cache=False).logits
@@ -128,12 +128,12 @@ def test_the_scan_stands_in_for_the_matrices_where_inputs_are_long(filters, monk
     assert len(scans) == 3
 
 
-def test_modal_taps_are_the_loop_of_multiplications():
-    modes, mode_filter = _modes(), torch.tensor([0, 0, 1, 2, 2])
+def test_modal_taps_are_the_loop_of_multiplications(device):
+    modes, mode_filter = _modes(device), torch.tensor([0, 0, 1, 2, 2], device=device)
     taps = modes.taps(203)
     power = torch.ones_like(modes.poles)
     for t in range(203):
-        expected = torch.zeros(3, dtype=F64).index_add(0, mode_filter, (modes.residues * power).real)
+        expected = torch.zeros(3, dtype=F64, device=device).index_add(0, mode_filter, (modes.residues * power).real)
         if t == 0:
             expected = expected + modes.direct
         torch.testing.assert_close(taps[:, t], expected, rtol=1e-11, atol=1e-12)
@@ -142,15 +142,15 @@ def test_modal_taps_are_the_loop_of_multiplications():
 
 @pytest.mark.parametrize("hyena_order", [2, 4])
 @pytest.mark.parametrize("modal", [False, True])
-def test_full_recurrence_is_its_formula_with_gradients(hyena_order, modal):
-    mixer = tiny_student(30, modal, hyena_order=hyena_order).gpt_neox.layers[1].mixer
-    q, k, v, *between = torch.randn(1 + hyena_order, 2, 30, 41, 1, dtype=F64).requires_grad_()
+def test_full_recurrence_is_its_formula_with_gradients(hyena_order, modal, device):
+    mixer = tiny_student(30, modal, hyena_order=hyena_order).to(device).gpt_neox.layers[1].mixer
+    q, k, v, *between = normal(1 + hyena_order, 2, 30, 41, 1, device=device).requires_grad_()
     taps = mixer.filter(41)
     gates = [gate[..., 0] for gate in (k, *between, q)]
     slow = reference.full_recurrence(gates, v[..., 0], taps.chunk(hyena_order))[..., None]
     fast = mixer._parallel(q, k, v, between)
     assert_close(slow, fast, 1e-13)
-    weight = torch.randn_like(slow)
+    weight = normal(*slow.shape, device=device)
     variables = (q, k, v, *between, *mixer.filter.parameters())
     for a, b in zip(
         torch.autograd.grad((slow * weight).sum(), variables, retain_graph=True),
@@ -160,9 +160,9 @@ def test_full_recurrence_is_its_formula_with_gradients(hyena_order, modal):
         assert_close(a, b, 1e-11)
 
 
-def test_full_recurrence_starts_as_one_convolution_and_passes():
+def test_full_recurrence_starts_as_one_convolution_and_passes(device):
     """With the new filters' taps at zero, a full recurrence at its first weights is the student of one convolution."""
-    one, three = tiny_student(30), tiny_student(30, hyena_order=3)
+    one, three = tiny_student(30).to(device), tiny_student(30, hyena_order=3).to(device)
     for simple, full in zip(one.gpt_neox.layers, three.gpt_neox.layers, strict=True):
         full.mixer.reset_parameters()
         full.mixer.filter.reset_parameters()
@@ -175,19 +175,19 @@ def test_full_recurrence_starts_as_one_convolution_and_passes():
         full.mixer.filter.load_state_dict(values, strict=False)
         full.mixer.query_key_value.load_state_dict(simple.mixer.query_key_value.state_dict())
         full.mixer.dense.load_state_dict(simple.mixer.dense.state_dict())
-    hidden = torch.randn(2, 23, 30, dtype=F64)
-    ones = torch.ones(2, 23, 2, dtype=F64)
+    hidden = normal(2, 23, 30, device=device)
+    ones = torch.ones(2, 23, 2, dtype=F64, device=device)
     for simple, full in zip(one.gpt_neox.layers, three.gpt_neox.layers, strict=True):
         assert_close(simple.mixer(hidden, ones, 0 * ones), full.mixer(hidden, ones, 0 * ones), 1e-13)
 
 
 @pytest.mark.parametrize("filters", [1, 3, 5, 10, 15])
-def test_positions_are_relative_wherever_rotary_is_kept(filters):
+def test_positions_are_relative_wherever_rotary_is_kept(filters, device):
     """Heads of 6 channels, 2 of them turned: groups of 30, 10, 6, 3 and 2 channels."""
-    model = tiny_student(filters)
+    model = tiny_student(filters).to(device)
     assert model.config.rotary == (filters != 3)
-    hidden = torch.randn(2, 23, 30, dtype=F64)
-    mixer, places = model.gpt_neox.layers[0].mixer, torch.arange(23)
+    hidden = normal(2, 23, 30, device=device)
+    mixer, places = model.gpt_neox.layers[0].mixer, torch.arange(23, device=device)
     outputs = []
     for shift in (0, 11):
         angle = (places + shift).double()[None, :, None].expand(2, 23, 2)
@@ -197,17 +197,18 @@ def test_positions_are_relative_wherever_rotary_is_kept(filters):
     with pytest.raises(ValueError, match="rotary is true; expected false: groups of 10 channels"):
         tiny_student(3, rotary=True)
     assert not tiny_student(5, rotary=False).gpt_neox.layers[0].mixer.rotary
-    still = mixer(hidden, torch.ones(2, 23, 2, dtype=F64), torch.zeros(2, 23, 2, dtype=F64))
+    ones = torch.ones(2, 23, 2, dtype=F64, device=device)
+    still = mixer(hidden, ones, 0 * ones)
     assert model.config.rotary == ((still - outputs[0]).abs().max() > 1e-3)
 
 
-def test_first_tap_holds_the_direct_term_and_the_window_decays():
-    implicit = ImplicitFilter(3, 1, 11, 9, 14.0, 63, 1.5).double()
-    before = implicit(150)
+def test_first_tap_holds_the_direct_term_and_the_window_decays(device):
+    implicit = ImplicitFilter(3, 1, 11, 9, 14.0, 63, 1.5).double().to(device)
+    before, added = implicit(150), torch.tensor([1.0, 2.0, 3.0], dtype=F64, device=device)
     with torch.no_grad():
-        implicit.direct += torch.tensor([1.0, 2.0, 3.0])
+        implicit.direct += added
     difference = implicit(150) - before
-    torch.testing.assert_close(difference[:, 0], torch.tensor([1.0, 2.0, 3.0], dtype=F64))
+    torch.testing.assert_close(difference[:, 0], added)
     assert difference[:, 1:].abs().max() == 0
     assert before[:, 120:].abs().max() < 0.05 * before[:, :20].abs().max()
     assert_close(before[:, :40], implicit(40) - difference[:, :40], 1e-14)  # a prefix, not a rescaled filter
@@ -215,11 +216,11 @@ def test_first_tap_holds_the_direct_term_and_the_window_decays():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("modal", [False, True])
-def test_the_future_does_not_leak(shape, modal):
-    model = tiny_student(modal=modal, **shape)
-    ids = torch.randint(0, 97, (2, 63))
+def test_the_future_does_not_leak(shape, modal, device):
+    model = tiny_student(modal=modal, **shape).to(device)
+    ids = random_ids(2, 63, device=device)
     changed = ids.clone()
-    changed[:, 40:] = torch.randint(0, 97, (2, 23))
+    changed[:, 40:] = random_ids(2, 23, device=device)
     before, after = (model(input_ids=x, use_cache=False).logits for x in (ids, changed))
     assert_close(before[:, :40], after[:, :40], 1e-13)
     assert (before[:, 40:] - after[:, 40:]).abs().max() > 1e-3
@@ -227,9 +228,9 @@ def test_the_future_does_not_leak(shape, modal):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("split", [[63], [1] * 63, [1, 62], [2, 1, 60], [40] + [1] * 23, [7, 0, 30, 26], [3, 4, 1, 55]])
-def test_prompt_and_steps_give_the_whole_sequence(shape, split):
-    model = tiny_student(modal=True, **shape)
-    ids = torch.randint(0, 97, (2, 63))
+def test_prompt_and_steps_give_the_whole_sequence(shape, split, device):
+    model = tiny_student(modal=True, **shape).to(device)
+    ids = random_ids(2, 63, device=device)
     whole = model(input_ids=ids, use_cache=False).logits
     cache, pieces = None, []
     for piece in ids.split(split, dim=1):
@@ -250,9 +251,9 @@ def test_prompt_and_steps_give_the_whole_sequence(shape, split):
             assert_close(mine.double(), other.double(), 1e-11)
 
 
-def test_gradients_through_the_state_are_those_of_the_whole():
-    model = tiny_student(modal=True, attention_layers=[1], attention_window=7)
-    ids = torch.randint(0, 97, (2, 29))
+def test_gradients_through_the_state_are_those_of_the_whole(device):
+    model = tiny_student(modal=True, attention_layers=[1], attention_window=7).to(device)
+    ids = random_ids(2, 29, device=device)
     gradients = []
     for split in ([29], [11, 1, 1, 16]):
         cache, loss = None, 0
@@ -266,11 +267,11 @@ def test_gradients_through_the_state_are_those_of_the_whole():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_left_padding_changes_nothing(shape):
-    model = tiny_student(modal=True, **shape)
-    ids = torch.randint(1, 97, (1, 20))
-    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], dim=1)
-    mask = torch.cat([torch.zeros(1, 9), torch.ones(1, 20)], dim=1).long()
+def test_left_padding_changes_nothing(shape, device):
+    model = tiny_student(modal=True, **shape).to(device)
+    ids = random_ids(1, 20, low=1, device=device)
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long, device=device), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 9), torch.ones(1, 20)], dim=1).long().to(device)
     alone = model(input_ids=ids, use_cache=False).logits
     assert_close(alone, model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, 9:], 1e-11)
     first = model(input_ids=padded[:, :25], attention_mask=mask[:, :25], use_cache=True)
@@ -279,11 +280,11 @@ def test_left_padding_changes_nothing(shape):
 
 
 @pytest.mark.parametrize("attention_layers", [[], [1]])
-def test_right_padding_changes_nothing_without_a_cache(attention_layers):
-    model = tiny_student(modal=True, attention_layers=attention_layers, attention_window=7)
-    ids = torch.randint(1, 97, (1, 20))
-    padded = torch.cat([ids, torch.zeros(1, 9, dtype=torch.long)], dim=1)
-    mask = torch.cat([torch.ones(1, 20), torch.zeros(1, 9)], dim=1).long()
+def test_right_padding_changes_nothing_without_a_cache(attention_layers, device):
+    model = tiny_student(modal=True, attention_layers=attention_layers, attention_window=7).to(device)
+    ids = random_ids(1, 20, low=1, device=device)
+    padded = torch.cat([ids, torch.zeros(1, 9, dtype=torch.long, device=device)], dim=1)
+    mask = torch.cat([torch.ones(1, 20), torch.zeros(1, 9)], dim=1).long().to(device)
     alone = model(input_ids=ids, use_cache=False).logits
     assert_close(alone, model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, :20], 1e-11)
     with pytest.raises(ValueError, match="pads on the right"):
@@ -302,9 +303,9 @@ def test_caches_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("shape", SHAPES[:-1])
-def test_state_is_as_large_as_the_configuration_says_at_any_length(shape):
-    model = tiny_student(modal=True, **shape).float()
-    sizes = {model(input_ids=torch.randint(0, 97, (2, n)), use_cache=True).cache.nbytes for n in (1, 5, 63, 200)}
+def test_state_is_as_large_as_the_configuration_says_at_any_length(shape, device):
+    model = tiny_student(modal=True, **shape).float().to(device)
+    sizes = {model(input_ids=random_ids(2, n, device=device), use_cache=True).cache.nbytes for n in (1, 5, 63, 200)}
     assert sizes == {2 * model.config.state_bytes}
     per_token = 2 * 4 * 3 * 30  # keys and values of the teacher's three layers
     length = model.config.break_even_length
@@ -316,11 +317,12 @@ def test_a_state_that_grows_or_is_not_there_has_no_size():
     assert tiny_student(modal=True, **SHAPES[-1]).config.break_even_length is None
 
 
-def test_kept_attention_sees_its_window_and_no_more():
-    model = tiny_student(attention_layers=[1], attention_window=7)
+def test_kept_attention_sees_its_window_and_no_more(device):
+    model = tiny_student(attention_layers=[1], attention_window=7).to(device)
     layer = model.gpt_neox.layers[1].mixer
-    hidden = torch.randn(2, 23, 30, dtype=F64)
-    ones, zeros = torch.ones(2, 23, 2, dtype=F64), torch.zeros(2, 23, 2, dtype=F64)
+    hidden = normal(2, 23, 30, device=device)
+    ones = torch.ones(2, 23, 2, dtype=F64, device=device)
+    zeros = torch.zeros_like(ones)
     before = layer(hidden, ones, zeros)
     for t in (6, 7, 15):
         changed = hidden.clone()
@@ -335,17 +337,18 @@ def test_kept_attention_sees_its_window_and_no_more():
     assert_close(before, torch.cat(pieces, dim=1), 1e-14)
 
 
-def test_kept_attention_in_blocks_is_one_masked_product(monkeypatch):
+def test_kept_attention_in_blocks_is_one_masked_product(monkeypatch, device):
     monkeypatch.setattr("scavenger.model.attention.BLOCK", 5)
     for window in (0, 3, 8, 40):
         config = HyenaNeoXConfig(
             hidden_size=30, num_attention_heads=5, attention_window=window, attention_layers=[0], num_filters=5
         )
         layer = WindowedAttention(config, 0)
-        q, k, v = torch.randn(3, 2, 5, 23, 6, dtype=F64)
-        real = torch.ones(2, 23, dtype=torch.bool)
+        q, k, v = normal(3, 2, 5, 23, 6, device=device)
+        real = torch.ones(2, 23, dtype=torch.bool, device=device)
         real[1, :4] = False
-        behind = torch.arange(23)[:, None] - torch.arange(23)
+        places = torch.arange(23, device=device)
+        behind = places[:, None] - places
         for padded in (False, True):
             allowed = (behind >= 0) & (behind < (window or 23))
             allowed = (allowed & real[:, None] | (behind == 0)) if padded else allowed[None].expand(2, 23, 23)
@@ -356,12 +359,12 @@ def test_kept_attention_in_blocks_is_one_masked_product(monkeypatch):
 
 @pytest.mark.parametrize("filters", [5, 10, 30])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)])
-def test_half_precision_differs_by_its_own_rounding_only(filters, dtype, tolerance):
+def test_half_precision_differs_by_its_own_rounding_only(filters, dtype, tolerance, device):
     """Convolution by FFT and states are float32: what is lost is the rounding of projections and activations."""
-    model = tiny_student(filters, modal=True).float()
-    ids = torch.randint(0, 97, (2, 63))
+    model = tiny_student(filters, modal=True).float().to(device)
+    ids = random_ids(2, 63, device=device)
     exact = model(input_ids=ids, use_cache=False).logits
-    half = tiny_student(filters, modal=True).float().to(dtype)
+    half = tiny_student(filters, modal=True).float().to(device).to(dtype)
     assert_close(exact, half(input_ids=ids, use_cache=False).logits.float(), tolerance)
     cache = half(input_ids=ids[:, :40], use_cache=True).cache
     assert {part.dtype for layer in cache.layers for part in layer.modal_states[0].parts} == {torch.float32}
@@ -370,12 +373,12 @@ def test_half_precision_differs_by_its_own_rounding_only(filters, dtype, toleran
 
 @pytest.mark.parametrize("modal", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, {"filters": 15}])
-def test_autocast_trains_and_generates(shape, modal):
+def test_autocast_trains_and_generates(shape, modal, device):
     """As under accelerate's mixed precision: bfloat16 products around float32 parameters; 15 filters go by FFT."""
-    model = tiny_student(modal=modal, **shape).float()
-    ids = torch.randint(0, 97, (2, 47))
+    model = tiny_student(modal=modal, **shape).float().to(device)
+    ids = random_ids(2, 47, device=device)
     exact = model(input_ids=ids, labels=ids, use_cache=False)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         found = model(input_ids=ids, labels=ids, use_cache=False)
     assert_close(exact.logits, found.logits.float(), 6e-2)
     wanted = torch.autograd.grad(exact.loss, list(model.parameters()))
@@ -384,16 +387,16 @@ def test_autocast_trains_and_generates(shape, modal):
         assert a.norm() < 1e-6 or torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9
     if modal:
         with torch.no_grad():
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
                 cache = model(input_ids=ids[:, :30], use_cache=True).cache
             for t in range(30, 47):  # a prompt read under autocast, steps without
                 out = model(input_ids=ids[:, t : t + 1], cache=cache)
         assert_close(exact.logits[:, -1:], out.logits, 6e-2)
 
 
-def test_a_model_that_was_measured_can_be_trained():
-    model = tiny_student(modal=True)
-    ids = torch.randint(0, 97, (2, 9))
+def test_a_model_that_was_measured_can_be_trained(device):
+    model = tiny_student(modal=True).to(device)
+    ids = random_ids(2, 9, device=device)
     with torch.inference_mode():
         model(input_ids=ids)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -401,27 +404,27 @@ def test_a_model_that_was_measured_can_be_trained():
 
 @pytest.mark.parametrize("shape", [*SHAPES, {"filters": 15}])
 @pytest.mark.parametrize("size", [(0, 40), (2, 0)])
-def test_nothing_in_nothing_out(shape, size):
+def test_nothing_in_nothing_out(shape, size, device):
     for modal in (False, True):
-        model = tiny_student(modal=modal, **shape)
-        ids = torch.zeros(size, dtype=torch.long)
+        model = tiny_student(modal=modal, **shape).to(device)
+        ids = torch.zeros(size, dtype=torch.long, device=device)
         assert model(input_ids=ids, use_cache=modal).logits.shape == (*size, 97)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_inputs_beyond_the_training_length(shape):
+def test_inputs_beyond_the_training_length(shape, device):
     """Filters go on along the same formula, so what comes after changes nothing of what was read before."""
     for modal in (False, True):
-        model = tiny_student(modal=modal, **shape)
-        ids = torch.randint(0, 97, (1, 211))
+        model = tiny_student(modal=modal, **shape).to(device)
+        ids = random_ids(1, 211, device=device)
         assert model.config.context_length == 63
         long = model(input_ids=ids, use_cache=False).logits
         assert long.isfinite().all()
         assert_close(model(input_ids=ids[:, :63], use_cache=False).logits, long[:, :63], 1e-12)
 
 
-def test_poles_stay_wide():
-    model = tiny_student(modal=True).float()
+def test_poles_stay_wide(device):
+    model = tiny_student(modal=True).float().to(device)
     before = model.gpt_neox.layers[0].mixer.filter.pole.clone()
     for narrow in (torch.bfloat16, torch.float16):
         model.to(narrow)
@@ -431,11 +434,12 @@ def test_poles_stay_wide():
         assert model.lm_head.weight.dtype == narrow
 
 
-def test_modal_filter_gradients():
+def test_modal_filter_gradients(device):
     filter = ModalFilter([2, 0, 3]).double()
     with torch.no_grad():
         filter.pole.uniform_(-0.6, 0.6)
         filter.residue.normal_()
+    filter.to(device)
     assert filter(9).shape == (3, 9)
     assert filter(9)[1].abs().max() == 0
     assert torch.autograd.gradcheck(
@@ -446,9 +450,9 @@ def test_modal_filter_gradients():
     )
 
 
-def _modes():
+def _modes(device):
     """Five modes, of filters 0, 0, 1, 2, 2, one of them slow."""
     radius = torch.tensor([0.9995, 0.5, 0.99, 0.9, 0.7], dtype=F64)
     poles = torch.polar(radius, torch.tensor([0.1, 2.0, 0.0, 3.0, 1.0], dtype=F64))
-    layout = Layout([2, 1, 2], poles.device)
-    return Modes(poles, torch.randn(5, dtype=torch.complex128), torch.randn(3, dtype=F64), layout)
+    residues = torch.randn(5, dtype=torch.complex128).to(device)
+    return Modes(poles.to(device), residues, normal(3, device=device), Layout([2, 1, 2], device))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_student
+from conftest import normal, random_ids, tiny_student
 from reference import assert_close, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,8 @@ GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 def plain(q, k, v, taps):
     """The dot products, all at once: ((q kᵀ) ⊙ T) v with T_ts = h_{t-s}, 0 where s > t."""
-    lags = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+    places = torch.arange(q.shape[2], device=q.device)
+    lags = places[:, None] - places
     return ((q @ k.transpose(-1, -2)) * taps[:, lags.clamp(min=0)] * (lags >= 0)) @ v
 
 
@@ -57,9 +58,9 @@ def splits(length):
 
 @pytest.mark.parametrize("form, width", FORMS)
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 63, 64, 65, 200])
-def test_any_pieces_give_the_plain_dot_product(form, width, length, monkeypatch):
-    q, k, v = torch.randn(3, 3, 5, length, width, dtype=F64)
-    taps = torch.randn(5, 256, dtype=F64)
+def test_any_pieces_give_the_plain_dot_product(form, width, length, monkeypatch, device):
+    q, k, v = normal(3, 3, 5, length, width, device=device)
+    taps = normal(5, 256, device=device)
     expected = plain(q, k, v, taps)
     for near in (1, 4, online.NEAR):
         monkeypatch.setattr(online, "NEAR", near)
@@ -69,18 +70,18 @@ def test_any_pieces_give_the_plain_dot_product(form, width, length, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-14), (torch.float32, 5e-6)])  # measured 1e-15 and 5e-7
-def test_a_thousand_tokens(dtype, tolerance):
-    q, k, v = torch.randn(3, 1, 7, 1000, 1, dtype=F64)
-    taps = torch.randn(7, 1024, dtype=F64)
+def test_a_thousand_tokens(dtype, tolerance, device):
+    q, k, v = normal(3, 1, 7, 1000, 1, device=device)
+    taps = normal(7, 1024, device=device)
     expected = plain(q, k, v, taps).to(dtype)
     q, k, v, taps = (z.to(dtype) for z in (q, k, v, taps))
     for lengths in ([1] * 1000, [17] + [1] * 983, [999, 1], [500, 3, 1, 496]):
         assert_close(expected, in_pieces(OnlineConvolution, q, k, v, taps, lengths), tolerance)
 
 
-def test_without_the_tiles_it_would_be_wrong(monkeypatch):
-    q, k, v = torch.randn(3, 2, 3, 100, 1, dtype=F64)
-    taps = torch.randn(3, 128, dtype=F64)
+def test_without_the_tiles_it_would_be_wrong(monkeypatch, device):
+    q, k, v = normal(3, 2, 3, 100, 1, device=device)
+    taps = normal(3, 128, device=device)
     expected = plain(q, k, v, taps)
     monkeypatch.setattr(online, "tile", lambda u, spectrum: torch.zeros_like(u))
     found = in_pieces(OnlineConvolution, q, k, v, taps, [1] * 100)
@@ -123,10 +124,10 @@ def test_work_grows_as_the_length_and_two_logarithms():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("near", [4, 32])
 @torch.no_grad()
-def test_a_model_in_pieces_gives_the_whole_sequence(shape, near, monkeypatch):
+def test_a_model_in_pieces_gives_the_whole_sequence(shape, near, monkeypatch, device):
     monkeypatch.setattr(online, "NEAR", near)
-    model = tiny_student(**shape)
-    ids = torch.randint(0, 97, (2, 83))  # beyond the training length of 63
+    model = tiny_student(**shape).to(device)
+    ids = random_ids(2, 83, device=device)  # beyond the training length of 63
     whole = model(input_ids=ids, use_cache=False).logits
     for lengths in ([1] * 83, [0, 2] + [1] * 81, [3, 80], [40, 1, 0, 30, 12], [82, 1]):
         cache, logits = None, []
@@ -140,19 +141,19 @@ def test_a_model_in_pieces_gives_the_whole_sequence(shape, near, monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_nothing_in_nothing_out(shape):
-    model = tiny_student(**shape)
+def test_nothing_in_nothing_out(shape, device):
+    model = tiny_student(**shape).to(device)
     for size in ((0, 40), (2, 0)):
-        out = model(input_ids=torch.zeros(size, dtype=torch.long))
-        again = model(input_ids=torch.zeros(size, dtype=torch.long), cache=out.cache)
+        out = model(input_ids=torch.zeros(size, dtype=torch.long, device=device))
+        again = model(input_ids=torch.zeros(size, dtype=torch.long, device=device), cache=out.cache)
         assert out.logits.shape == again.logits.shape == (*size, 97)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_is_that_without_a_cache(shape, beams):
-    model = tiny_student(**shape)
-    ids = torch.randint(1, 97, (2, 9))
+def test_generation_is_that_without_a_cache(shape, beams, device):
+    model = tiny_student(**shape).to(device)
+    ids = random_ids(2, 9, low=1, device=device)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     arguments = dict(num_beams=beams, max_new_tokens=41, return_dict_in_generate=True, **GREEDY)
@@ -166,10 +167,10 @@ def test_generation_is_that_without_a_cache(shape, beams):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_of_a_cache_are_chosen_and_repeated(shape):
-    model = tiny_student(**shape)
-    ids = torch.randint(1, 97, (3, 70))
-    rows = torch.tensor([2, 0])
+def test_rows_of_a_cache_are_chosen_and_repeated(shape, device):
+    model = tiny_student(**shape).to(device)
+    ids = random_ids(3, 70, low=1, device=device)
+    rows = torch.tensor([2, 0], device=device)
     with torch.inference_mode():  # and read on outside of it
         prompt = model(input_ids=ids[:, :65]).cache
         for place in (65, 66):
@@ -180,8 +181,8 @@ def test_rows_of_a_cache_are_chosen_and_repeated(shape):
         for change, wanted in (
             (lambda cache: cache.batch_select_indices(rows), rows),
             (lambda cache: cache.reorder_cache(rows), rows),
-            (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
-            (lambda cache: None, torch.arange(3)),
+            (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2], device=device)),
+            (lambda cache: None, torch.arange(3, device=device)),
         ):
             cache = copy.deepcopy(prompt)
             change(cache)
@@ -190,9 +191,9 @@ def test_rows_of_a_cache_are_chosen_and_repeated(shape):
     assert (prompt.get_seq_length(), prompt.nbytes) == (67, size)
 
 
-def test_chat_turns_go_on_from_the_cache():
-    model = tiny_student(attention_layers=[1], attention_window=5)
-    ids, mask = torch.randint(1, 97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+def test_chat_turns_go_on_from_the_cache(device):
+    model = tiny_student(attention_layers=[1], attention_window=5).to(device)
+    ids, mask = random_ids(2, 9, low=1, device=device), torch.ones(2, 9, dtype=torch.long, device=device)
     mask[0, :4] = 0
     arguments = dict(max_new_tokens=26, return_dict_in_generate=True, **GREEDY)
     cache = None
@@ -201,8 +202,8 @@ def test_chat_turns_go_on_from_the_cache():
         anew = model.generate(ids, attention_mask=mask, use_cache=False, **arguments)
         assert torch.equal(continued.sequences, anew.sequences)
         cache = continued.cache
-        ids = torch.cat([continued.sequences, torch.randint(1, 97, (2, turn))], dim=1)
-        mask = torch.cat([mask, torch.ones(2, 26 + turn, dtype=torch.long)], dim=1)
+        ids = torch.cat([continued.sequences, random_ids(2, turn, low=1, device=device)], dim=1)
+        mask = torch.cat([mask, torch.ones(2, 26 + turn, dtype=torch.long, device=device)], dim=1)
     cache.reset()
     assert (cache.nbytes, cache.get_seq_length()) == (0, 0)
     expected = model.generate(ids, max_new_tokens=8, **GREEDY)
@@ -215,14 +216,14 @@ def test_chat_turns_go_on_from_the_cache():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_memory_is_linear_and_taps_grow_by_doubling(shape, monkeypatch):
-    model = tiny_student(**shape).float()
+def test_memory_is_linear_and_taps_grow_by_doubling(shape, monkeypatch, device):
+    model = tiny_student(**shape).float().to(device)
     asked = []
     forward = ImplicitFilter.forward
     monkeypatch.setattr(ImplicitFilter, "forward", lambda self, length: asked.append(length) or forward(self, length))
     cache, sizes = None, {}
     for read in range(1, 150):
-        cache = model(input_ids=torch.full((2, 1), 7), cache=cache).cache
+        cache = model(input_ids=torch.full((2, 1), 7, device=device), cache=cache).cache
         sizes[read] = cache.nbytes
     mixers = 3 - len(shape.get("attention_layers", []))
     assert asked == [length for length in (1, 2, 4, 8, 16, 32, 64, 128, 256) for _ in range(mixers)]
@@ -235,9 +236,9 @@ def test_memory_is_linear_and_taps_grow_by_doubling(shape, monkeypatch):
         assert size <= held + others
 
 
-def test_gradients_are_those_of_the_whole_or_refused():
-    model = tiny_student(attention_layers=[1], attention_window=7)
-    ids = torch.randint(0, 97, (2, 29))
+def test_gradients_are_those_of_the_whole_or_refused(device):
+    model = tiny_student(attention_layers=[1], attention_window=7).to(device)
+    ids = random_ids(2, 29, device=device)
     gradients = []
     for use_cache in (False, True):
         out = model(input_ids=ids, labels=ids, use_cache=use_cache)
@@ -256,13 +257,13 @@ def test_gradients_are_those_of_the_whole_or_refused():
 
 @pytest.mark.parametrize("filters", [3, 5, 30])
 @torch.no_grad()
-def test_half_precision_and_autocast(filters):
+def test_half_precision_and_autocast(filters, device):
     """Convolutions and what they keep are float32: what is lost is the rounding around them."""
-    exact, ids = tiny_student(filters).float(), torch.randint(0, 97, (2, 63))
+    exact, ids = tiny_student(filters).float().to(device), random_ids(2, 63, device=device)
     half = copy.deepcopy(exact).to(torch.bfloat16)
     expected = exact(input_ids=ids, use_cache=False).logits[:, 40:]
     for model, autocast in ((half, False), (exact, True)):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             cache = model(input_ids=ids[:, :40]).cache
             found = [model(input_ids=ids[:, t : t + 1], cache=cache).logits for t in range(40, 63)]
         assert {state.dtype for layer in cache.layers for state in layer.states[1:]} == {torch.float32}

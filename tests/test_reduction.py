@@ -54,18 +54,19 @@ def taps_of(found: ReducedFilter, length):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("length", "shrunk"), [(199, 0.88), (1100, 1.0)], ids=["short", "long"])
-def test_a_known_system_is_found(method, length, shrunk):
+def test_a_known_system_is_found(method, length, shrunk, device):
     known = shrunk * POLES  # its slowest mode is over before the taps are
     taps = response(known, RESIDUES, length)
     taps[0] += 3
+    given = torch.from_numpy(taps)[None].to(device)
     for asked in ({"tolerance": 1e-9}, {"state_size": 5}):
-        (found,) = METHODS[method](torch.from_numpy(taps)[None], **asked)
+        (found,) = METHODS[method](given, **asked)
         assert found.real_states == 8 and found.state_size == 5 and found.relative_error < 1e-8
         here, there = np.argsort(found.poles.real), np.argsort(known.real)
         np.testing.assert_allclose(found.poles[here], known[there], rtol=1e-8)
         np.testing.assert_allclose(found.residues[here], RESIDUES[there], rtol=1e-8)
         assert found.direct == pytest.approx(3, abs=1e-8)
-    assert METHODS[method](torch.from_numpy(taps)[None], state_size=4)[0].relative_error > 1e-3  # it is no smaller
+    assert METHODS[method](given, state_size=4)[0].relative_error > 1e-3  # it is no smaller
 
 
 CASES = {
@@ -94,10 +95,10 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_filter_gets_a_result_that_keeps_its_word(method, case):
+def test_every_filter_gets_a_result_that_keeps_its_word(method, case, device):
     taps = CASES[case]
     for asked, most in (({"state_size": 2}, 2), ({"tolerance": 0.05, "max_state_size": 7}, 7)):
-        found = METHODS[method](taps, **asked)
+        found = METHODS[method](taps.to(device), **asked)
         assert len(found) == len(taps)
         for own, filter in zip(taps.double().numpy(), found, strict=True):
             check(own, filter, most)
@@ -127,7 +128,7 @@ def check(taps, found, most):
 
 @pytest.mark.parametrize("taps", [random(5, 81, 0.04), smooth(4, 450)], ids=["rough", "smooth"])
 @pytest.mark.parametrize("state_size", [1, 3, 6])
-def test_a_refinement_is_never_worse_at_the_same_size(taps, state_size):
+def test_a_refinement_is_never_worse_at_the_same_size(taps, state_size, device):
     def padded_error(filter, own):
         length = len(own)
         target = np.pad(own, (0, int(1.5 * length) - length))
@@ -135,17 +136,16 @@ def test_a_refinement_is_never_worse_at_the_same_size(taps, state_size):
 
     errors = {}
     for name, reduce in METHODS.items():
-        errors[name] = np.array(
-            [padded_error(f, own) for f, own in zip(reduce(taps, state_size=state_size), taps.numpy(), strict=True)]
-        )
+        found = reduce(taps.to(device), state_size=state_size)
+        errors[name] = np.array([padded_error(f, own) for f, own in zip(found, taps.numpy(), strict=True)])
     assert (errors["irka"] <= errors["balanced"] * (1 + 1e-9)).all()
     assert (errors["projection"] <= errors["irka"] * (1 + 1e-9)).all()
     assert errors["projection"].mean() < errors["balanced"].mean()  # and somewhere it helps
 
 
-def test_the_state_is_the_smallest_that_meets_the_tolerance():
+def test_the_state_is_the_smallest_that_meets_the_tolerance(device):
     taps, tolerance = torch.cat([random(3, 127, 0.05), smooth(3, 127)]), 0.04
-    found = balanced.reduce(taps, tolerance=tolerance)
+    found = balanced.reduce(taps.to(device), tolerance=tolerance)
     assert len({filter.real_states for filter in found}) > 2
     for own, filter in zip(taps, found, strict=True):
         assert filter.relative_error <= tolerance
@@ -153,7 +153,7 @@ def test_the_state_is_the_smallest_that_meets_the_tolerance():
             poles = reference_poles(own.numpy(), states)
             assert fit(own[None], poles[None]).error.item() > tolerance
     for reduce in (irka.reduce, projection.reduce):
-        refined = reduce(taps, tolerance=tolerance)
+        refined = reduce(taps.to(device), tolerance=tolerance)
         assert all(
             a.relative_error <= tolerance and a.real_states <= b.real_states
             for a, b in zip(refined, found, strict=True)
@@ -172,16 +172,16 @@ def reference_poles(taps, states):
     return settled(torch.from_numpy(poles.astype(complex)))
 
 
-def test_a_tolerance_out_of_reach_gives_the_most_there_may_be():
-    taps = random(2, 200)
+def test_a_tolerance_out_of_reach_gives_the_most_there_may_be(device):
+    taps = random(2, 200).to(device)
     for name, reduce in METHODS.items():
         for filter in reduce(taps, tolerance=1e-6, max_state_size=5):
             assert filter.real_states >= 8, name
             assert filter.floor > 1e-6  # no method could
 
 
-def test_together_is_as_one_by_one():
-    taps = torch.cat([random(2, 210, 0.03), smooth(3, 210), torch.zeros(1, 210)])
+def test_together_is_as_one_by_one(device):
+    taps = torch.cat([random(2, 210, 0.03), smooth(3, 210), torch.zeros(1, 210)]).to(device)
     together = irka.reduce(taps, tolerance=0.2, max_state_size=9)
     alone = [irka.reduce(own[None], tolerance=0.2, max_state_size=9)[0] for own in taps]
     threads = torch.get_num_threads()
@@ -198,8 +198,8 @@ def test_together_is_as_one_by_one():
         assert a.hankel_values == pytest.approx(b.hankel_values, rel=1e-6, abs=1e-9)
 
 
-def test_pieces_change_nothing(monkeypatch):
-    taps = smooth(5, 450)
+def test_pieces_change_nothing(monkeypatch, device):
+    taps = smooth(5, 450).to(device)
     whole = projection.reduce(taps, state_size=3)
     monkeypatch.setattr(hankel, "PIECE_BYTES", 1)
     for a, b in zip(whole, projection.reduce(taps, state_size=3), strict=True):
@@ -207,25 +207,26 @@ def test_pieces_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 60, 91])
-def test_hankel_values_and_products(length):
+def test_hankel_values_and_products(length, device):
     g = random(3, length)
     matrix = np.array(
         [[[row[i + j] if i + j < length else 0 for j in range(length)] for i in range(length)] for row in g.numpy()]
     )
-    np.testing.assert_array_equal(hankel.hankel_matrix(g), matrix)
-    values, vectors = hankel.hankel_eigen(g, length + 2)
+    g = g.to(device)
+    np.testing.assert_array_equal(hankel.hankel_matrix(g).cpu(), matrix)
+    values, vectors = (x.cpu() for x in hankel.hankel_eigen(g, length + 2))
     sizes = np.linalg.svd(matrix)[1]
     np.testing.assert_allclose(values.abs()[:, :length], sizes, atol=1e-12)
     assert (values[:, length:] == 0).all()
     np.testing.assert_allclose(matrix @ vectors.numpy(), (vectors * values[:, None]).numpy(), atol=1e-12)
     x = random(3 * 4, length, seed=9).reshape(3, 4, length)
-    np.testing.assert_allclose(hankel.hankel_product(g, x).mT, matrix @ x.mT.numpy(), atol=1e-12)
+    np.testing.assert_allclose(hankel.hankel_product(g, x.to(device)).mT.cpu(), matrix @ x.mT.numpy(), atol=1e-12)
 
 
-def test_leading_hankel_values_of_long_filters():
+def test_leading_hankel_values_of_long_filters(device):
     """Where the random space takes over: never above the true ones, and the same for smooth filters."""
     for g, tolerance in ((smooth(3, 450)[:, 1:], 0.02), (random(2, 450), 0.2)):
-        values, vectors = hankel.hankel_eigen(g, 20)
+        values, vectors = (x.cpu() for x in hankel.hankel_eigen(g.to(device), 20))
         exact = torch.linalg.svdvals(hankel.hankel_matrix(g))
         assert (values.abs() <= exact[:, :20] * (1 + 1e-12)).all()
         assert (values.abs() >= exact[:, :20] * (1 - tolerance) - 1e-12 * exact[:, :1]).all()
@@ -247,8 +248,8 @@ def reference_floors(g):
 @pytest.mark.parametrize(
     ("g", "tight"), [(random(2, 62), 1e-9), (random(2, 63), 1e-9), (smooth(2, 830), 0.05), (random(1, 830), 1e-9)]
 )
-def test_floors(g, tight):
-    floors = hankel.relative_floors(g).numpy()
+def test_floors(g, tight, device):
+    floors = hankel.relative_floors(g.to(device)).cpu().numpy()
     assert (np.diff(floors) <= 1e-12).all() and (floors[:, 0] == 1).all()
     for row, own in zip(floors, g.numpy(), strict=True):
         exact = reference_floors(own)
@@ -256,13 +257,13 @@ def test_floors(g, tight):
         assert (row[1:33] >= exact[1:33] * (1 - tight) - 1e-10).all()  # and worth something
 
 
-def test_sections_are_differentiable_and_their_norms_convolve_to_ones():
-    g = random(2, 41).requires_grad_()
+def test_sections_are_differentiable_and_their_norms_convolve_to_ones(device):
+    g = random(2, 41).to(device)
     section = hankel.weighted_section(g)
     assert section.shape == (2, 21, 21)
-    np.testing.assert_allclose(section.square().sum((1, 2)).detach(), reference_energy(g.detach().numpy()), rtol=1e-12)
+    np.testing.assert_allclose(section.square().sum((1, 2)).cpu(), reference_energy(g.cpu().numpy()), rtol=1e-12)
     assert torch.autograd.gradcheck(
-        lambda g: torch.linalg.svdvals(hankel.weighted_section(g))[:, 5:], random(1, 15).requires_grad_()
+        lambda g: torch.linalg.svdvals(hankel.weighted_section(g))[:, 5:], random(1, 15).to(device).requires_grad_()
     )
 
 
@@ -275,15 +276,15 @@ def reference_energy(g):
     return (g[:, : 2 * side - 1] ** 2 * inner).sum(1)
 
 
-def test_floors_hold_for_poles_that_were_fitted_another_way():
+def test_floors_hold_for_poles_that_were_fitted_another_way(device):
     """Least squares on random stable poles may not beat them either."""
-    taps, generator = random(1, 64, 0.02), np.random.default_rng(0)
+    taps, generator = random(1, 64, 0.02).to(device), np.random.default_rng(0)
     share = taps[:, 1:].norm() / taps.norm()
     floors = hankel.relative_floors(taps[:, 1:])[0] * share
     values = hankel.hankel_eigen(taps[:, 1:], 20)[0]
     for modes in (1, 3, 6):
         upper = generator.uniform(0.3, 0.99, (50, modes)) * np.exp(1j * generator.uniform(0.01, 3.1, (50, modes)))
-        poles = torch.from_numpy(np.stack([upper, upper.conj()], axis=2).reshape(50, 2 * modes))
+        poles = torch.from_numpy(np.stack([upper, upper.conj()], axis=2).reshape(50, 2 * modes)).to(device)
         found = fit(taps.expand(50, -1), poles)
         assert (found.error >= floors[2 * modes]).all()
         assert (
@@ -292,9 +293,9 @@ def test_floors_hold_for_poles_that_were_fitted_another_way():
 
 
 @pytest.mark.parametrize("taps", [random(3, 81, 0.05), smooth(3, 120)], ids=["rough", "smooth"])
-def test_worst_case_gain_lies_between_the_bounds(taps):
+def test_worst_case_gain_lies_between_the_bounds(taps, device):
     """σ_{d+1} ≤ ‖E‖_∞ for any stable recurrence, and near it, as for balanced truncation at most 2 Σ_{k>d} σ_k."""
-    for filter, own in zip(balanced.reduce(taps, state_size=4), taps.numpy(), strict=True):
+    for filter, own in zip(balanced.reduce(taps.to(device), state_size=4), taps.numpy(), strict=True):
         error = taps_of(filter, 1 << 15) - np.pad(own, (0, (1 << 15) - len(own)))
         gain = np.abs(np.fft.rfft(error)).max()
         assert filter.gain_error == pytest.approx(gain, rel=2e-3)  # another grid
@@ -303,22 +304,23 @@ def test_worst_case_gain_lies_between_the_bounds(taps):
         assert filter.gain_floor <= gain <= 2 * 1.5 * sizes[filter.real_states :].sum()  # residues are refitted in l2
 
 
-def test_tails_are_counted_to_infinity_and_held_down():
-    poles = torch.tensor([[0.999 + 0j, 0.99j, -0.99j, -0.9 + 0j]], dtype=torch.complex128)
-    taps = random(1, 40)
+def test_tails_are_counted_to_infinity_and_held_down(device):
+    poles = torch.tensor([[0.999 + 0j, 0.99j, -0.99j, -0.9 + 0j]], dtype=torch.complex128, device=device)
+    taps = random(1, 40).to(device)
     found = fit(taps, poles)
-    upper, residues = poles[0, [0, 1, 3]].numpy(), (found.amplitudes / poles)[0, [0, 1, 3]].numpy()
+    upper, residues = (x[0, [0, 1, 3]].cpu().numpy() for x in (poles, found.amplitudes / poles))
     far = np.linalg.norm(response(upper, residues, 20_000)[40:]) / taps.norm().item()
     assert tails(taps, poles, found.amplitudes).item() == pytest.approx(far, rel=1e-6)
     for reduce in METHODS.values():
-        assert all(filter.tail < 0.5 for filter in reduce(random(3, 127, 0.01), tolerance=1e-2, max_state_size=20))
+        found = reduce(random(3, 127, 0.01).to(device), tolerance=1e-2, max_state_size=20)
+        assert all(filter.tail < 0.5 for filter in found)
 
 
-def test_residues_are_the_best_for_their_poles():
+def test_residues_are_the_best_for_their_poles(device):
     taps, generator = random(1, 75, 0.02), np.random.default_rng(1)
-    poles = torch.tensor([[0.93 + 0.2j, 0.93 - 0.2j, 0.8 + 0j, -0.6 + 0j]], dtype=torch.complex128)
-    found = fit(taps, poles)
-    upper, residues = poles[0, [0, 2, 3]].numpy(), (found.amplitudes / poles)[0, [0, 2, 3]].numpy()
+    poles = torch.tensor([[0.93 + 0.2j, 0.93 - 0.2j, 0.8 + 0j, -0.6 + 0j]], dtype=torch.complex128, device=device)
+    found = fit(taps.to(device), poles)
+    upper, residues = (x[0, [0, 2, 3]].cpu().numpy() for x in (poles, found.amplitudes / poles))
     target = np.pad(taps[0].numpy(), (0, 112 - 75))[1:]
 
     def missed(residues):
@@ -330,11 +332,12 @@ def test_residues_are_the_best_for_their_poles():
         assert missed(residues + change) > missed(residues)
 
 
-def test_equal_and_unused_poles_give_no_nan():
-    taps = random(2, 60, 0.05)
+def test_equal_and_unused_poles_give_no_nan(device):
+    taps = random(2, 60, 0.05).to(device)
     pair = [0.9 + 0.1j, 0.9 - 0.1j]
-    doubled = torch.tensor([[*pair, *pair, 0, 0.7], [*pair, 0.5, 0.5 + 1e-15, 0, 0]], dtype=torch.complex128)
-    single = torch.tensor([[*pair, 0.7], [*pair, 0.5]], dtype=torch.complex128)
+    doubled = [[*pair, *pair, 0, 0.7], [*pair, 0.5, 0.5 + 1e-15, 0, 0]]
+    single = [[*pair, 0.7], [*pair, 0.5]]
+    doubled, single = (torch.tensor(poles, dtype=torch.complex128, device=device) for poles in (doubled, single))
     assert count_states(doubled).tolist() == [5, 4]
     found, expected = fit(taps, doubled), fit(taps, single)
     assert found.amplitudes.isfinite().all()
@@ -342,8 +345,8 @@ def test_equal_and_unused_poles_give_no_nan():
 
 
 @pytest.mark.parametrize("length", [2, 8, 64])
-def test_a_delay_has_no_slow_pole(length):
-    (found,) = balanced.reduce(spike(length, 1), tolerance=1e-3, max_state_size=8)
+def test_a_delay_has_no_slow_pole(length, device):
+    (found,) = balanced.reduce(spike(length, 1).to(device), tolerance=1e-3, max_state_size=8)
     assert found.state_size == 0 and found.direct == 0 and found.relative_error == 1
 
 
@@ -354,13 +357,14 @@ def gradient(monkeypatch):
     return importlib.import_module("gradient")
 
 
-def test_gradient_beats_no_floor_and_learns(gradient):
+def test_gradient_beats_no_floor_and_learns(gradient, device):
     taps = smooth(2, 60)
-    start, end = (reduce_by(partial(gradient.choose, steps=n), taps, None, 2, 64) for n in (1, 300))
+    moved = taps.to(device)
+    start, end = (reduce_by(partial(gradient.choose, steps=n), moved, None, 2, 64) for n in (1, 300))
     for own, before, after in zip(taps.numpy(), start, end, strict=True):
         check(own, after, 2)
         assert after.relative_error < before.relative_error
-    met = reduce_by(partial(gradient.choose, steps=100), taps, 0.5, None, 8)
+    met = reduce_by(partial(gradient.choose, steps=100), moved, 0.5, None, 8)
     for own, filter in zip(taps.numpy(), met, strict=True):
         check(own, filter, 8)
         assert filter.relative_error <= 0.5

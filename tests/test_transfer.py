@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import scavenger, tiny_student, tiny_teacher
+from conftest import random_ids, scavenger, tiny_student, tiny_teacher
 from reference import assert_close
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -23,17 +23,17 @@ LENGTHS = [23, 11, 1, 17]  # of the documents in a batch: the rest is padding
 ALONE = ["baseline=null", "recurrence=null", "report=null"]
 
 
-def batch():
+def batch(device):
     """Ids and mask of documents, each padded to the longest."""
-    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    return torch.randint(0, 97, mask.shape) * mask, mask
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).to(device)
+    return random_ids(*mask.shape, device=device) * mask, mask
 
 
 def of_all_attention(model):
     """A student whose mixers are the teacher's attention. Its angles are float64, the teacher's float32."""
     config = student.configuration(Student(), 63, model.config)
     config.attention_layers, config.attention_window = [0, 1, 2], 0
-    made = HyenaNeoXForCausalLM(config).double()
+    made = HyenaNeoXForCausalLM(config).double().to(model.device)
     made.load_state_dict(student.copied(model))
     return made
 
@@ -62,13 +62,13 @@ def aims_of(frozen, ids, blocks=True):
 
 
 def counts_of(ids, mask):
-    return torch.tensor([mask.sum().item(), losses.following(ids, mask)[1].sum().item()])
+    return torch.stack([mask.sum(), losses.following(ids, mask)[1].sum()])
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_the_teachers_own_attention_has_no_error_and_no_gradient(reading):
-    frozen = tiny_teacher()
-    ids, mask = batch()
+def test_the_teachers_own_attention_has_no_error_and_no_gradient(reading, device):
+    frozen = tiny_teacher().to(device)
+    ids, mask = batch(device)
     model = of_all_attention(frozen)
     for layers, matching in matchings(model, reading):
         errors, tail = matching(ids, mask, *teacher.attention(frozen, ids, layers))
@@ -79,18 +79,18 @@ def test_the_teachers_own_attention_has_no_error_and_no_gradient(reading):
             assert slope.abs().max() < 1e-4  # of a sum whose own scale is one; 1e-6 to 1e-5 by the angles
 
 
-def test_another_mixer_has_an_error_and_a_gradient():
-    frozen = tiny_teacher()
-    ids, mask = batch()
+def test_another_mixer_has_an_error_and_a_gradient(device):
+    frozen = tiny_teacher().to(device)
+    ids, mask = batch(device)
     for reading in READINGS:
-        errors = errors_of(tiny_student(), reading, frozen, ids, mask)
+        errors = errors_of(tiny_student().to(device), reading, frozen, ids, mask)
         assert errors.min() > 0.1
 
 
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jensen_shannon"])
-def test_the_teacher_itself_has_no_divergence_and_no_gradient(objective):
-    frozen = tiny_teacher()
-    ids, mask = batch()
+def test_the_teacher_itself_has_no_divergence_and_no_gradient(objective, device):
+    frozen = tiny_teacher().to(device)
+    ids, mask = batch(device)
     phase = logit_phase(objective=objective, temperature=1.5, hidden_states=0.7)
     matching = transfer.LogitMatching(of_all_attention(frozen), phase, Filter())
     value, logged, _ = matching(ids, mask, counts_of(ids, mask), 1.0, *aims_of(frozen, ids))
@@ -99,10 +99,10 @@ def test_the_teacher_itself_has_no_divergence_and_no_gradient(objective):
         assert slope.abs().max() < 1e-4
 
 
-def test_errors_are_those_of_the_mixers():
+def test_errors_are_those_of_the_mixers(device):
     """Hooks on the whole models, the formula position by position."""
-    frozen, model = tiny_teacher(), tiny_student()
-    ids, mask = batch()
+    frozen, model = tiny_teacher().to(device), tiny_student().to(device)
+    ids, mask = batch(device)
     given, wanted, own = {}, {}, {}
     for layer in range(3):
         attention = frozen.gpt_neox.layers[layer].attention
@@ -134,9 +134,9 @@ def test_errors_are_those_of_the_mixers():
 
 
 @pytest.mark.parametrize("reading, crosses", [("teacher", False), ("below", False), ("student", True)])
-def test_which_gradients_cross_layers(reading, crosses):
-    frozen, model = tiny_teacher(), tiny_student()
-    ids, mask = batch()
+def test_which_gradients_cross_layers(reading, crosses, device):
+    frozen, model = tiny_teacher().to(device), tiny_student().to(device)
+    ids, mask = batch(device)
     for layers, matching in matchings(model, reading):
         for layer in model.gpt_neox.layers:  # those of layers that it does not match too: would they get one?
             layer.mixer.requires_grad_(True)
@@ -152,8 +152,8 @@ def test_which_gradients_cross_layers(reading, crosses):
             assert reached == (list(range(layer + 1)) if crosses else [layer])
 
 
-def test_only_matched_mixers_are_trained():
-    model = tiny_student()
+def test_only_matched_mixers_are_trained(device):
+    model = tiny_student().to(device)
     transfer.MixerMatching(model, (0, 2), "student", Filter())
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (".layers.0.mixer." in name or ".layers.2.mixer." in name), name
@@ -175,11 +175,11 @@ def calls(model):
 
 
 @pytest.mark.parametrize("deepest", [0, 1, 2])
-def test_the_teacher_is_run_no_deeper_than_what_is_matched(deepest):
-    frozen, model = tiny_teacher(), tiny_student()
+def test_the_teacher_is_run_no_deeper_than_what_is_matched(deepest, device):
+    frozen, model = tiny_teacher().to(device), tiny_student().to(device)
     below = [(what, layer) for layer in range(deepest) for what in ("mixer", "mlp")] + [("mixer", deepest)]
     of_teacher, of_student = calls(frozen), calls(model)
-    ids, mask = batch()
+    ids, mask = batch(device)
     aim = teacher.attention(frozen, ids, (deepest,))
     assert of_teacher == below and list(aim[0]) == list(aim[1]) == [deepest]
     transfer.MixerMatching(model, (deepest,), "below", Filter())(ids, mask, *aim)
@@ -195,16 +195,16 @@ def test_the_teacher_is_run_no_deeper_than_what_is_matched(deepest):
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_errors_do_not_depend_on_how_a_batch_is_cut_or_padded(reading):
-    frozen, model = tiny_teacher(), tiny_student()
-    ids, mask = batch()
+def test_errors_do_not_depend_on_how_a_batch_is_cut_or_padded(reading, device):
+    frozen, model = tiny_teacher().to(device), tiny_student().to(device)
+    ids, mask = batch(device)
     whole = errors_of(model, reading, frozen, ids, mask)
     for size in (1, 3):
         parts = [
             errors_of(model, reading, frozen, *part) for part in zip(ids.split(size), mask.split(size), strict=True)
         ]
         assert_close(whole, torch.cat(parts, 1), 1e-12)
-    noisy = torch.where(mask, ids, torch.randint(0, 97, ids.shape))
+    noisy = torch.where(mask, ids, random_ids(*ids.shape, device=device))
     assert_close(whole, errors_of(model, reading, frozen, noisy, mask), 1e-12)
 
 
@@ -213,11 +213,11 @@ MIXED = {"objective": "jensen_shannon", "temperature": 1.7, "cross_entropy": 0.3
 
 @pytest.mark.parametrize("changes", [{}, {"objective": "reverse_kl"}, {"cross_entropy": 0.25}, MIXED])
 @pytest.mark.parametrize("rows", [4, 1000])
-def test_the_loss_of_logits_is_its_definition(changes, rows, monkeypatch):
+def test_the_loss_of_logits_is_its_definition(changes, rows, monkeypatch, device):
     """From both models' own logits and blocks, one position at a time."""
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 97 * rows)
-    frozen, model = tiny_teacher(), tiny_student()
-    ids, mask = batch()
+    frozen, model = tiny_teacher().to(device), tiny_student().to(device)
+    ids, mask = batch(device)
     phase = logit_phase(**changes)
     outputs = {"own": [], "theirs": []}
     hooks = []
@@ -256,10 +256,10 @@ def test_the_loss_of_logits_is_its_definition(changes, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_shares_of_the_logits_add_up_to_the_whole(size):
+def test_shares_of_the_logits_add_up_to_the_whole(size, device):
     """Value, logged values and gradients, however the batch is cut; documents of one token count for nothing."""
-    frozen, model = tiny_teacher(), tiny_student()
-    ids, mask = batch()
+    frozen, model = tiny_teacher().to(device), tiny_student().to(device)
+    ids, mask = batch(device)
     matching = transfer.LogitMatching(model, logit_phase(**MIXED), Filter())
     parameters, counts = list(model.parameters()), counts_of(ids, mask)
 
@@ -272,18 +272,18 @@ def test_shares_of_the_logits_add_up_to_the_whole(size):
     parts = [found(*part, len(part[0]) / len(ids)) for part in zip(ids.split(size), mask.split(size), strict=True)]
     for reference, *pieces in zip(whole, *parts, strict=True):
         assert_close(reference, sum(pieces), 1e-6)  # weights and sums of the terms are float32
-    noisy = torch.where(mask, ids, torch.randint(0, 97, ids.shape))
+    noisy = torch.where(mask, ids, random_ids(*ids.shape, device=device))
     for reference, x in zip(whole, found(noisy, mask, 1.0), strict=True):
         assert_close(reference, x, 1e-12)
 
 
-def test_a_kept_distribution_of_all_words_is_the_teachers():
-    frozen, model = tiny_teacher(), tiny_student()
-    ids, mask = batch()
+def test_a_kept_distribution_of_all_words_is_the_teachers(device):
+    frozen, model = tiny_teacher().to(device), tiny_student().to(device)
+    ids, mask = batch(device)
     matching = transfer.LogitMatching(model, logit_phase(cross_entropy=0.2), Filter())
     log_p = frozen(input_ids=ids).logits.log_softmax(-1)
     kept = log_p.topk(97, -1)
-    nothing = torch.full(ids.shape, -torch.inf, dtype=torch.float64)
+    nothing = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=device)
     counts = counts_of(ids, mask)
     from_disk = matching(ids, mask, counts, 1.0, losses.TopK(kept.values, kept.indices, nothing), None, [])
     live = matching(ids, mask, counts, 1.0, *aims_of(frozen, ids, False))
