@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from unittest import mock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of pytest share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -27,6 +30,11 @@ from scavenger.model.attention import WindowedAttention
 
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+LAUNCHED = os.environ | {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "launching")]),
+}
 ARC = "".join(  # questions as they are found in files, for arc_easy.jsonl
     json.dumps({"query": f"Question: Which is {word}?", "choices": ["grass", f"the {word}", "coal"], "gold": 1}) + "\n"
     for word in ("sky", "sea", "sun", "ice", "fog", "dew", "ash")
@@ -34,7 +42,7 @@ ARC = "".join(  # questions as they are found in files, for arc_easy.jsonl
 
 
 class Done(NamedTuple):
-    """What a command did, as subprocess.run says it."""
+    """What a command returned and printed, in the names of subprocess.CompletedProcess."""
 
     returncode: int
     stdout: str
@@ -42,7 +50,7 @@ class Done(NamedTuple):
 
 
 def command(script, *words):
-    """A command of eval/, as a person would type it in the project's folder; called in this process."""
+    """A command of eval/ as typed in the project's folder, called in this process."""
     path = ROOT / script
     with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
         spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
@@ -59,14 +67,28 @@ def command_line(*words):
     return done(main, words)
 
 
+def launch(*words, **options):
+    """A command line as a person types it in the project's folder, in processes of its own."""
+    words = [str(word) for word in words]
+    return subprocess.run(words, capture_output=True, text=True, **{"cwd": ROOT, "env": LAUNCHED} | options)
+
+
 def done(main, words):
+    """Call `main(words)`; None stands for what sys.argv holds."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with one_core(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(None if words is None else [str(word) for word in words])
         except SystemExit as ended:  # argparse
             code = ended.code
     return Done(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def one_core():
+    """A run takes one thread instead of every core of the machine, and leaves the environment as it was."""
+    with mock.patch.object(os, "sched_getaffinity", lambda process: {0}), mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +231,7 @@ class Graphs:
 
 
 def shared(tmp_path_factory, name, make):
-    """A folder that is made once, whichever worker needs it first; tests read it, and copy what they change."""
+    """A folder made once for all workers of pytest, by the first that needs it; tests copy what they change."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # of all workers of this run of pytest
@@ -276,7 +298,7 @@ def scavenger(recipe, *overrides, plan=False):
     from scavenger.__main__ import run
     from scavenger.recipe import load_recipe
 
-    with mock.patch.object(planning, "timed", lambda *words: (1.0, 1.0)):
+    with one_core(), mock.patch.object(planning, "timed", lambda *words: (1.0, 1.0)):
         assert run(load_recipe(str(recipe), list(overrides)), plan) == 0
 
 

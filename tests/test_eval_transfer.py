@@ -1,17 +1,11 @@
 """eval/transfer.py on runs of the tests' own recipe."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from conftest import scavenger
+from conftest import command, scavenger
 
 from scavenger.run import checkpoint
-
-
-COMMAND = Path(__file__).parents[1] / "eval/transfer.py"
 
 
 def test_rows_are_schedules_and_seeds_are_spread(finished, workshop, tmp_path):
@@ -29,9 +23,7 @@ def test_rows_are_schedules_and_seeds_are_spread(finished, workshop, tmp_path):
             "recurrence=null",
             *overrides,
         )
-    done = subprocess.run(
-        [sys.executable, COMMAND, *runs, "--output", tmp_path / "transfer.md"], capture_output=True, text=True
-    )
+    done = command("eval/transfer.py", *runs, "--output", tmp_path / "transfer.md")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [(row["student"], len(row["runs"])) for row in rows] == [
@@ -53,5 +45,5 @@ def test_rows_are_schedules_and_seeds_are_spread(finished, workshop, tmp_path):
 
 
 def test_a_run_without_its_transfer_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, COMMAND, tmp_path], capture_output=True, text=True)
+    done = command("eval/transfer.py", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("transfer: error: ") and done.stderr.count("\n") == 1

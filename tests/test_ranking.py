@@ -1,11 +1,8 @@
 """Which layers should keep their attention, and the recipe that says so."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import tiny_student, tiny_teacher
+from conftest import command_line, tiny_student, tiny_teacher
 from reference import assert_close
 
 from scavenger.recipe import RecipeError, load_recipe
@@ -56,7 +53,7 @@ def test_the_layers_that_matter_most_are_kept(tmp_path, workshop):
 
 def test_rank_command(workshop, tmp_path):
     words = ["rank", workshop / "recipe.yaml", "--to", tmp_path / "kept.yaml", f"run_dir={tmp_path}/run"]
-    done = scavenger_command(*words)
+    done = command_line(*words)
     assert done.returncode == 0, done.stderr
     found = ranking.checkpoint.read_json(tmp_path / "run-ranking/ranking/ranking.json")
     assert sorted(entry["layer"] for entry in found) == [0, 1, 2]
@@ -64,14 +61,8 @@ def test_rank_command(workshop, tmp_path):
     assert values == sorted(values, reverse=True) and values[-1] > 0
     assert (tmp_path / "run-ranking/ranking/ranking.png").stat().st_size > 1000
     assert load_recipe(str(tmp_path / "kept.yaml")).student.attention_layers == (found[0]["layer"],)
-    again = scavenger_command(*words[:3], tmp_path / "two.yaml", *words[4:], "--keep", 2)
+    again = command_line(*words[:3], tmp_path / "two.yaml", *words[4:], "--keep", 2)
     assert again.returncode == 0 and "activations:" not in again.stderr, "what was matched is not matched again"
     assert len(load_recipe(str(tmp_path / "two.yaml")).student.attention_layers) == 2
-    wrong = scavenger_command(*words, "--keep", 3)
+    wrong = command_line(*words, "--keep", 3)
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("scavenger: error: --keep: found 3")
-
-
-def scavenger_command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "scavenger", *(str(word) for word in words)], capture_output=True, text=True
-    )

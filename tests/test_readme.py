@@ -1,33 +1,31 @@
 """The README's commands run, and its tree is the disk's."""
 
+import contextlib
+import io
 import json
-import os
 import re
 import runpy
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import command, command_line
+from conftest import ROOT, command, command_line, launch, shared
 
 from scavenger.recipe import load_recipe
 from scavenger.run.checkpoint import read_json
 
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BIN = Path(sys.executable).parent
 SMALL = [
     "transfer.activations.steps=8",
     "transfer.activations.warmup_steps=2",
-    "transfer.activations.batch_size=4",
+    "transfer.activations.batch_size=2",
     "transfer.logits.steps=8",
     "transfer.logits.warmup_steps=2",
-    "transfer.logits.batch_size=4",
+    "transfer.logits.batch_size=2",
     "baseline.warmup_steps=2",
     "data.evaluation_tokens=2048",
+    "recurrence.max_state_size=4",
     "report.context_lengths=[16, 64]",
     "report.cases=[2x16+4]",
     "report.sample_tokens=8",
@@ -42,19 +40,19 @@ def commands():
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.split("#")[0].strip()]
 
 
-def run(words, cwd=ROOT):
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment)
-
-
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """A run of the quickstart with smaller numbers: the embedded teacher, the standard library, every stage."""
-    folder = tmp_path_factory.mktemp("quickstart") / "run"
-    assert "accelerate launch recipes/quickstart.yaml" in README
-    done = run(["accelerate", "launch", "recipes/quickstart.yaml", f"run_dir={folder}", *SMALL])
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    line = "accelerate launch recipes/quickstart.yaml"
+    assert line in README
+
+    def make(folder):
+        made = launch(*line.split(), f"run_dir={folder}/run", *SMALL)
+        assert made.returncode == 0, made.stderr
+        (folder / "printed").write_text(made.stdout)
+
+    folder = shared(tmp_path_factory, "quickstart", make)
+    return folder / "run", (folder / "printed").read_text()
 
 
 def test_quickstart(quickstart):
@@ -73,7 +71,7 @@ def test_make_runs_those_commands():
         ("test", "pytest"),
         ("check", "ruff"),
     ):
-        assert words in run(["make", "--dry-run", target]).stdout
+        assert words in launch("make", "--dry-run", target).stdout
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 
@@ -90,52 +88,93 @@ def test_recipes_in_commands_load():
         assert (ROOT / configuration).is_file()
 
 
-EVALUATIONS = [words for words in commands() if words.startswith(("python eval/", "scavenger recur "))]
+# Appended to the README's commands: the same measurements of less.
+LESS = {
+    "perplexity": "--longest 300",
+    "recall": "--examples 3",
+    "generation": "--new-tokens 9",
+    "harness": "",
+    "speed": "--rounds 1 --seconds 0.02",
+    "compare": "--examples 3 --text README.md",
+    "recur": "--method balanced --max-state-size 5 --text README.md",
+}
 
 
-def one_number(script, printed, folder):
-    """A figure of each command that is known beforehand, or whose range is."""
-    if script == "compare":
-        assert json.loads(printed)["figures"] == f"{folder}-compared/compare.json"
-        rows = {row["metric"]: row for row in read_json(Path(f"{folder}-compared/compare.json"))["rows"]}
-        return rows["perplexity"]["models"]["teacher-stdlib"]["value"]
-    teacher, student, *_ = json.loads(printed)
-    if script == "speed":
-        assert student["constant_state"] and not teacher["constant_state"]
-        return student["rows"][0]["tokens_per_second"]
-    name = {"perplexity": "perplexity", "recall": "recall of pairs", "generation": "greedy agreement"}.get(script)
-    return teacher["metrics"][name or next(iter(teacher["metrics"]))]["value"]
-
-
-RANGES = {"perplexity": (2, 200), "compare": (2, 200), "recall": (0, 1), "generation": (1, 1), "speed": (1, 1e6)}
-
-
-@pytest.mark.parametrize("words", EVALUATIONS)
-def test_evaluation_commands(quickstart, words, tmp_path):
-    """As they stand, on a shorter text."""
-    folder, _ = quickstart
-    text = tmp_path / "README.md"
-    text.write_text(README[:9000], encoding="utf-8")
-    words = words.replace("runs/quickstart", str(folder)).replace("runs/", f"{folder}-")
-    _, script, *rest = words.replace("README.md", str(text)).split()
-    if script == "recur":
-        made = command_line(script, *rest, "--text", text)
+@pytest.fixture(scope="module")
+def evaluated(quickstart, tmp_path_factory):
+    """What the README's commands of evaluation print, on the beginning of the README: the JSON of the last line."""
+    run, found = quickstart[0], {}
+    place = tmp_path_factory.mktemp("evaluated")
+    (place / "README.md").write_text(README[:6000])
+    for line in commands():
+        first, *words = line.split()
+        if not line.startswith(("python eval/", "scavenger recur ")):
+            continue
+        name = Path(words[0]).stem
+        words = [word.replace("runs/quickstart", str(run)).replace("runs/", f"{place}/") for word in words]
+        words += LESS[name].split()
+        words = [str(place / word) if word == "README.md" else word for word in words]
+        made = command(*words) if first == "python" else command_line(*words)
         assert made.returncode == 0, made.stderr
-        assert read_json(Path(rest[-1]) / "certificate.json")["largest_radius"] < 1
-        return
-    made = command(script, *rest)
-    assert made.returncode == 0, made.stderr
-    least, most = RANGES.get(Path(script).stem, (1, 1e9))
-    assert least <= one_number(Path(script).stem, made.stdout.splitlines()[-1], folder) <= most
+        found.setdefault(name, []).append(made.stdout.splitlines()[-1])
+    assert found.keys() == LESS.keys() and len(found["recur"]) == 2
+    return place, {name: json.loads(lines[0]) for name, lines in found.items() if name != "recur"}
+
+
+def values(result):
+    return {name: row["value"] for name, row in result["metrics"].items()}
+
+
+def test_evaluation_commands(quickstart, evaluated):
+    """One number of each command, from another part of the project or by what it must be."""
+    _, found = evaluated
+    config = read_json(quickstart[0] / "recurrence/config.json")
+    for sliding, disjoint in zip(found["perplexity"], found["harness"], strict=True):
+        # Windows that overlap give a token more context than the harness does.
+        ratio = values(disjoint)["text_perplexity bits_per_byte"] / values(sliding)["bits per byte"]
+        assert 1 < ratio < 1.1
+    for result in found["recall"]:
+        assert 0 <= values(result)["recall of pairs"] < 0.5 and result["settings"]["examples"] == 3
+        assert result["metrics"]["recall of pairs"]["items"] == 3
+    teacher, recurrent, _ = found["generation"]
+    assert values(teacher)["greedy agreement"] == 1 > values(recurrent)["greedy agreement"]
+    teacher, recurrent = found["speed"]
+    (first, *_), (own, *_) = teacher["rows"], recurrent["rows"]
+    # Keys and values: 4 layers of width 128 in float32, 64 tokens.
+    assert first["state_bytes"] == 2 * 4 * 4 * 128 * 64 and first["new"] == own["new"] == 32
+    assert 0 < own["state_bytes"] <= 300_000 and config["filter"] == "modal"
+    figures = read_json(Path(found["compare"]["figures"]))
+    (perplexity,) = [row for row in figures["rows"] if row["metric"] == "bits per byte"]
+    for result, model in zip(found["perplexity"], perplexity["models"].values(), strict=True):
+        assert model["value"] == pytest.approx(values(result)["bits per byte"], rel=1e-6)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_run_their_main(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(str(script.parent))
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: {script.name}")
+
+
+def test_recur_commands(evaluated):
+    place, _ = evaluated
+    by_tolerance, by_budget = (read_json(place / f"by-{name}/certificate.json") for name in ("tolerance", "budget"))
+    assert by_tolerance["settings"]["tolerance"] == 1e-2 and by_tolerance["state_bytes"] > 300_000
+    assert 290_000 < by_budget["state_bytes"] <= 300_000
+    assert by_budget["model"]["divergence"] > by_tolerance["model"]["divergence"] > 0
 
 
 def test_python_example(quickstart, tmp_path):
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.S))
     (tmp_path / "runs").mkdir()
-    shutil.copytree(quickstart[0], tmp_path / "runs/quickstart")
-    done = run([sys.executable, "-c", code], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def main(")
+    (tmp_path / "runs/quickstart").symlink_to(quickstart[0])
+    names = {}
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, names)
+    assert printed.getvalue().startswith("def main(")
+    assert len(names["prompts"]) == 3 and 0 < len(names["new"]) <= 20, "the Decoder's last"
 
 
 def test_file_tree_is_the_disk():
@@ -148,7 +187,7 @@ def test_file_tree_is_the_disk():
             folder = name
         if depth == 4:
             named.add(folder + name)
-    tracked = [path.removeprefix("scavenger/") for path in run(["git", "ls-files", "scavenger"]).stdout.split()]
+    tracked = [path.removeprefix("scavenger/") for path in launch("git", "ls-files", "scavenger").stdout.split()]
     shown = {name.partition("/")[0] + "/" for name in named if "/" in name.rstrip("/")}  # folders with their files
     entries = set()
     for path in tracked:
@@ -161,9 +200,10 @@ def test_file_tree_is_the_disk():
     assert all((ROOT / name).exists() for name in top)
 
 
-def test_the_results_are_those_of_the_figures(tmp_path, monkeypatch, capsys):
-    """The command says so, and says which line is not."""
-    assert run([sys.executable, "eval/readme.py", "--check"]).returncode == 0, "python eval/readme.py makes them anew"
+def test_the_results_are_those_of_the_figures():
+    """Of eval/quickstart.json: `python eval/readme.py` writes them anew."""
+    checked = launch(sys.executable, "eval/readme.py", "--check")
+    assert checked.returncode == 0, checked.stderr
     made = runpy.run_path(str(ROOT / "eval/readme.py"))
     figures = read_json(ROOT / "eval/quickstart.json")
     assert made["with_results"](README, figures) == README

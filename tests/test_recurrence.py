@@ -3,19 +3,16 @@
 import itertools
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, tiny_student
+from conftest import ROOT, command_line, launch, tiny_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scavenger import measure, plan
-from scavenger.__main__ import main
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import RecipeError, Recurrence, load_recipe
 from scavenger.recurrence import allocation, certificate, preview, recurrence
@@ -23,7 +20,6 @@ from scavenger.recurrence.allocation import Taps
 from scavenger.run import checkpoint
 
 
-ROOT = Path(__file__).parents[1]
 ALONE = SimpleNamespace(
     device=torch.device("cpu"),
     process_index=0,
@@ -370,17 +366,15 @@ def test_filters_that_are_not_finite(student, blocks, tmp_path):
         recurrence.distil(student, Recurrence(), tmp_path / "made", ALONE, None, blocks)
 
 
-def recur(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["scavenger", "recur", *map(str, words)])
-    code = main()
-    return code, *capsys.readouterr()
+def recur(*words):
+    return command_line("recur", *words)
 
 
-def test_recur(folder, workshop, tmp_path, monkeypatch, capsys):
+def test_recur(folder, workshop, tmp_path, monkeypatch):
     """A folder becomes a recurrent one, once; with text of one's own, and again from the recurrent one."""
     words = [folder, "--tolerance", "2e-2", "--method", "balanced", "--text", workshop / "text.jsonl"]
     monkeypatch.setattr(recurrence, "HELD_OUT_TOKENS", 800)
-    code, out, err = recur(monkeypatch, capsys, *words)
+    code, out, err = recur(*words)
     made = folder.with_name("transfer-recurrent")
     found = checkpoint.read_json(made / "certificate.json")
     assert code == 0 and found["verdict"] in out and f"recurrence: {made}" in out
@@ -391,26 +385,24 @@ def test_recur(folder, workshop, tmp_path, monkeypatch, capsys):
     assert not list(folder.parent.glob("*.partial"))
 
     before = (made / "certificate.json").stat().st_mtime_ns
-    code, out, err = recur(monkeypatch, capsys, *words)
+    code, out, err = recur(*words)
     assert code == 0 and "(complete)" in out and (made / "certificate.json").stat().st_mtime_ns == before
-    code, out, err = recur(monkeypatch, capsys, *words[:1], "--tolerance", "1e-2")
+    code, out, err = recur(*words[:1], "--tolerance", "1e-2")
     assert code == 2 and "is there already and is not what this command makes" in err and err.count("\n") == 1
 
     less = tmp_path / "less"
     budget = found["state_bytes"] - 2000
-    code, out, err = recur(
-        monkeypatch, capsys, made, "--state-bytes", budget, "--to", less, "--text", ROOT / "README.md"
-    )
+    code, out, err = recur(made, "--state-bytes", budget, "--to", less, "--text", ROOT / "README.md")
     again = checkpoint.read_json(less / "certificate.json")
     assert code == 0 and again["state_bytes"] <= budget and "predicted" in again["verdict"] and "predicted KL" in out
 
 
-def test_recur_without_a_tokenizer(folder, tmp_path, monkeypatch, capsys):
+def test_recur_without_a_tokenizer(folder, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, bare / name)
-    code, out, err = recur(monkeypatch, capsys, bare, "--method", "balanced", "--to", tmp_path / "made")
+    code, out, err = recur(bare, "--method", "balanced", "--to", tmp_path / "made")
     found = checkpoint.read_json(tmp_path / "made/certificate.json")
     assert code == 0 and found["model"] is None and "for want of a tokenizer" in found["verdict"]
     assert not list((tmp_path / "made").glob("tokenizer*"))
@@ -445,11 +437,11 @@ def test_layers_are_shared_out(student, blocks, tmp_path, monkeypatch):
 
 
 def test_mistakes_of_a_program(tmp_path):
-    words = [sys.executable, "-m", "scavenger", "recur", str(tmp_path / "absent"), "--tolerance"]
-    done = subprocess.run([*words, "1e-2"], capture_output=True, text=True, cwd=ROOT)
+    words = ["recur", tmp_path / "absent", "--tolerance"]
+    done = launch(sys.executable, "-m", "scavenger", *words, "1e-2")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("scavenger: error: ") and "no such folder" in done.stderr
-    done = subprocess.run([*words, "much"], capture_output=True, text=True, cwd=ROOT)
+    done = command_line(*words, "much")
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
@@ -458,7 +450,7 @@ def test_a_method_that_only_the_benchmark_has_is_not_offered():
     assert done.returncode == 2 and "invalid choice: 'gradient'" in done.stderr
 
 
-def test_mistakes_end_in_one_line(folder, workshop, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_one_line(folder, workshop, tmp_path):
     (tmp_path / "run/transfer").mkdir(parents=True)
     (tmp_path / "run/transfer/config.json").write_text("{}")
     (tmp_path / "file").write_text("")
@@ -489,7 +481,7 @@ def test_mistakes_end_in_one_line(folder, workshop, tmp_path, monkeypatch, capsy
         ([folder, "--to", tmp_path / "file"], ["is there already"]),
         ([folder, "--state-bytes", "9", "--to", tmp_path / "x"], ["recurrence.state_bytes: found 9"]),
     ):
-        code, out, err = recur(monkeypatch, capsys, *words)
+        code, out, err = recur(*words)
         line = err.splitlines()[-1]
         assert code == 2 and line.startswith("scavenger: error: ") and all(part in line for part in parts), err
         assert "Traceback" not in err

@@ -1,6 +1,6 @@
-"""A recipe under FSDP2 on the CPU: accelerate takes plain data parallelism there, so it is told that it has FSDP.
+"""A recipe under FSDP2 on the CPU: accelerate uses plain data parallelism there, so we declare its state to be FSDP.
 
-torchrun --nproc_per_node 2 tests/launching/sharded.py RECIPE [key=value ...]
+accelerate launch --config_file accelerate_configs/fsdp.yaml --num_processes 2 tests/launching/sharded.py RECIPE …
 """
 
 import sys
@@ -13,21 +13,17 @@ from scavenger.__main__ import main
 from scavenger.run import processes
 
 
-def told(**options):
-    """What accelerate_configs/fsdp.yaml asks for."""
+def sharding(**options):
+    """An Accelerator with the FSDP plugin of the launch configuration, as accelerate makes it on a GPU."""
     made = Accelerator(**options)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        reshard_after_forward=True,
-        state_dict_type="full_state_dict",
-        cpu_ram_efficient_loading=False,
-    )
+    plugin = FullyShardedDataParallelPlugin()  # from the launcher's environment variables
+    if made.mixed_precision != "no":
+        plugin.set_mixed_precision(made.mixed_precision)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     assert made.is_fsdp2
     return made
 
 
-processes.Accelerator = told
+processes.Accelerator = sharding
 sys.exit(main())
