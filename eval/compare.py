@@ -5,7 +5,7 @@
 
 The first model is the reference: differences from it are paired by document, question or sequence, with bootstrap
 intervals. Results are kept in DIR/results, or in the folder --results, one file for each measurement of each
-model: a command that was stopped goes on, and another model is added without measuring the others again (but for
+model: a command that was stopped resumes, and another model is added without measuring the others again (but for
 speeds, which are timed together). DIR/index.html is the page, DIR/compare.json has all its figures; the last line is
 the verdict as JSON.
 """
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            f"\ncompare: interrupted; {args.results or args.to} keeps what is measured, the same command goes on",
+            f"\ncompare: interrupted; {args.results or args.to} keeps what is measured: run the same command again to resume",
             file=sys.stderr,
         )
         return 130

@@ -3,8 +3,8 @@
 Text that has no splits of its own is split by a hash of what names each document (train 90 %, validation 5 %, test
 5 %), so a document is in the same split whatever the order, the machine or the amount read. A plain text file has no
 documents and is cut into pieces. Tokens are packed end to end, documents separated by the tokenizer's end-of-text
-token, and cut into blocks of `context_length`. They go to disk as they are made; a run that was killed goes on with
-the next document.
+token, and cut into blocks of `context_length`. They go to disk as they are made; an interrupted
+run resumes with the next document.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ def split_of(name: str) -> str:
 def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
     """Write `{split}.npy` to the folder, documents in stream order, until each has what is wanted or the text ends.
 
-    Each chunk of documents is appended, then `state.json` says so: a run that ends at any moment goes on with the
+    Each chunk of documents is appended, then `state.json` says so: an interrupted run resumes with the
     first document that is not in it. Returns the state.
     """
     length, end = recipe.data.context_length, tokenizer.eos_token_id
@@ -510,7 +510,7 @@ def _file_shard(file, kind):
         line, reason = (_broken_line(file) if kind == "json" else None) or (None, _first_line(error))
         return (
             f"data.path: {file}{f', line {line}' if line else ''}: cannot be read as {kind} ({reason}); "
-            "what is tokenised is kept: mend the file, and the same command goes on"
+            "what is tokenised is kept: repair the file and run the same command again to resume"
         )
 
     return Shard(str(file), opened, complaint)
@@ -540,8 +540,8 @@ def _hub_parts(data, seed):
 def _hub_shards(name, split, rows):
     def complaint(error):
         return (
-            f"data.name: {name} could not be read to the end ({_first_line(error)}); what is tokenised is kept: the "
-            "same command goes on from there"
+            f"data.name: {name} could not be read to the end ({_first_line(error)}); what is tokenised is kept: run "
+            "the same command again to resume"
         )
 
     count = rows.num_shards

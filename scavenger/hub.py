@@ -56,8 +56,8 @@ def run(run: Run):
 def push(run_dir: Path, target: Hub):
     """Send the recurrent student, or the distilled one where there is no recurrence, and its card; prints where it is.
 
-    One commit, so that a reader sees the old model or the new one. Raises RecipeError, one line, that says which
-    command goes on.
+    One commit, so that a reader sees the old model or the new one. Raises RecipeError, one line, with the command
+    that resumes the push.
     """
     logging.set_verbosity_error()  # its warnings name upload addresses, which whoever has them can write to
     disable_progress_bars()  # a broken upload leaves them open, on the line of the message
@@ -72,7 +72,7 @@ def push(run_dir: Path, target: Hub):
         command += ["--private"] if target.private else []
         command += ["--revision", target.revision] if target.revision else []
         raise RecipeError(
-            f"{_reason(error, target)}; what {run_dir} holds is kept, `{shlex.join(command)}` goes on"
+            f"{_reason(error, target)}; what {run_dir} holds is kept, resume with `{shlex.join(command)}`"
         ) from None
     print(f"\nhub: {address}")
 

@@ -414,7 +414,9 @@ def test_a_hub_that_goes_away(hub, tmp_path, monkeypatch):
         return shard(rows, *args, **kwargs)
 
     monkeypatch.setattr(datasets.IterableDataset, "shard", unreachable)
-    message = r"some/texts could not be read to the end \(the network is unreachable\).*goes on from there$"
+    message = (
+        r"some/texts could not be read to the end \(the network is unreachable\).*run the same command again to resume$"
+    )
     with pytest.raises(RecipeError, match=message):
         data.run(asked, tmp_path / "cut", Letters())
     state = checkpoint.read_json(tmp_path / "cut" / "data.partial" / "state.json")
@@ -549,7 +551,9 @@ def test_a_damaged_file_is_named_and_mended(tmp_path, monkeypatch, capfd, kind, 
     sound = last.read_bytes()
     last.write_bytes(BROKEN[kind](sound))
     capfd.readouterr()
-    with pytest.raises(RecipeError, match=f"{last}.*cannot be read as .*the same command goes on") as caught:
+    with pytest.raises(
+        RecipeError, match=f"{last}.*cannot be read as .*run the same command again to resume"
+    ) as caught:
         data.run(asked, tmp_path / "run", Letters())
     assert "\n" not in str(caught.value) and not capfd.readouterr().out
     if kind == "jsonl":

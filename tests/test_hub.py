@@ -212,7 +212,7 @@ def test_an_upload_that_breaks_off_goes_on(hub, scavenger, finished):
     code, _, err = scavenger(*words)
     hub.drop_uploads = False
     assert code == 2 and "the upload to tester/fourth broke off" in one_line(err)
-    assert f"what {finished} holds is kept, `scavenger push {finished} --to tester/fourth` goes on" in err
+    assert f"what {finished} holds is kept, resume with `scavenger push {finished} --to tester/fourth`" in err
     assert hub.repositories["tester/fourth"].history() == ["initial commit"], "no half of a model"
 
     hub.broken = 503
@@ -228,10 +228,10 @@ def test_an_upload_that_breaks_off_goes_on(hub, scavenger, finished):
 @pytest.mark.parametrize(
     ("name", "token", "parts"),
     [
-        ("tester/model", "", ["found no token", "hf auth login", "goes on"]),
-        ("tester/model", "hf_wrong", ["token was refused (401)", "hf auth login", "goes on"]),
-        ("somebody/theirs", TOKEN, ["may not write to somebody/theirs (403)", "goes on"]),
-        ("somebody/absent", TOKEN, ["may not write to somebody/absent (403)", "goes on"]),
+        ("tester/model", "", ["found no token", "hf auth login", "resume with"]),
+        ("tester/model", "hf_wrong", ["token was refused (401)", "hf auth login", "resume with"]),
+        ("somebody/theirs", TOKEN, ["may not write to somebody/theirs (403)", "resume with"]),
+        ("somebody/absent", TOKEN, ["may not write to somebody/absent (403)", "resume with"]),
         ("model", TOKEN, ["--to: found", '"model"', "user/repo"]),
         ("a/b/c", TOKEN, ["--to: found", "user/repo"]),
         ("tester/a--b", TOKEN, ["--to: found", "user/repo"]),
@@ -275,7 +275,7 @@ def test_a_hub_out_of_reach(environment, finished):
             text=True,
         )
     assert done.returncode == 2 and TOKEN not in done.stdout + done.stderr
-    assert "the Hub was not reached" in one_line(done.stderr) and "goes on" in done.stderr
+    assert "the Hub was not reached" in one_line(done.stderr) and "resume with" in done.stderr
 
 
 def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, copy):
@@ -287,7 +287,7 @@ def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, copy):
 
     code, out, err = scavenger(*words, "hub.name=somebody/theirs")
     assert code == 2 and "may not write to somebody/theirs" in err
-    assert f"what {copy} holds is kept, `scavenger push {copy} --to somebody/theirs` goes on" in err
+    assert f"what {copy} holds is kept, resume with `scavenger push {copy} --to somebody/theirs`" in err
     assert "Traceback" not in err and "tester/fifth" not in hub.repositories
 
     code, out, err = scavenger(*words, "hub.name=tester/fifth", "hub.private=true")

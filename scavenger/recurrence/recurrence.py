@@ -135,7 +135,7 @@ def distil(
     blocks: np.ndarray | None,  # (block, length) held-out text; None: nothing is measured on text
     more: dict | None = None,  # facts for the certificate
 ) -> Path:
-    """Make `folder`, the recurrent student with its certificate; goes on from the layers that are done.
+    """Make `folder`, the recurrent student with its certificate; resumes after the layers that are done.
 
     Layers are shared out over the processes; every process ends with the same student, the main one measures it.
     """
@@ -177,7 +177,7 @@ def reductions(
     """For each layer and each aim the reduction of each filter; a layer without filters has none.
 
     Every layer is a file below `saved`, made by one process and read by all; one that was made from other filters or
-    with other settings is made anew.
+    with other settings is made again.
     """
     filters, found = long_filters(student), {}
 

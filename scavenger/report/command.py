@@ -82,7 +82,7 @@ def run(
         print(f"{name}: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = "; what --results holds is kept, the same command goes on" if args.results else ""
+        kept = "; what --results holds is kept: run the same command again to resume" if args.results else ""
         print(f"\n{name}: interrupted{kept}", file=sys.stderr)
         return 130
     print(table(found, args.seed))

@@ -1,6 +1,6 @@
-"""SIGTERM, a scheduler's warning: training first writes a checkpoint, anything else ends at once.
+"""SIGTERM, a scheduler's warning: a training first writes a checkpoint, any other stage ends at once.
 
-What is not training loses nothing: it writes beside and renames.
+Other stages need no such warning: they write to a temporary folder and rename it when it is complete.
 """
 
 import contextlib
@@ -9,11 +9,11 @@ import signal
 import threading
 
 
-EXIT_CODE = os.EX_TEMPFAIL  # 75 of sysexits.h: not done, the same command is worth giving again
+EXIT_CODE = os.EX_TEMPFAIL  # 75 of sysexits.h: not done; run the same command again
 
 
 class Stopped(BaseException):
-    """A SIGTERM ends the run; no Exception, so that nothing takes it for an error of its own."""
+    """A SIGTERM ends the run. A BaseException, so that no `except Exception` swallows it."""
 
 
 class Postponed:
@@ -27,7 +27,7 @@ _postponed: Postponed | None = None
 
 @contextlib.contextmanager
 def handled():
-    """Within the context a SIGTERM raises Stopped; for the main thread of a program of ours, never on import."""
+    """Within the context a SIGTERM raises Stopped; only for the main thread of our own program, never on import."""
     if threading.current_thread() is not threading.main_thread():  # Python tells no other of a signal
         yield
         return
@@ -40,9 +40,9 @@ def handled():
 
 @contextlib.contextmanager
 def postponed():
-    """Within the context a SIGTERM only sets `.asked` of what it yields, for whoever trains to look at after a step.
+    """Within the context a SIGTERM only sets `.asked` of the yielded object, which a training checks after each step.
 
-    One that nobody looked at raises Stopped where the context ends.
+    If nobody checked it, Stopped is raised when the context ends.
     """
     global _postponed
     _postponed = Postponed()
