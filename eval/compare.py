@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            f"\ncompare: interrupted; {args.results or args.to} keeps what is measured: run the same command again to resume",
+            f"\ncompare: interrupted; {args.results or args.to} has the results: run the same command again to resume",
             file=sys.stderr,
         )
         return 130
