@@ -1,10 +1,12 @@
 """The student is one model in each of its forms: whole sequence, prompt and steps, any split."""
 
+import math
+
 import pytest
 import reference
 import torch
 from conftest import normal, random_ids, tiny_student
-from reference import assert_close
+from reference import assert_close, relative_error
 from transformers import DynamicCache
 
 from scavenger.model import HyenaCache, HyenaNeoXConfig, convolution
@@ -20,6 +22,7 @@ from scavenger.model.convolution import (
 from scavenger.model.filters import ImplicitFilter, ModalFilter
 from scavenger.model.hyena import long_convolution
 from scavenger.model.modal import Layout, Modes, modal_scan
+from scavenger.model.modeling_hyena_neox import HyenaCacheLayer
 
 
 F64 = torch.float64
@@ -358,9 +361,30 @@ def test_kept_attention_in_blocks_is_one_masked_product(monkeypatch, device):
 
 
 @pytest.mark.parametrize("filters", [5, 10, 30])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@torch.no_grad()
+def test_what_a_mixer_rounds_in_half_precision(filters, dtype, tolerance, device):
+    """With a cache nothing: states and taps are float32. Without one the products, and in the matrix form the taps.
+
+    Those are the 5 filters, a matrix product. 10 filters (shared too) and 30 (one a channel) take FFTs, in float32.
+    """
+    mixer = tiny_student(filters, modal=True).float().to(device).to(dtype).gpt_neox.layers[1].mixer
+    q, k, v = normal(3, 2, filters, 63, 30 // filters, device=device).to(dtype)
+    taps, layer = mixer.filter(63), HyenaCacheLayer()
+    exact = reference.mixer(q.double(), k.double(), v.double(), taps.double())
+    pieces = zip(*(z.split([40] + [1] * 23, dim=2) for z in (q, k, v)), strict=True)
+    recurrent = torch.cat([mixer._recurrent(*piece, [], layer) for piece in pieces], dim=2)
+    assert_close(exact, recurrent.double(), 1.5e-6)  # measured 1.4e-7
+    parallel = mixer._parallel(q, k, v, [])
+    assert_close(exact, parallel.double(), tolerance)  # measured 3.3e-3 and 4e-4
+    of_rounded_taps = long_convolution(q, k, v, taps.to(dtype).float())
+    assert torch.equal(parallel, of_rounded_taps) == (filters == 5)
+
+
+@pytest.mark.parametrize("filters", [5, 10, 30])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)])
 def test_half_precision_differs_by_its_own_rounding_only(filters, dtype, tolerance, device):
-    """Convolution by FFT and states are float32: what is lost is the rounding of projections and activations."""
+    """A whole model: most of the error comes from projections and activations (measured 2.9e-2 and 3.6e-3 at most)."""
     model = tiny_student(filters, modal=True).float().to(device)
     ids = random_ids(2, 63, device=device)
     exact = model(input_ids=ids, use_cache=False).logits
@@ -411,9 +435,28 @@ def test_nothing_in_nothing_out(shape, size, device):
         assert model(input_ids=ids, use_cache=modal).logits.shape == (*size, 97)
 
 
+def test_taps_beyond_the_training_length(device):
+    """They decay below the window's envelope. All features but time have the training length as their period."""
+    length, window = 63, 1.5
+    filter = ImplicitFilter(5, 2, 11, 9, 1.0, length, window).double().to(device)
+    time = torch.arange(3 * length, device=device, dtype=F64)
+    # The slowest filter falls to 1 % in `window` training lengths, the fastest in a fifth of that.
+    decay = math.log(100) / window * torch.linspace(1, 5, 5, device=device, dtype=F64).repeat(2)
+    envelope = torch.exp(-decay[:, None] * time / length)
+    with torch.no_grad():
+        most = filter.head.weight.abs().sum(1, keepdim=True)  # the network ends in sines
+        inside, *beyond = (filter(3 * length) / envelope).split(length, dim=1)
+        filter.inner[0].weight[:, 0] = 0  # the feature that is time itself
+        same, *again = (filter(3 * length) / envelope).split(length, dim=1)
+    assert max(part[:, 1:].abs().div(most).max() for part in (inside, *beyond)) <= 1
+    for part, periodic in zip(beyond, again, strict=True):
+        assert_close(same[:, 1:], periodic[:, 1:], 4e-3)  # measured 4e-4: the period is the length to 1e-4
+        assert relative_error(inside[:, 1:], part[:, 1:]) > 0.1  # measured 0.28: with time it is no copy
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_inputs_beyond_the_training_length(shape, device):
-    """Filters go on along the same formula, so what comes after changes nothing of what was read before."""
+    """What comes beyond the training length is finite and changes nothing that was read before it."""
     for modal in (False, True):
         model = tiny_student(modal=modal, **shape).to(device)
         ids = random_ids(1, 211, device=device)
