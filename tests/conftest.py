@@ -120,6 +120,22 @@ def random_ids(*shape, low=0, device):
     return torch.randint(low, 97, shape).to(device)
 
 
+# What takes a second or more: tests of runs, launches, commands and timings. Others are marked where they stand.
+SLOW_MODULES = {
+    *("test_benchmarks", "test_comparison", "test_continuation", "test_eval_transfer", "test_faults", "test_hub"),
+    *("test_huggingface", "test_launchers", "test_likelihood", "test_lm_eval_tasks", "test_page", "test_pipeline"),
+    *("test_plan", "test_ranking", "test_readme", "test_recipes", "test_recurrence", "test_retrieval", "test_timing"),
+}
+SLOW_FIXTURES = {"workshop", "finished"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.module.__name__ in SLOW_MODULES or not SLOW_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 GPU_DESELECTED = pytest.StashKey[int]()
 
 

@@ -73,6 +73,7 @@ def test_splits_are_whole_documents_by_their_name():
     assert data.split_of("asyncio/events.py") == data.split_of("asyncio/events.py") == "train"
 
 
+@pytest.mark.slow
 def test_standard_library():
     files = data.stdlib_files()
     assert len(files) > 400 and "asyncio/events.py" in files
@@ -312,6 +313,7 @@ data.run(recipe(9000, path=sys.argv[1], evaluation_tokens=700), Path(sys.argv[2]
 """
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHUFFLED_BYTES", 0)
     text = str(corpus(tmp_path / "corpus", "jsonl", True))

@@ -217,6 +217,7 @@ def test_rows_that_come_and_go_are_each_sequence_alone(shape, device):
     assert read[3] == 14 and read[0] == 33
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES[::2])
 def test_generated_tokens_are_those_of_transformers(shape, device):
     model = tiny_student(modal=True, **shape).to(device)
@@ -256,6 +257,7 @@ def test_packed_layers_are_the_layers(device):
         assert_close(whole[:, t], decoder.step(ids[:, t]), 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", COMPILED)
 def test_a_compiled_step_is_one_graph(shape, monkeypatch, device):
     """Its logits are the eager ones while rows join and leave, and nothing is compiled a second time."""
@@ -291,6 +293,7 @@ def test_a_step_as_machine_code(device):
         assert_close(whole[:, t], decoder.step(ids[:, t]), 2e-5)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_steps_are_not_compiled(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match="no-such-compiler is not installed; the steps"):

@@ -219,6 +219,7 @@ def test_projected_is_the_plain_function(chunk, device):
         torch.testing.assert_close(slope, plain, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_projected_gradient(monkeypatch, device):
     monkeypatch.setattr(losses, "CHUNK_BYTES", 5 * 4 * WORDS)
     hidden, weight = normal(ROWS, CHANNELS, device=device), normal(WORDS, CHANNELS, device=device)

@@ -56,6 +56,7 @@ def splits(length):
     yield [*pieces, length - sum(pieces)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form, width", FORMS)
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 63, 64, 65, 200])
 def test_any_pieces_give_the_plain_dot_product(form, width, length, monkeypatch, device):
@@ -106,6 +107,7 @@ class Work(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_work_grows_as_the_length_and_two_logarithms():
     def work(form, length):
         q, k, v = torch.randn(3, 1, 2, length, 1)
@@ -149,6 +151,7 @@ def test_nothing_in_nothing_out(shape, device):
         assert out.logits.shape == again.logits.shape == (*size, 97)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_that_without_a_cache(shape, beams, device):

@@ -96,6 +96,7 @@ def test_generate_greedy_is_the_parallel_model(attention_layers):
         assert torch.equal(found, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_short_prompts(length):
     model = tiny_student(modal=True)
@@ -106,6 +107,7 @@ def test_short_prompts(length):
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention_layers", [[], [1]])
 def test_beams_and_padded_batches(attention_layers):
     model = tiny_student(modal=True, attention_layers=attention_layers, attention_window=5)
@@ -160,6 +162,7 @@ def test_saved_and_loaded(tmp_path, modal):
     assert half(input_ids=ids).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_saved_folder_needs_no_scavenger(tmp_path):
     model = tiny_student(modal=True).float()
     model.save_pretrained(tmp_path / "student")
