@@ -611,9 +611,9 @@ def test_text_that_changed_while_the_run_was_away(tmp_path, monkeypatch):
 def test_blocks_that_are_gone_or_cut(tmp_path):
     np.save(tmp_path / "train.npy", np.zeros((20, 30), np.uint16))
     assert data.blocks(tmp_path, "train").shape == (20, 30)
-    with pytest.raises(RecipeError, match="test.npy is gone; expected this run's tokens: delete"):
+    with pytest.raises(RecipeError, match="test.npy is missing; expected the tokens of this run: delete"):
         data.blocks(tmp_path, "test")
     for size in (500, 60, 0):
         os.truncate(tmp_path / "train.npy", size)
-        with pytest.raises(RecipeError, match="train.npy is damaged.*the same command makes them again"):
+        with pytest.raises(RecipeError, match="train.npy is damaged.*run the same command again to make them anew"):
             data.blocks(tmp_path, "train")

@@ -13,6 +13,7 @@ import pytest
 
 from scavenger.recipe import RecipeError, load_recipe
 from scavenger.run import energy, processes
+from scavenger.run.run import Run
 
 
 MAIN = SimpleNamespace(is_main_process=True, print=print)
@@ -44,20 +45,20 @@ def entry(run):
 
 def test_a_stage_is_measured_and_added_up(recipe, tmp_path, capfd, monkeypatch):
     run = tmp_path / "run"
-    with energy.measured(recipe, run, "transfer", MAIN):
+    with energy.measured(Run(recipe, run, MAIN, None), "transfer"):
         time.sleep(0.3)
     first = entry(run)["transfer"]
     assert first["seconds"] > 0.3 and first["starts"] == 1 and first["kwh"] > 0
     # 475 g CO2 a kWh: what codecarbon has as the world's average
     assert first["kg_co2"] == pytest.approx(0.475 * first["kwh"]) and first["grid"].startswith("world average")
-    with pytest.raises(KeyboardInterrupt), energy.measured(recipe, run, "transfer", MAIN):
+    with pytest.raises(KeyboardInterrupt), energy.measured(Run(recipe, run, MAIN, None), "transfer"):
         time.sleep(0.2)
         raise KeyboardInterrupt
     second = entry(run)["transfer"]
     assert second["seconds"] > first["seconds"] + 0.2 and second["starts"] == 2
     assert second["kwh"] > first["kwh"] and second["kg_co2"] > first["kg_co2"]
     monkeypatch.setenv("CODECARBON_COUNTRY_ISO_CODE", "FRA")
-    with energy.measured(recipe, run, "baseline", MAIN):
+    with energy.measured(Run(recipe, run, MAIN, None), "baseline"):
         time.sleep(0.1)
     found = entry(run)
     assert found["transfer"] == second and found["baseline"]["grid"] == "France"
@@ -72,7 +73,7 @@ def test_a_stage_is_measured_and_added_up(recipe, tmp_path, capfd, monkeypatch):
 
 def test_it_says_what_is_measured_and_what_estimated(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    with energy.measured(recipe, run, "transfer", MAIN):
+    with energy.measured(Run(recipe, run, MAIN, None), "transfer"):
         pass
     rapl = os.access("/sys/class/powercap/intel-rapl/subsystem/intel-rapl:0/energy_uj", os.R_OK)
     found = entry(run)["transfer"]
@@ -88,12 +89,12 @@ def test_it_says_what_is_measured_and_what_estimated(recipe, tmp_path, monkeypat
 
 def test_a_complete_stage_another_process_and_a_recipe_without_cost_nothing(recipe, workshop, tmp_path):
     run = tmp_path / "run"
-    with energy.measured(recipe, run, "transfer", SimpleNamespace(is_main_process=False)):
+    with energy.measured(Run(recipe, run, SimpleNamespace(is_main_process=False), None), "transfer"):
         pass
-    with energy.measured(load_recipe(str(workshop / "recipe.yaml")), run, "transfer", MAIN):
+    with energy.measured(Run(load_recipe(str(workshop / "recipe.yaml")), run, MAIN, None), "transfer"):
         pass
     (run / "transfer").mkdir()
-    with energy.measured(recipe, run, "transfer", MAIN):
+    with energy.measured(Run(recipe, run, MAIN, None), "transfer"):
         pass
     assert not (run / "energy.json").exists() and energy.rows(run) == []
 
@@ -105,10 +106,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from scavenger.run import energy
+from scavenger.run.run import Run
 from scavenger.recipe import load_recipe
 energy.SECONDS = 0.2
 recipe = load_recipe({str(workshop / "recipe.yaml")!r}, ["training.energy=true"])
-with energy.measured(recipe, Path({str(tmp_path)!r}), "transfer", SimpleNamespace(is_main_process=True, print=print)):
+accelerator = SimpleNamespace(is_main_process=True, print=print)
+with energy.measured(Run(recipe, Path({str(tmp_path)!r}), accelerator, None), "transfer"):
     time.sleep(60)
 """
     ledger = tmp_path / "energy.json"
@@ -120,7 +123,7 @@ with energy.measured(recipe, Path({str(tmp_path)!r}), "transfer", SimpleNamespac
         process.send_signal(signal.SIGKILL)
     before = entry(tmp_path)["transfer"]
     recipe = load_recipe(str(workshop / "recipe.yaml"), ["training.energy=true"])
-    with energy.measured(recipe, tmp_path, "transfer", MAIN):
+    with energy.measured(Run(recipe, tmp_path, MAIN, None), "transfer"):
         time.sleep(0.1)
     after = entry(tmp_path)["transfer"]
     assert after["starts"] == 2 and after["kwh"] > before["kwh"] and after["seconds"] > before["seconds"] + 0.1

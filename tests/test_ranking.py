@@ -39,7 +39,7 @@ def test_the_layers_that_matter_most_are_kept(tmp_path, workshop):
     read = load_recipe(str(tmp_path / "kept.yaml"))
     assert read == made and read.student.attention_layers == (1, 2) and read.run_dir != recipe.run_dir
     ranking.write_recipe(made, found, tmp_path / "kept.yaml")  # the same again is no mistake
-    with pytest.raises(RecipeError, match="is there already"):
+    with pytest.raises(RecipeError, match="exists already"):
         ranking.write_recipe(ranking.recommended(recipe, found, 1), found, tmp_path / "kept.yaml")
     assert load_recipe(str(tmp_path / "kept.yaml")) == made
     for keep in (0, 3):

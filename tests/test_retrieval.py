@@ -309,7 +309,7 @@ def test_recall_command(finished, workshop, tmp_path, monkeypatch, capsys):
     longer = ["--context-length", 70, "--distances", 64, 19]
     done = command(*words, *longer, "--examples", 5)
     assert done.returncode == 0, done.stderr
-    assert "distances 64: left out" in done.stderr
+    assert "too short for distances 64, which are left out" in done.stderr
     first, second = json.loads(done.stdout.splitlines()[-1])
     assert first["settings"] == second["settings"] and first["settings"]["distances"] == [19]
     for name in ("pairs at ≤ 19", "copying at 19", "passkey at 19", "passages at 19"):

@@ -443,8 +443,8 @@ def test_the_teacher_is_left_as_it_is(workshop, tmp_path, monkeypatch, dtype):
         optimised.extend(parameter for group in found for parameter in group["params"])
         return found
 
-    def saved(steps_dir, step, *args):
-        save(steps_dir, step, *args)
+    def saved(run, steps_dir, step, *args):
+        save(run, steps_dir, step, *args)
         for path in (steps_dir / f"{step:09d}").rglob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 written.append(set(file.keys()))
