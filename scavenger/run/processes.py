@@ -1,4 +1,4 @@
-"""How many processes there are, on what devices, and who logs."""
+"""Set-up of the processes: number of ranks, devices, and the tracker that logs."""
 
 import importlib.util
 import logging
@@ -17,18 +17,17 @@ from scavenger.recipe import Recipe, RecipeError
 from scavenger.run import energy
 
 
-PATIENCE = timedelta(days=7)  # the other processes wait while the first one reads and tokenises the text
+PATIENCE = timedelta(days=7)  # the other ranks wait while the main process reads and tokenises the text
 
 
 def start(recipe: Recipe) -> Accelerator:
-    """accelerate's view of the launch: devices, processes and the recipe's tracker.
+    """The Accelerator of this launch: devices, processes and the recipe's tracker.
 
-    Raises RecipeError where the launcher started several processes that do not see each other (each would run the
-    whole recipe, on top of the others), where one was started for several, and where the launch cannot train what the
-    recipe asks for.
+    Raises RecipeError if the launcher started several processes that do not see each other (each would run the whole
+    recipe in the same folder), if it started one process instead of several, or if this launch cannot train the recipe.
     """
-    transformers_logging.disable_progress_bar()  # one bar is ours; one per saved shard is noise
-    # It tells at each checkpoint that the head, which a loss holds as its own too, is written once.
+    transformers_logging.disable_progress_bar()  # we show our own bar; one per saved shard is noise
+    # Silences a message at each checkpoint that the output head, which a loss also holds, is saved once.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     _require_one_job()
     if recipe.training.energy:
@@ -36,12 +35,12 @@ def start(recipe: Recipe) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns wherever it is installed
-    # A launcher gives its own number here, and accelerate takes that before ours.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else an installed DeepSpeed prints a warning
+    # Launchers set this variable, and accelerate prefers it to the argument below.
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(recipe.training.accumulate)
     group = {"timeout": PATIENCE}
     if on_cpu and deepspeed:
-        group["backend"] = "gloo"  # accelerate finds none by itself, and leaves DeepSpeed out where it is told `cpu`
+        group["backend"] = "gloo"  # accelerate selects none here, and with cpu=True it would ignore DeepSpeed
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,
         gradient_accumulation_steps=recipe.training.accumulate,
@@ -59,10 +58,10 @@ def start(recipe: Recipe) -> Accelerator:
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise RecipeError(
             f"launch: found mixed_precision {accelerator.mixed_precision}; expected bf16 or no: in float16 the "
-            "gradients of a mean over a batch's tokens round to nothing"
+            "gradients of a mean over a batch's tokens underflow"
         )
     if accelerator.device.type == "cpu":
-        # accelerate leaves one thread to a process; the machine's cores are what there is.
+        # accelerate sets one thread per process; share all cores among the processes instead.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -73,29 +72,29 @@ def start(recipe: Recipe) -> Accelerator:
 
 
 def _require_one_job():
-    """What `accelerate launch --cpu --num_processes 2` does: it names a meeting place and starts one process."""
+    """Reject `accelerate launch --cpu --num_processes 2`: it sets MASTER_PORT but starts one process."""
     meeting = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
     if meeting and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
         raise RecipeError(
-            "launch: several processes were asked for (MASTER_PORT is set), and one was started; expected "
+            "launch: several processes were asked for (MASTER_PORT is set), but one was started; expected "
             "--num_processes 1, or a launch configuration such as accelerate_configs/cpu_two_processes.yaml"
         )
 
 
 def _tracker(recipe):
-    """The recipe's tracker, None for none. Without an account it writes to this machine only; trackio always does."""
+    """The recipe's tracker, or None. Without an account it logs to this machine only; trackio always does."""
     tracker = None if recipe.training.tracker == "none" else recipe.training.tracker
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise RecipeError(
             f"training.tracker: {tracker} is not installed; expected `pip install {tracker}`, or tracker: none"
         )
     if tracker == "wandb" and "WANDB_MODE" not in os.environ and not _has_wandb_account():
-        os.environ["WANDB_MODE"] = "offline"  # the log stays here, for `wandb sync`
+        os.environ["WANDB_MODE"] = "offline"  # logs locally, to be uploaded by `wandb sync`
     return tracker
 
 
 def _has_wandb_account():
-    """Whether a key is in the environment or where `wandb login` puts it."""
+    """Whether there is a key in the environment or in .netrc, where `wandb login` writes it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -105,7 +104,7 @@ def _has_wandb_account():
 
 
 def _require_whole_parts(recipe, processes):
-    """Every batch splits into parts of one size, `accumulate` for each process."""
+    """Check that every batch splits into micro-batches of equal size, `accumulate` for each process."""
     stages = {"teacher.train": (recipe.teacher.train,)}
     if recipe.transfer:
         stages |= {"transfer.activations": recipe.transfer.activations, "transfer.logits": recipe.transfer.logits}
@@ -121,28 +120,28 @@ def _require_whole_parts(recipe, processes):
 
 
 def _fit_deepspeed(recipe, accelerator):
-    """What only DeepSpeed needs to be told, and what it cannot do."""
+    """Settings that DeepSpeed needs, and a check of what it cannot train."""
     if recipe.student.filter.form == "modal":
         raise RecipeError(
-            "student.filter.form: found modal; expected implicit under DeepSpeed: poles are put back inside the unit "
-            "circle after each step, and it has copies of the parameters that would not see it"
+            "student.filter.form: found modal; expected implicit under DeepSpeed: poles are moved back inside the unit "
+            "circle after each step, which DeepSpeed's own copies of the parameters would miss"
         )
-    # accelerate tells transformers of the third stage, which would split whatever is loaded, the frozen teacher too.
+    # accelerate announces ZeRO stage 3 to transformers, which would shard every loaded model, the frozen teacher too.
     unset_hf_deepspeed_config()
     config = accelerator.state.deepspeed_plugin.deepspeed_config
-    # It wants the sequences of a part before it sees one, and only checks its own arithmetic by it.
+    # DeepSpeed requires a micro-batch size in advance, and uses it only to check its own arithmetic.
     config["train_micro_batch_size_per_gpu"] = 1
     if accelerator.mixed_precision == "bf16":
-        # Its own half precision would cast all parameters, filters too; autocast is what the other launches have.
+        # DeepSpeed's bf16 would cast all parameters, filters too; use autocast, as in the other launches.
         config["bf16"] = {"enabled": False}
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def _fit_fsdp(accelerator):
-    """The same for FSDP."""
+    """Settings that FSDP needs, and a check of its version."""
     if not accelerator.is_fsdp2:
         raise RecipeError(
             "launch: found FSDP of version 1; expected fsdp_version: 2, as in accelerate_configs/fsdp.yaml"
         )
-    # Its own half precision would cast filters too; autocast is what the other launches have.
+    # FSDP's mixed precision would cast filters too; use autocast, as in the other launches.
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
