@@ -1,6 +1,6 @@
-"""SIGTERM, a scheduler's warning: training first writes a checkpoint, anything else ends at once.
+"""SIGTERM, a scheduler's warning: training writes a checkpoint before it stops, every other stage stops at once.
 
-What is not training loses nothing: it writes beside and renames.
+Other stages lose no data: they write to a temporary folder and rename it when it is complete.
 """
 
 import contextlib
@@ -9,15 +9,15 @@ import signal
 import threading
 
 
-EXIT_CODE = os.EX_TEMPFAIL  # 75 of sysexits.h: not done, the same command is worth giving again
+EXIT_CODE = os.EX_TEMPFAIL  # 75 in sysexits.h: temporary failure, run the command again
 
 
 class Stopped(BaseException):
-    """A SIGTERM ends the run; no Exception, so that nothing takes it for an error of its own."""
+    """A SIGTERM stops the run; derived from BaseException, so that `except Exception` does not catch it."""
 
 
 class Postponed:
-    """Within `postponed()`: whether a SIGTERM came."""
+    """Whether a SIGTERM arrived inside `postponed()`."""
 
     asked = False
 
@@ -27,8 +27,8 @@ _postponed: Postponed | None = None
 
 @contextlib.contextmanager
 def handled():
-    """Within the context a SIGTERM raises Stopped; for the main thread of a program of ours, never on import."""
-    if threading.current_thread() is not threading.main_thread():  # Python tells no other of a signal
+    """Inside the context a SIGTERM raises Stopped; for the main thread of scavenger's own commands, never on import."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signal handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, _ended)
@@ -40,9 +40,9 @@ def handled():
 
 @contextlib.contextmanager
 def postponed():
-    """Within the context a SIGTERM only sets `.asked` of what it yields, for whoever trains to look at after a step.
+    """Inside the context a SIGTERM only sets `.asked` of the yielded object; the training loop checks it after a step.
 
-    One that nobody looked at raises Stopped where the context ends.
+    If it is set when the context ends without an exception, Stopped is raised there.
     """
     global _postponed
     _postponed = Postponed()
@@ -59,5 +59,5 @@ def _ended(number, frame):
     if _postponed is not None:
         _postponed.asked = True
         return
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: launchers and schedulers both send it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore repeats: launchers and schedulers both send it
     raise Stopped
