@@ -42,7 +42,7 @@ SHUFFLED_BYTES = 2**30  # up to this, local text is held in memory and its docum
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 2**22  # per tokenizer call: enough for many cores, about 100 MB of memory
 WINDOW = 13  # tokens: the GPT-3 paper searches for test text by 13-grams (arXiv:2005.14165, appendix C)
 OVERLAP_CHUNK = 2**16  # windows of the train split per pass: half a MB of hashes fits in a core's cache
-FACTOR = 0x9E3779B97F4A7C15  # base of the windows' hash: 2**64 / golden ratio, which is odd and has irregular bits
+FACTOR = 0x9E3779B97F4A7C15  # base of the windows' hash: 2**64 / golden ratio, an odd number with irregular bits
 
 
 class Batch(NamedTuple):
