@@ -254,7 +254,7 @@ def _certificate(folder):
         f"{against['perplexity']:.3f} (exact: {against['exact_perplexity']:.3f})",
     ]
     lines += [
-        f"the same in contexts of {entry['context_length']:,} tokens, at positions beyond the horizon: KL "
+        f"the same in contexts of {entry['context_length']:,} tokens, at positions beyond the matched taps: KL "
         f"{entry['beyond_horizon']['divergence']:.2e}, {100 * entry['beyond_horizon']['agreement']:.2f} %"
         for entry in against["contexts"]
         if entry["beyond_horizon"]
@@ -280,8 +280,8 @@ def _limits(recipe, config, figures):
         + (f", on {seen:,} tokens of {_text_name(recipe)}" if seen else f", on {_text_name(recipe)}")
         + "; recall over longer distances was not measured.",
         f"One seed ({recipe['seed']}): the variation between seeds was not measured.",
-        "It was trained on its teacher's distribution, so it inherits the errors, biases and gaps that the teacher "
-        "has from its training text.",
+        "It was trained on its teacher's distribution, so it inherits the errors and gaps that the teacher has "
+        "from its training text.",
         "It is a base language model: not tuned to follow instructions, and its outputs were not checked for safety.",
         "Its code is in this repository and runs with `trust_remote_code=True`: read it first, and pin a revision.",
     ]
@@ -314,7 +314,7 @@ def _how_it_was_made(recipe, run_dir):
         [
             "## How it was made",
             "",
-            f"The mixers were trained to match the teacher's attention, then the student to match the teacher's "
+            "The mixers were trained to match the teacher's attention, then the student to match the teacher's "
             f"distribution ({papers['2401.17574']}). The mixers follow Hyena ({papers['2302.10866']}) and MultiHyena, "
             f"the recurrences {papers['2310.18780']}.",
             "",
