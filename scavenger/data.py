@@ -1,4 +1,4 @@
-"""Text into blocks of tokens, the same on every machine.
+"""Tokenises text into blocks of tokens, identically on every machine.
 
 Text that has no splits of its own is split by a hash of what names each document (train 90 %, validation 5 %, test
 5 %), so a document is in the same split whatever the order, the machine or the amount read. A plain text file has no
@@ -32,30 +32,30 @@ from scavenger.run.run import blocks
 
 
 SPLITS = ("train", "validation", "test")
-# Not source that somebody writes and reads: test suites (absent from some installations), installed packages, and
-# generated tables of code points and of build settings.
+# Not part of the text: test suites (absent from some installations), installed packages, and generated tables of code
+# points and of build settings.
 STDLIB_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
-PIECE = 16_384  # characters; a plain text file has no documents, so it is cut at line ends into pieces of about this
+PIECE = 16_384  # characters: a plain text file has no documents and is cut at line ends into pieces of about this size
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text"}
-# What a file is called that holds a whole split, alone or with a number behind (train-00000-of-00005).
+# Names of files that hold a split, optionally followed by a number (train-00000-of-00005).
 SPLIT_FILE = re.compile(r"(?:(train)|(validation|valid|val|dev)|(test))(?:[-_.]\d.*)?")
-SHUFFLED_BYTES = 2**30  # local files up to this are held in memory and their documents shuffled; beyond it, the files
-CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 2**22  # tokenised at once: work for many cores, some 100 MB of memory
-WINDOW = 13  # tokens: the 13-grams by which the GPT-3 paper looks for test text (arXiv:2005.14165, appendix C)
-OVERLAP_CHUNK = 2**16  # windows of the train split at once: half a MB of hashes stays in a core's cache
-FACTOR = 0x9E3779B97F4A7C15  # odd, its bits irregular (2**64 over the golden ratio): base of the windows' hash
+SHUFFLED_BYTES = 2**30  # up to this, local text is held in memory and its documents are shuffled; above, the files are
+CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 2**22  # per tokenizer call: enough for many cores, about 100 MB of memory
+WINDOW = 13  # tokens: the GPT-3 paper searches for test text by 13-grams (arXiv:2005.14165, appendix C)
+OVERLAP_CHUNK = 2**16  # windows of the train split per pass: half a MB of hashes fits in a core's cache
+FACTOR = 0x9E3779B97F4A7C15  # base of the windows' hash: 2**64 / golden ratio, an odd number with irregular bits
 
 
 class Batch(NamedTuple):
-    """Some sequences of the train split; `mask` is False where `ids` is padding, not text."""
+    """Sequences of the train split; `mask` is False where `ids` is padding."""
 
-    rows: np.ndarray  # (batch,) places in the train array
+    rows: np.ndarray  # (batch,) row indices in the train array
     ids: Tensor  # (batch, length) int64
     mask: Tensor  # (batch, length) bool
 
 
 class Document(NamedTuple):
-    """A text, what names it, and the place behind it, from which its part can be read on; places go through JSON."""
+    """A text, its name, and the place after it, from which reading its part resumes; places are stored as JSON."""
 
     name: str
     text: str
@@ -63,19 +63,19 @@ class Document(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Text of one split, or (split None) of all three, by the hash of each document's name."""
+    """Text of one split, or (split None) of all three, assigned by the hash of each document's name."""
 
     split: str | None
     read: Callable[[int | list | None], Iterator[Document]]  # from a document's place, or from the beginning
-    shards: list[str]  # what is read, in this order; a run that goes on must find the same
+    shards: list[str]  # names of the shards, in reading order; a resumed run must find the same
 
 
 class Shard(NamedTuple):
-    """A file, or whatever the Hub has as one."""
+    """A file, or one shard of a data set on the Hub."""
 
     name: str
-    open: Callable  # its rows: a streaming data set
-    complaint: Callable[[Exception], str]  # the line for a person about an error while it is read
+    open: Callable  # returns its rows as a streaming data set
+    complaint: Callable[[Exception], str]  # the one-line message for an error while it is read
 
 
 def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
@@ -93,7 +93,7 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
         | {
             "splits": "its own" if made["named"] else "90/5/5 by a hash of each document",
             "tokens": tokens,
-            # left_out: of the train split, for they are held out as well.
+            # left_out: documents of the train split that are also in a held-out split.
             "documents": made["documents"] | {"left_out": made["left_out"]},
             "packing": {"kind": recipe.data.packing, "padding": _padding_share(blocks(beside, "train"))},
             "overlap": {"window": WINDOW} | overlap,
@@ -112,9 +112,9 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
 
 
 def batch(array: np.ndarray, first: int, size: int, seed: int) -> Batch:
-    """Sequences `first … first + size - 1` of an endless shuffled stream, each pass in an order of its own.
+    """Sequences `first … first + size - 1` of an endless stream that is reshuffled at each pass.
 
-    The position alone decides, so a run that resumes, or is spread over processes, sees the same text.
+    They depend on position and seed only, so a resumed or distributed run sees the same text.
     """
     places = rows(len(array), first, size, seed)
     ids = torch.from_numpy(array[places].astype(np.int64))
@@ -123,17 +123,17 @@ def batch(array: np.ndarray, first: int, size: int, seed: int) -> Batch:
 
 
 def rows(count: int, first: int, size: int, seed: int) -> np.ndarray:
-    """The places in an array of `count` blocks that positions `first … first + size - 1` of the stream read."""
+    """Row indices, in an array of `count` blocks, of positions `first … first + size - 1` of the stream."""
     return np.array([_order(count, seed, index // count)[index % count] for index in range(first, first + size)])
 
 
 def padding(kind: np.dtype) -> int:
-    """What fills a document's last block in the file: the largest value of its type, which is never a token."""
+    """The value that pads a document's last block in the file: the largest of its dtype, which is never a token id."""
     return int(np.iinfo(kind).max)
 
 
 def tokens_needed(recipe: Recipe) -> int:
-    """Tokens of training text that the longest training of the recipe sees."""
+    """Number of training tokens that the longest training of the recipe sees."""
     trainings = [(recipe.teacher.train,)] if recipe.teacher.train else []
     trainings += [recipe.transfer.phases] if recipe.transfer else []
     return recipe.data.context_length * max(
@@ -142,17 +142,17 @@ def tokens_needed(recipe: Recipe) -> int:
 
 
 def check_vocabulary(tokenizer, config):
-    """Raise RecipeError where the tokenizer has no end of text, or ids that the teacher has no rows for.
+    """Raise RecipeError if the tokenizer has no end-of-text token, or ids for which the teacher has no embedding row.
 
-    More rows than ids is right: Pythia has 50,277 tokens and 50,304 rows, in the larger models more.
+    More rows than ids are normal: Pythia has 50,277 tokens and 50,304 rows, the larger models more.
     """
     if tokenizer.eos_token_id is None:
-        raise RecipeError("teacher: the tokenizer has no end-of-text token; expected one, to part documents")
+        raise RecipeError("teacher: the tokenizer has no end-of-text token; expected one, to separate documents")
     largest = _largest_id(tokenizer)
     if largest >= config.vocab_size:
         raise RecipeError(
-            f"teacher: the tokenizer has ids up to {largest:,}, the model {config.vocab_size:,} rows; expected ids "
-            f"below {config.vocab_size:,}: the tokenizer is another model's, or has tokens that were added to it"
+            f"teacher: the tokenizer has ids up to {largest:,}, the model has {config.vocab_size:,} embedding rows; "
+            f"expected ids below {config.vocab_size:,}: the tokenizer is another model's, or tokens were added to it"
         )
 
 
@@ -163,7 +163,7 @@ def split_of(name: str) -> str:
 
 
 def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
-    """Write `{split}.npy` to the folder, documents in stream order, until each has what is wanted or the text ends.
+    """Write `{split}.npy` to the folder, documents in stream order, until each split is full or the text ends.
 
     Each chunk of documents is appended, then `state.json` says so: an interrupted run resumes with the
     first document that is not in it. Returns the state.
@@ -193,10 +193,10 @@ def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
 
 
 def overlaps(folder: Path) -> dict[str, float]:
-    """For validation and test, the share of their windows of 13 tokens that also occur in the train split.
+    """For validation and test, the share of their 13-token windows that also occur in the train split.
 
-    Windows are compared by a 64-bit hash (`_window_hashes`): of the held-out splits all are kept, sorted; the train
-    split passes by in chunks, most of it stopped by a table of the hashes' first 24 bits.
+    Windows are compared by a 64-bit hash (`_window_hashes`). All hashes of the held-out splits are kept, sorted; those
+    of the train split are looked up in chunks, after a table of the first 24 bits has rejected most of them.
     """
     held_out = {split: _window_hashes(blocks(folder, split).reshape(-1)) for split in SPLITS[1:]}
     sought = np.unique(np.concatenate(list(held_out.values())))
@@ -216,7 +216,7 @@ def overlaps(folder: Path) -> dict[str, float]:
 
 
 def documents(data: Data, seed: int) -> Iterator[tuple[str, str]]:
-    """(name, text) of every document (of the train split, where the text has its own), in the seed's order."""
+    """(name, text) of every document (of the train split only, if the text has its own), in the seed's order."""
     for part in text_parts(data, seed):
         if part.split in (None, "train"):
             for name, text, _ in part.read(None):
@@ -224,7 +224,7 @@ def documents(data: Data, seed: int) -> Iterator[tuple[str, str]]:
 
 
 def text_parts(data: Data, seed: int) -> list[Part]:
-    """The text of a recipe; held-out splits first where it has its own, for what is in them is not trained on."""
+    """The text of a recipe. If it has its own splits, held-out ones come first: train excludes their documents."""
     if data.path is not None:
         return _local_parts(data, seed)
     if data.name is not None:
@@ -251,7 +251,7 @@ def stdlib_files() -> dict[str, Path]:
 
 
 def source(data: Data) -> dict:
-    """What the text is, for the record: a name and revision, or the library's version and content hash."""
+    """Description of the text, for the record: its name and revision, or the library's version and content hash."""
     if data.path is not None:
         return {"source": "local", "path": data.path}
     if data.name is not None:
@@ -270,9 +270,9 @@ def source(data: Data) -> dict:
 
 
 class _Files:
-    """The files of tokens while they are made, and the state that says how much of them counts.
+    """The token files while they are written, and the state, which records how much of each is valid.
 
-    The header of a `.npy` file has room for any number of blocks: it is written over at the end, and nothing moves.
+    The header of a `.npy` file has room for any number of blocks: it is overwritten at the end without moving data.
     """
 
     def __init__(self, folder, kind, length, wanted, parts):
@@ -297,8 +297,8 @@ class _Files:
         return all(self.state["tokens"][split] >= self.wanted[split] for split in splits)
 
     def held_out(self, split, text):
-        """Whether a text of the train split is held out as well; held-out texts are kept in mind for that."""
-        if not self.state["named"]:  # the hash has put equal texts into one split
+        """Whether a text of the train split is also in a held-out split; records the digests of held-out texts."""
+        if not self.state["named"]:  # the hash puts equal texts into the same split
             return False
         digest = _digest(text)[:8]
         if split == "train":
@@ -321,13 +321,13 @@ class _Files:
         checkpoint.write_json(self.folder / "state.json", self.state)
 
     def finish(self):
-        """Cut what is no whole block, or not wanted, and write the headers."""
+        """Cut off incomplete blocks and surplus tokens, and write the headers."""
         tokens = self.state["tokens"]
         whole = {split: min(tokens[split], self.wanted[split]) // self.length for split in SPLITS}
         for split in SPLITS:
             if whole[split] == 0:
-                shutil.rmtree(self.folder)  # other text begins anew
-                by_hash = "documents go 90/5/5 by hash, so expected a hundred documents or more"
+                shutil.rmtree(self.folder)  # so that other text can be tried
+                by_hash = "documents are split 90/5/5 by hash, so expected a hundred documents or more"
                 raise RecipeError(
                     f"data: the {split} split has {tokens[split]} tokens, less than one context of {self.length}; "
                     + ("expected more text in it" if self.state["named"] else by_hash)
@@ -341,7 +341,7 @@ class _Files:
 
 
 def _state(folder, kind, length, parts):
-    """The state to go on from: the last one, or none of anything where there is none that holds."""
+    """The state to resume from: the saved one, or an empty one if there is no valid one."""
     shards = [name for part in parts for name in part.shards]
     with contextlib.suppress(FileNotFoundError, ValueError):
         state = checkpoint.read_json(folder / "state.json")
@@ -349,11 +349,11 @@ def _state(folder, kind, length, parts):
         differing |= {name: "is new" for name in shards if name not in state["shards"]}
         for name, how in differing.items():
             raise RecipeError(
-                f"data: {name} {how}, but {folder} holds tokens of the text as it was; expected the same text "
-                "(or delete that folder to begin anew)"
+                f"data: {name} {how}, but {folder} holds tokens of the earlier text; expected the same text "
+                "(or delete that folder to start again)"
             )
         sizes = _sizes(state, kind, length)
-        if all((folder / name).stat().st_size >= size for name, size in sizes.items()):  # else the machine went down
+        if all((folder / name).stat().st_size >= size for name, size in sizes.items()):  # else data was lost in a crash
             return state
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -371,7 +371,7 @@ def _state(folder, kind, length, parts):
 
 
 def _sizes(state, kind, length):
-    """How many bytes of each file count."""
+    """Number of valid bytes of each file."""
     header = len(_header(kind, 0, length))
     return {f"{split}.npy": header + kind.itemsize * state["tokens"][split] for split in SPLITS} | {
         "held_out.bin": 8 * state["held_out"]
@@ -379,7 +379,7 @@ def _sizes(state, kind, length):
 
 
 def _header(kind, count, length):
-    """The header of a `.npy` file of blocks; its length does not depend on how many there are."""
+    """The header of a `.npy` file of blocks; its length does not depend on their number."""
     written = io.BytesIO()
     shape = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (count, length)}
     np.lib.format.write_array_header_1_0(written, shape)
@@ -387,7 +387,7 @@ def _header(kind, count, length):
 
 
 def _open(path, size):
-    """A file that is cut to a size (or made, the room for a header empty), open for more."""
+    """Open a file for appending, truncated to `size` (or created, with zeros in place of the header)."""
     path.touch()
     os.truncate(path, size)
     file = open(path, "r+b")
@@ -396,7 +396,7 @@ def _open(path, size):
 
 
 def _ids(tokenizer, texts):
-    """Token ids of each text; a fast tokenizer takes a list on all cores."""
+    """Token ids of each text; a fast tokenizer processes a list on all cores."""
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -407,14 +407,14 @@ def _largest_id(tokenizer):
 
 
 def _padded(ids, length):
-    """A document as whole blocks; a last token on its own, which predicts nothing, is left out."""
+    """A document padded to whole blocks; a single token in the last block would predict nothing and is dropped."""
     if len(ids) % length == 1:
         ids = ids[:-1]
     return np.pad(ids, (0, -len(ids) % length), constant_values=padding(ids.dtype))
 
 
 def _chunks(stream):
-    """Lists of documents, each twice as long as the last; those that were read before an error come before it."""
+    """Lists of documents, of doubling size up to a limit; those read before an error come before it is raised."""
     chunk, characters, most, fault = [], 0, 2**16, None
     while fault is None:
         try:
@@ -435,12 +435,12 @@ def _padding_share(array):
 
 
 def _window_hashes(tokens):
-    """A hash of each window of 13 tokens, sum_j t_{n+j} FACTOR^(13-j) modulo 2^64, from windows of 1, 2, 4 and 8."""
+    """A hash of each window of 13 tokens, sum_j t_{n+j} FACTOR^(13-j) modulo 2^64, built from windows of 1, 2, 4, 8."""
     if len(tokens) < WINDOW:
         return np.zeros(0, np.uint64)
 
     def joined(left, right, width_left, width_right):
-        """The hashes of windows that are one of `left` and one of `right` behind it."""
+        """The hashes of windows of `left`, each joined to the window of `right` that follows it."""
         right = right[width_left:]
         return left[: len(right)] * np.uint64(pow(FACTOR, width_right, 2**64)) + right
 
@@ -449,7 +449,7 @@ def _window_hashes(tokens):
     four = joined(two, two, 2, 2)
     eight = joined(four, four, 4, 4)
     twelve = joined(eight, four, 8, 4)
-    return joined(twelve, one, 12, 1) * np.uint64(FACTOR)  # the last factor: that the last token reaches the first bits
+    return joined(twelve, one, 12, 1) * np.uint64(FACTOR)  # the last factor lets the last token affect the first bits
 
 
 def _local_parts(data, seed):
@@ -465,8 +465,8 @@ def _local_parts(data, seed):
     kind = kinds.pop()
     sizes = {file: file.stat().st_size for file in files}
     for file in files:
-        if sizes[file] == 0 and (kind != "text" or len(files) == 1):  # a folder of source has empty modules
-            raise RecipeError(f"data.path: {file} is empty; expected text, or no such file")
+        if sizes[file] == 0 and (kind != "text" or len(files) == 1):  # source folders have empty modules
+            raise RecipeError(f"data.path: {file} is empty; expected text (or delete the file)")
     column = "text" if kind == "text" else data.text_column
     read = _shuffled if sum(sizes.values()) <= SHUFFLED_BYTES else _streamed
     return [
@@ -476,7 +476,7 @@ def _local_parts(data, seed):
 
 
 def _local_files(path):
-    """The files of each split, held-out ones first, where all three have files of their name; else all, for None."""
+    """The files of each split, held-out splits first, if file names cover all three; else all files, under None."""
     if not path.is_dir():
         return {None: [path]}
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in LOADERS)
@@ -490,7 +490,7 @@ def _local_files(path):
     if groups["train"] and len(missing) == 1 and sum(map(len, groups.values())) == len(files):
         raise RecipeError(
             f"data.path: {path}: found files of two splits; expected {missing[0]}.{files[0].suffix[1:]} as well, or "
-            "files of other names, whose documents are split 90/5/5"
+            "files with other names, whose documents are split 90/5/5"
         )
     return {None: files}
 
@@ -500,7 +500,7 @@ def _file_shard(file, kind):
     from datasets.utils.logging import CRITICAL, set_verbosity
 
     disable_progress_bars()
-    set_verbosity(CRITICAL)  # what it says about an error is said again, in one line, by `complaint`
+    set_verbosity(CRITICAL)  # `complaint` reports its errors, in one line
 
     def opened():
         options = {"keep_linebreaks": True} if kind == "text" else {}
@@ -556,13 +556,13 @@ def _part(split, shards, column, pieces, seed, read):
 
 
 def _shuffled(shards, column, pieces, seed, place):
-    """All documents of small files, shuffled; a place is the number of those that were read, and of all."""
+    """All documents of small files, shuffled; a place is [documents read, documents in all]."""
     texts = [document.text for document in _in_order(shards, column, pieces, None)]
     begin, count = place or (0, len(texts))
     if count != len(texts):
         raise RecipeError(
-            f"data: {shards[0].name} and what is with it had {count} documents when tokenising began, now "
-            f"{len(texts)}; expected the same text (or delete the run's data.partial to begin anew)"
+            f"data: {shards[0].name} and the files read with it had {count} documents when tokenising began, now "
+            f"{len(texts)}; expected the same text (or delete the run's data.partial to start again)"
         )
     order = np.random.default_rng(seed).permutation(count)
     for number in range(begin, count):
@@ -570,13 +570,13 @@ def _shuffled(shards, column, pieces, seed, place):
 
 
 def _streamed(shards, column, pieces, seed, place):
-    """The documents of shuffled shards; no buffer of documents is shuffled, for one would be lost with the process."""
+    """The documents of shuffled shards; there is no shuffle buffer, as its documents would be lost with the process."""
     order = np.random.default_rng(seed).permutation(len(shards))
     return _in_order([shards[number] for number in order], column, pieces, place)
 
 
 def _in_order(shards, column, pieces, place):
-    """The documents of shards; a place is a shard's number and the state of its rows."""
+    """The documents of shards, in order; a place is [shard index, state of its rows]."""
     begin, state = place or (0, None)
     for number in range(begin, len(shards)):
         shard = shards[number]
@@ -599,12 +599,12 @@ def _in_order(shards, column, pieces, place):
 
 
 def _text(row, column, where):
-    """The text of a row; nothing for an empty one."""
+    """The text of a row; an empty string for an empty row."""
     _require_column(row, column, where)
     value = row[column]
     if value is not None and not isinstance(value, str):
         raise RecipeError(
-            f"data: {where}: found a {type(value).__name__} in the column; expected data.text_column to name text"
+            f"data: {where}: found {type(value).__name__} values; expected data.text_column to name a column of text"
         )
     return value or ""
 
@@ -613,7 +613,7 @@ def _require_column(columns, column, where):
     if column not in columns:
         raise RecipeError(
             f"data: {where}: found columns {', '.join(columns)}; expected data.text_column to name one of them "
-            f"(it says {column})"
+            f"(it is {column})"
         )
 
 
@@ -629,14 +629,14 @@ def _pieces(lines):
 
 
 def _broken_line(file):
-    """Line and reason of the first mistake in a file of JSON lines, or of one JSON list; None where there is none."""
+    """Line and reason of the first error in a file of JSON lines, or of one JSON list; None if there is none."""
     try:
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if number == 1 and line.lstrip().startswith(b"["):
                     line = line + lines.read()
                 if line.strip() and not isinstance(json.loads(line), (dict, list)):
-                    return number, "found no object"
+                    return number, "not a JSON object"
     except json.JSONDecodeError as error:
         return number + error.lineno - 1, error.msg
     except UnicodeDecodeError as error:
@@ -658,7 +658,7 @@ _orders = {}
 
 
 def _order(count, seed, epoch):
-    """The permutation of one pass, kept because every batch of the pass asks for it."""
+    """The permutation of one pass, cached because every batch of the pass uses it."""
     key = (count, seed, epoch)
     if key not in _orders:
         _orders.clear()

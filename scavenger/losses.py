@@ -1,7 +1,7 @@
-"""The losses of the pipeline: pure functions, in float32 or wider whatever the model's dtype.
+"""The losses of the pipeline: pure functions, computed in float32 or wider for any dtype of the model.
 
-Every loss is given for each sequence or summed over positions, so that whoever knows the whole batch can divide by it:
-the result does not depend on how a batch is spread over processes and parts.
+Losses are returned per sequence or summed over positions, and the caller divides by the size of the global batch: the
+result does not depend on how the batch is split over processes and micro-batches.
 """
 
 import math
@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from scavenger.recurrence.reduction.hankel import weighted_section
 
 
-# Logits that are held at once, in bytes of float32; a handful of tensors of this size live together. Large enough for
-# full matrix products (667 rows of Pythia's vocabulary), small beside the weights of any model worth distilling.
+# Bytes of float32 logits in memory at a time; a handful of tensors of this size exist together. Large enough for
+# efficient matrix products (667 rows of Pythia's vocabulary), small compared with the weights of a model to distil.
 CHUNK_BYTES = 2**27
-LEAST_LOG_MASS = -50.0  # of all tokens that were not kept: e⁻⁵⁰ is nothing beside float32's rounding of the rest
+LEAST_LOG_MASS = -50.0  # of all tokens that were not kept: e⁻⁵⁰ is far below the float32 rounding of the others
 
 
 class TopK(NamedTuple):
-    """A teacher's distribution at each position, by its most likely tokens and the mass of all others."""
+    """A teacher's distribution at each position: its most likely tokens and the total mass of all others."""
 
     log_p: Tensor  # (…, kept)
     tokens: Tensor  # (…, kept)
@@ -31,10 +31,10 @@ class TopK(NamedTuple):
 
 
 def activation_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """‖student - teacher‖² / ‖teacher‖² of each sequence, over its unmasked positions: 0 is a match, 1 is silence.
+    """‖student - teacher‖² / ‖teacher‖² of each sequence, over unmasked positions: 0 for a match, 1 for zero output.
 
     Both (batch, length, channel), mask (batch, length); returns (batch,). Relative to the teacher's energy, so that
-    layers compare and none needs a weight.
+    layers are comparable and need no weights.
     """
     student, teacher = _wide(student), _wide(teacher)
     if mask is not None:
@@ -46,7 +46,7 @@ def activation_error(student: Tensor, teacher: Tensor, mask: Tensor | None = Non
 def divergence(
     log_q: Tensor, log_p: Tensor, objective: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
 ) -> Tensor:
-    """How far a student's distribution q is from its teacher's p, in nats, of each position.
+    """Divergence of a student's distribution q from its teacher's p at each position, in nats.
 
     forward_kl: KL(p ‖ q) = Σ_v p_v (log p_v - log q_v). reverse_kl: KL(q ‖ p). jensen_shannon: with m = (p + q) / 2,
     (KL(p ‖ m) + KL(q ‖ m)) / 2. Log-probabilities (…, vocabulary).
@@ -60,7 +60,7 @@ def divergence(
 
 
 def logit_divergence(student: Tensor, teacher: Tensor, objective: str = "forward_kl", temperature: float = 1.0):
-    """T² D(softmax(teacher / T), softmax(student / T)), nats, of each position; logits (…, vocabulary).
+    """T² D(softmax(teacher / T), softmax(student / T)) at each position, in nats; logits (…, vocabulary).
 
     T² keeps the gradient's size as T grows (arXiv:1503.02531, section 2). The gradient goes to the student only.
     """
@@ -71,11 +71,11 @@ def logit_divergence(student: Tensor, teacher: Tensor, objective: str = "forward
 
 
 class _Divergence(torch.autograd.Function):
-    """`divergence` of two softmaxes of logits z (student) and of the teacher's, with its slope taken at once.
+    """`divergence` of the softmaxes of student logits z and teacher logits; the gradient is computed in `forward`.
 
     With q the student's and m = (p + q) / 2: ∂/∂z of forward_kl is q - p, of the others q ⊙ (g - Σ_v q_v g_v) with
-    g = log q - log p (reverse_kl) and g = (log q - log m) / 2 (jensen_shannon). Written over what is not needed any
-    more: at this size a pass over memory is what everything costs.
+    g = log q - log p (reverse_kl) and g = (log q - log m) / 2 (jensen_shannon). Computed in place where possible: at
+    this size the cost is memory traffic.
     """
 
     @staticmethod
@@ -107,15 +107,15 @@ class _Divergence(torch.autograd.Function):
 
 
 def _products(a, b):
-    """Σ_v a_v b_v of each position, without a tensor of the products."""
-    with torch.autocast(a.device.type, enabled=False):  # which would take the products in half precision
+    """Σ_v a_v b_v at each position, without a tensor of the products."""
+    with torch.autocast(a.device.type, enabled=False):  # autocast would compute the products in half precision
         return torch.einsum("...v,...v->...", a, b)
 
 
 def kept_divergence(student: Tensor, teacher: TopK, objective: str = "forward_kl") -> Tensor:
-    """The divergence with all tokens that `teacher` does not name taken as one; nats, of each position.
+    """The divergence at each position, in nats, with all tokens not in `teacher` merged into one outcome.
 
-    Never above that of the whole distributions (merging outcomes loses information), equal where all are kept.
+    Never above that of the full distributions (merging outcomes loses information), equal if all tokens are kept.
     """
     log_q = F.log_softmax(_wide(student), dim=-1)
     named = log_q.gather(-1, teacher.tokens)
@@ -127,12 +127,12 @@ def kept_divergence(student: Tensor, teacher: TopK, objective: str = "forward_kl
 
 
 def cross_entropy(logits: Tensor, following: Tensor) -> Tensor:
-    """-log q(next token), nats, of each position; logits (…, vocabulary), the next tokens (…)."""
+    """-log q(next token) at each position, in nats; logits (…, vocabulary), next tokens (…)."""
     return F.cross_entropy(_wide(logits), following, reduction="none")
 
 
 def following(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token of each position, and 1 where there is one (0 at the end, on padding and before it), both flat.
+    """The next token at each position, and 1 where there is one (0 at the end, on padding and before it), both flat.
 
     ids and mask (batch, length).
     """
@@ -143,11 +143,11 @@ def following(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def projected(
     hidden: Tensor, weight: Tensor, terms: Callable[[Tensor, slice], Tensor], factors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Σ_n factors_n Σ_rows terms_n(hidden Wᵀ), without holding the logits of all rows; and the Σ_rows of each term.
+    """Σ_n factors_n Σ_rows terms_n(hidden Wᵀ), without the logits of all rows in memory; and the Σ_rows of each term.
 
-    hidden (row, channel), W (vocabulary, channel); `terms(logits, rows)` gives the sums (term,) over a chunk of rows.
-    The gradient of a chunk is taken while its logits are there, so nothing is computed twice and what is kept for the
-    backward pass is as large as `hidden` and `weight`.
+    hidden (row, channel), W (vocabulary, channel); `terms(logits, rows)` returns the sums (term,) over a chunk of rows.
+    A chunk's gradient is computed while its logits exist, so nothing is recomputed, and the tensors saved for the
+    backward pass have the sizes of `hidden` and `weight`.
     """
     return _Projected.apply(hidden, weight, terms, factors)
 
@@ -173,7 +173,7 @@ class _Projected(torch.autograd.Function):
             to_hidden[rows] = slope @ matrix
             if to_weight is not None:
                 if to_weight.dtype == kind:
-                    to_weight.addmm_(slope.T, part)  # no second tensor of its size, which can be that of a chunk
+                    to_weight.addmm_(slope.T, part)  # in place: a second tensor could be as large as a chunk
                 else:
                     to_weight += slope.T @ part
             sums += found.detach()
@@ -188,13 +188,13 @@ class _Projected(torch.autograd.Function):
 
 
 def hankel_tail(taps: Tensor, states: int) -> Tensor:
-    """Σ_{k>d} σ_k(W H W)² / ‖h‖² of each filter: the share of its energy that no recurrence of d real states reaches.
+    """Σ_{k>d} σ_k(W H W)² / ‖h‖²: the share of each filter's energy that no recurrence of d real states can reproduce.
 
-    `taps` is (filter, length), `states` is d. H is the whole Hankel matrix, zero past the last tap, so that the last
-    taps count as the first ones do: they are read in few places of a context, and are what stage one controls least.
-    The root is a floor of the relative l2 error against a filter that ends there (reduction/hankel.py).
+    `taps` is (filter, length), `states` is d. H is the full Hankel matrix, zero past the last tap, so that the last
+    taps count as much as the first: few positions of a context use them, and stage one constrains them least. The root
+    is a floor of the relative l2 error against a filter that is zero past its last tap (reduction/hankel.py).
     """
-    taps = taps.double()  # in float32 the eigenvalues of filters that fade fast were not found
+    taps = taps.double()  # in float32 the eigenvalue solver failed for filters that decay fast
     ended = F.pad(taps[:, 1:], (0, taps.shape[1] - 2))
     squares = torch.linalg.eigvalsh(weighted_section(ended)).square().sort(dim=-1, descending=True).values
     energy = taps.square().sum(-1).clamp_min(torch.finfo(taps.dtype).tiny)

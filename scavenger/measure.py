@@ -1,4 +1,4 @@
-"""What the pipeline measures on a model: loss and agreement on held-out text, filters, and state."""
+"""Measurements of a model: loss and agreement on held-out text, filter taps, and state size."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-BATCH_TOKENS = 8192  # tokens of one evaluation batch; bounds the logits in memory
+BATCH_TOKENS = 8192  # tokens per evaluation batch; limits the memory of the logits
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class HeldOut:
 
 
 def held_out(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None) -> HeldOut:
-    """Cross-entropy of `model` on blocks (block, length), and how near it is to `teacher` if one is given.
+    """Cross-entropy of `model` on blocks (block, length), and agreement with and divergence from `teacher`, if given.
 
-    Every block is read on its own; its first token is context only, so a block predicts length - 1 tokens.
+    Blocks are independent; the first token is context only, so a block has length - 1 predicted tokens.
     """
     found = by_position(model, blocks, teacher)
     return HeldOut(
@@ -43,7 +43,7 @@ def held_out(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = N
 
 @dataclass(frozen=True)
 class ByPosition:
-    """Means over blocks at each position that predicts, (length - 1,) float64; the first is a block's first token."""
+    """Means over blocks at each predicting position, (length - 1,) float64; the first is a block's first token."""
 
     loss: torch.Tensor
     agreement: torch.Tensor | None
@@ -53,7 +53,7 @@ class ByPosition:
 
 @torch.inference_mode()
 def by_position(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None) -> ByPosition:
-    """What `held_out` means over, position by position."""
+    """The quantities of `held_out` at each position, averaged over blocks only."""
     device = next(model.parameters()).device
     rows = max(1, BATCH_TOKENS // blocks.shape[1])
     sums = torch.zeros(4, blocks.shape[1] - 1, dtype=torch.float64, device=device)
@@ -81,7 +81,7 @@ def filter_taps(filter: nn.Module, length: int) -> torch.Tensor:
 
 
 def state_bytes(cache) -> int:
-    """Bytes that a cache keeps between tokens: a HyenaCache, or the keys and values of transformers' own."""
+    """Bytes of a cache between tokens: a HyenaCache, or the keys and values of a transformers cache."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))

@@ -495,7 +495,7 @@ def test_one_line_says_what_was_made(tmp_path, capsys):
 def test_too_little_text(tmp_path):
     write(tmp_path / "a.jsonl", texts_of(2))
     with pytest.raises(
-        RecipeError, match="split has 0 tokens, less than one context of 11; documents go 90/5/5 by hash"
+        RecipeError, match="split has 0 tokens, less than one context of 11; documents are split 90/5/5 by hash"
     ):
         data.run(recipe(path=str(tmp_path)), tmp_path, Letters())
     write(tmp_path / "a.jsonl", texts_of(400))
@@ -505,7 +505,7 @@ def test_too_little_text(tmp_path):
 def test_vocabulary():
     data.check_vocabulary(Letters(97), SimpleNamespace(vocab_size=97))
     data.check_vocabulary(Letters(97), SimpleNamespace(vocab_size=128))  # padded, as Pythia's
-    with pytest.raises(RecipeError, match="ids up to 1,096, the model 97 rows.*below 97.*another model's"):
+    with pytest.raises(RecipeError, match="ids up to 1,096, the model has 97 embedding.*below 97.*another model's"):
         data.check_vocabulary(Letters(1097), SimpleNamespace(vocab_size=97))
     endless = Letters(97)
     endless.eos_token_id = None

@@ -1,12 +1,12 @@
-"""State by budget: each filter gets the modes that lower the divergence of the model's output most for their bytes.
+"""Allocation of a state budget: modes go to the filters where they reduce the output's divergence most per byte.
 
-What a change δ_f of the taps of every filter f does to the output is, to second order, a quadratic form. With p the
-exact student's distribution, labels y drawn from it and g_f the gradient by the taps of log p(y) over T tokens,
+The effect on the output of changes δ_f of the taps of every filter f is, to second order, a quadratic form. With p the
+exact student's distribution, labels y drawn from it and g_f the gradient of log p(y) over T tokens w.r.t. the taps,
 
     KL per token ≈ 1/(2T) E (Σ_f ⟨g_f, δ_f⟩)²
 
 (the Fisher information; scores of different tokens are uncorrelated, so a sequence's square sums over its tokens).
-A filter's own share is the same without the other filters: 1/(2T) E ⟨g_f, δ_f⟩².
+The share of one filter is the same without the other filters: 1/(2T) E ⟨g_f, δ_f⟩².
 """
 
 import contextlib
@@ -22,40 +22,40 @@ from scavenger.recipe import RecipeError
 from scavenger.recurrence.reduction.reduced import ReducedFilter
 
 
-SEQUENCES = 64  # drawn to measure on: the standard error of a square's mean over them is √(2/64), 18 %
-GRADIENT_BYTES = 1 << 28  # of gradients held at once
+SEQUENCES = 64  # sequences to measure on: the relative standard error of a mean square over them is √(2/64), 18 %
+GRADIENT_BYTES = 1 << 28  # gradients in memory at a time
 
 
 def ladder(max_state_size: int) -> list[int]:
-    """Sizes of filters from one mode on, by steps of a third to a half: 1, 2, 3, 4, 6, 8, 12, …, max_state_size."""
+    """Candidate state sizes, in steps of a third to a half: 1, 2, 3, 4, 6, 8, 12, …, max_state_size."""
     sizes = {size for power in range(max_state_size.bit_length()) for size in (2**power, 3 * 2**power // 2)}
     return sorted(size for size in sizes if size < max_state_size) + [max_state_size]
 
 
 def check(config: HyenaNeoXConfig, budget: int):
-    """What can be known to be wrong before any work."""
+    """Raise RecipeError for a budget that cannot be met, before any work."""
     least = state_bytes(config)
     if least is None:
         raise RecipeError(
-            f"recurrence.state_bytes: found {budget}; expected nothing: the attention that is kept has no window, "
-            "so the state grows with every token"
+            f"recurrence.state_bytes: found {budget}; expected no value: the kept attention has no window, so the "
+            "state grows with every token"
         )
     if budget < least:
         raise RecipeError(
-            f"recurrence.state_bytes: found {budget}; expected {least} or more, what short convolutions and kept "
-            "attention take without any mode"
+            f"recurrence.state_bytes: found {budget}; expected {least} or more: short convolutions and kept "
+            "attention take that without any mode"
         )
 
 
 def spread(
     student: HyenaNeoXForCausalLM,
-    found: list[list[list[ReducedFilter]]],  # of each layer, each size, each filter
-    budget: int,  # bytes of a sequence
+    found: list[list[list[ReducedFilter]]],  # by layer, size and filter
+    budget: int,  # bytes per sequence
     blocks: np.ndarray,  # (block, length) held-out text
 ) -> tuple[list[list[int]], dict]:
-    """For each layer the size that each filter gets, and the divergence predicted: in all, and of each layer.
+    """The size of each filter, by layer, and the predicted divergence, in total and by layer.
 
-    The sizes are chosen on the same draws, so the prediction leans low; the certificate measures it.
+    The sizes are chosen on the same draws, so the prediction is biased low; the certificate measures the divergence.
     """
     changes, tokens = responses(student, found, blocks), blocks.shape[1] - 1
     for_modes = budget - state_bytes(student.config)
@@ -72,26 +72,26 @@ def spread(
 
 
 def mode_costs(config: HyenaNeoXConfig, found: list[list[list[ReducedFilter]]]) -> list[np.ndarray]:
-    """Bytes of each recurrence, (size, filter) of each layer."""
+    """Bytes of each recurrence, (size, filter) per layer."""
     return [mode_bytes(config) * np.array([[f.state_size for f in row] for row in layer], dtype=int) for layer in found]
 
 
 def divergences(changes: list[np.ndarray], tokens: int) -> list[np.ndarray]:
-    """KL per token from changes of the log-probability of so many tokens, (sequence, ...) of each layer."""
+    """KL per token from changes of the log-probability of `tokens` tokens, (sequence, ...) per layer."""
     return [(layer**2).mean(0) / (2 * tokens) for layer in changes]
 
 
 def picked(layer: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """What belongs to the size that each filter takes: (..., size, filter) to (..., filter)."""
+    """The entries at each filter's chosen size: (..., size, filter) to (..., filter)."""
     return layer[..., chosen, np.arange(len(chosen))]
 
 
 def allocate(costs: list[np.ndarray], losses: list[np.ndarray], budget: float) -> list[np.ndarray]:
-    """The index of each filter's size, (filter,) of each layer, for costs and losses (size, filter) of each layer.
+    """The index of each filter's size, (filter,) per layer, from costs and losses (size, filter) per layer.
 
-    Every filter starts with the fewest bytes. Steps along the lower convex hulls of the filters' curves are taken in
-    the order of what they gain per byte; one that does not fit ends its filter. What it leaves over is less than its
-    bytes, and all later steps gain less per byte: so with more bytes the sum of the losses is never larger.
+    Every filter starts at its cheapest size. Steps along the lower convex hulls of the filters' curves are taken in
+    order of gain per byte; a filter ends at the first step that does not fit. The bytes left are then fewer than that
+    step's, and all later steps gain less per byte, so a larger budget never gives a larger sum of losses.
     """
     chosen = [np.lexsort((loss, size), axis=0)[:1].reshape(-1) for size, loss in zip(costs, losses, strict=True)]
     left = budget - sum(picked(size, own).sum() for size, own in zip(costs, chosen, strict=True))
@@ -112,7 +112,7 @@ def allocate(costs: list[np.ndarray], losses: list[np.ndarray], budget: float) -
 
 
 def _hull_steps(size, loss, place):
-    """Gain per byte, bytes and end of each step along the lower convex hull of a curve, from one of its points on."""
+    """Gain per byte, bytes and end point of each step along the lower convex hull of a curve, starting at `place`."""
     steps = []
     while True:
         ahead = np.flatnonzero((size > size[place]) & (loss < loss[place]))
@@ -132,13 +132,14 @@ def responses(
     sequences: int = SEQUENCES,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """⟨g_f, ĥ_f - h_f⟩ for each sequence, size and filter, (sequence, size, filter) of each layer.
+    """⟨g_f, ĥ_f - h_f⟩ for each sequence, size and filter, (sequence, size, filter) per layer.
 
-    Gradients of as many sequences as GRADIENT_BYTES hold are taken before the recurrences' taps are, a layer at a time.
+    The gradients of as many sequences as fit into GRADIENT_BYTES are computed first, then the recurrences' taps, one
+    layer at a time.
     """
     length = blocks.shape[1]
     generator = torch.Generator(student.device).manual_seed(seed)
-    picked = np.linspace(0, len(blocks) - 1, sequences).round().astype(int)  # one more than once where there are few
+    picked = np.linspace(0, len(blocks) - 1, sequences).round().astype(int)  # repeats where there are few
     with explicit_taps(student, length) as leaves:
         taken = {layer: (rows or {}).get(layer, list(range(len(leaf)))) for layer, leaf in leaves.items()}
         at_once = max(1, GRADIENT_BYTES // (8 * length * sum(map(len, taken.values()))))
@@ -161,7 +162,7 @@ def responses(
 
 
 def score(student, ids: Tensor, leaves: dict[int, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """The gradient of log p(y) by the taps of each layer, y drawn from p at each position of `ids` (1, length)."""
+    """The gradient of log p(y) w.r.t. each layer's taps, y sampled from p at each position of `ids` (1, length)."""
     with torch.enable_grad():
         log_p = student(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
@@ -170,7 +171,7 @@ def score(student, ids: Tensor, leaves: dict[int, Tensor], generator: torch.Gene
 
 @contextlib.contextmanager
 def explicit_taps(student: HyenaNeoXForCausalLM, length: int):
-    """The student with its filters' taps as numbers that have a gradient: yields them, (filter, length) by layer."""
+    """Replace the student's filters by their taps as parameters; yields these, (filter, length) by layer."""
     mixers = {i: layer.mixer for i, layer in enumerate(student.gpt_neox.layers) if hasattr(layer.mixer, "filter")}
     filters = {layer: mixer.filter for layer, mixer in mixers.items()}
     try:
@@ -184,7 +185,7 @@ def explicit_taps(student: HyenaNeoXForCausalLM, length: int):
 
 
 class Taps(nn.Module):
-    """Filters that are their taps."""
+    """Filters parametrised by their taps."""
 
     def __init__(self, taps: Tensor):
         super().__init__()
@@ -210,7 +211,7 @@ def _products(gradients, sizes, exact):
 
 
 def saved_taps(filters: list[ReducedFilter], length: int) -> Tensor:
-    """The taps, (filter, length), of recurrences rounded as a student's are: to float32; computed in float64."""
+    """The taps, (filter, length), of recurrences rounded to float32 as in a saved student; computed in float64."""
     return measure.filter_taps(modal_filter(filters).float(), length)
 
 
@@ -228,7 +229,7 @@ def modal_filter(filters: list[ReducedFilter]) -> ModalFilter:
 
 
 def state_bytes(config: HyenaNeoXConfig, modes: int = 0) -> int | None:
-    """Bytes of a sequence where every filter has so many modes; None where they grow with its length."""
+    """Bytes per sequence if every filter has `modes` modes; None if they grow with the sequence length."""
     sizes = [
         [] if layer in config.attention_layers else [modes] * config.num_filters * config.hyena_order
         for layer in range(config.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""What a recurrence lost: each filter beside its floor, each mixer on real text, and the model's output."""
+"""The certificate of a recurrence: errors of each filter (with proven floors), of each mixer and of the whole model."""
 
 import dataclasses
 
@@ -17,21 +17,21 @@ from scavenger.recurrence.reduction.reduced import ReducedFilter
 from scavenger.recurrence.reduction.residues import gain_errors, tails
 
 
-CONTEXTS = (1, 2, 4)  # multiples of the text's context that the model is compared over
-BUCKETS = 8  # that the positions of a context are parted into
-SPECTRUM = 64  # Hankel values of a filter that are kept
-SPECTRA = 16  # filters of a layer whose values go so far: for a thousand filters they would take longer than all else
+CONTEXTS = (1, 2, 4)  # context lengths of the model comparison, as multiples of that of the text
+BUCKETS = 8  # number of buckets of positions in a context
+SPECTRUM = 64  # Hankel values saved per filter
+SPECTRA = 16  # filters per layer with that many values: for a thousand filters they would dominate the run time
 
 
 def measure_all(
     student: HyenaNeoXForCausalLM,  # exact
     recurrent: HyenaNeoXForCausalLM,
-    reduced: list[list[ReducedFilter]],  # of each layer, what the recurrent student was made from
+    reduced: list[list[ReducedFilter]],  # per layer, the reductions the recurrent student was made from
     settings: Recurrence,
     blocks: np.ndarray | None,  # (block, length) held-out text; None: filters only
-    predicted: dict | None = None,  # by the allocation of a budget
+    predicted: dict | None = None,  # from the allocation of a budget
 ) -> dict:
-    """The certificate: settings, every filter, every layer, the model, and a verdict in a sentence."""
+    """The certificate: settings, every filter, every layer, the model, and a one-sentence verdict."""
     config = recurrent.config
     horizon = settings.horizon or config.context_length
     layers = [
@@ -65,7 +65,7 @@ def measure_all(
 
 
 def described(settings: Recurrence, horizon: int) -> dict:
-    """What was asked for."""
+    """The settings the recurrences were made with."""
     return {
         "method": settings.method,
         "tolerance": settings.tolerance if settings.state_bytes is None else None,
@@ -78,10 +78,10 @@ def described(settings: Recurrence, horizon: int) -> dict:
 def filter_facts(
     exact: nn.Module, made: ModalFilter, reduced: list[ReducedFilter], settings: Recurrence, horizon: int
 ) -> list[dict]:
-    """What each filter of a layer lost, in plain numbers, and its floors, as proven by the reduction.
+    """Errors of each filter of a layer as plain numbers, and its floors, proven by the reduction.
 
-    Errors are those of the filter as it is saved, rounded. A filter is compressible if the floor at
-    `max_state_size` allows the tolerance; where a filter meets it that is plain.
+    Errors are of the filter as saved, rounded. A filter is compressible if its floor at `max_state_size` does not
+    exceed the tolerance, which holds for every filter that meets the tolerance.
     """
     taps = measure.filter_taps(exact, horizon)
     filters = as_saved(taps, made, reduced)
@@ -117,7 +117,7 @@ def filter_facts(
 
 @torch.no_grad()
 def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> list[ReducedFilter]:
-    """The reductions with the poles and residues that a filter module has, and the errors of these."""
+    """The reductions with their poles, residues and errors replaced by those of the filter module."""
     parts = [each.detach().to(torch.complex128).split(made.state_sizes) for each in (made.poles, made.residues)]
     poles, residues = (pad_sequence(list(part), batch_first=True) for part in parts)
     errors = (measure.filter_taps(made, taps.shape[1]) - taps).norm(dim=1) / taps.norm(dim=1).clamp_min(1e-300)
@@ -146,7 +146,7 @@ def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> l
 def output_errors(
     student: HyenaNeoXForCausalLM, recurrent: HyenaNeoXForCausalLM, blocks: np.ndarray
 ) -> list[float | None]:
-    """‖y - ŷ‖ / ‖y‖ of each mixer's output, both reading what the exact student's reads; None: kept attention."""
+    """‖y - ŷ‖ / ‖y‖ of each mixer's output, both given the exact student's inputs; None for kept attention."""
     layers = list(zip(student.gpt_neox.layers, recurrent.gpt_neox.layers, strict=True))
     sums = torch.zeros(len(layers), 2, dtype=torch.float64, device=student.device)
     hooks = []
@@ -174,7 +174,7 @@ def output_errors(
 
 
 def model_facts(student, recurrent, blocks: np.ndarray, horizon: int, predicted: dict | None) -> dict:
-    """The recurrent student against the exact one on the same text, in its contexts and in longer ones."""
+    """Comparison of the recurrent and the exact student on the same text, at its context length and longer ones."""
     length = blocks.shape[1]
     contexts = [
         context_facts(student, recurrent, blocks[: len(blocks) // times * times].reshape(-1, times * length), horizon)
@@ -183,7 +183,7 @@ def model_facts(student, recurrent, blocks: np.ndarray, horizon: int, predicted:
     ]
     return {
         "compared": "KL(exact student || recurrent student), both reading the same text. Past the horizon the exact "
-        "student's implicit filters go on along their formula, while a recurrence goes on decaying.",
+        "student's implicit filters continue by their formula, while a recurrence continues to decay.",
         **{key: value for key, value in contexts[0].items() if key not in ("context_length", "positions")},
         "predicted_divergence": predicted["divergence"] if predicted is not None else None,
         "predicted_sum_of_filters": predicted["sum_of_filters"] if predicted is not None else None,
@@ -192,7 +192,7 @@ def model_facts(student, recurrent, blocks: np.ndarray, horizon: int, predicted:
 
 
 def context_facts(student, recurrent, blocks: np.ndarray, horizon: int) -> dict:
-    """Means over all positions of a context, over buckets of them, and over those that see further than the horizon."""
+    """Means over all positions of a context, over buckets of positions, and over positions beyond the horizon."""
     found = measure.by_position(recurrent, blocks, student)
     positions = blocks.shape[1] - 1  # predicted; at position t the filters reach back t tokens
     edges = np.unique(np.linspace(0, positions, BUCKETS + 1).round().astype(int)).tolist()
@@ -218,13 +218,13 @@ def context_facts(student, recurrent, blocks: np.ndarray, horizon: int) -> dict:
 
 
 def verdict(found: dict) -> str:
-    """The certificate in a sentence."""
+    """The certificate in one sentence."""
     filters = [f for layer in found["layers"] for f in layer["filters"]]
     settings, model = found["settings"], found["model"]
     modes = [f["state_size"] for f in filters]
     ratios = sorted(f["error_over_floor"] for f in filters if f["error_over_floor"] is not None)
     size = f"{min(modes)} to {max(modes)} modes" + (
-        f", errors at a median of {ratios[len(ratios) // 2]:.2f} times what is proven to be the least" if ratios else ""
+        f", errors at a median of {ratios[len(ratios) // 2]:.2f} times their proven floors" if ratios else ""
     )
     if settings["state_bytes"] is not None:
         parts = [f"{len(filters)} filters share {settings['state_bytes']:,} bytes ({size})"]
@@ -233,9 +233,9 @@ def verdict(found: dict) -> str:
         which = f"All {met}" if met == len(filters) else f"{met} of {len(filters)}"
         parts = [f"{which} filters meet {settings['tolerance']:g} ({size})"]
         if hopeless:
-            parts.append(f"{hopeless} cannot with {settings['max_state_size']} modes, by their floors")
+            parts.append(f"{hopeless} provably cannot with {settings['max_state_size']} modes")
         if len(filters) - met - hopeless:
-            parts.append(f"{len(filters) - met - hopeless} miss it although no floor forbids it")
+            parts.append(f"{len(filters) - met - hopeless} miss it although their floors allow it")
     if model is not None:
         change = 100 * (model["perplexity"] / model["exact_perplexity"] - 1)
         where = "above" if change >= 0 else "below"
@@ -247,10 +247,10 @@ def verdict(found: dict) -> str:
             + f", {100 * model['agreement']:.1f} % equal top-1"
         )
     else:
-        parts.append("nothing was measured on text, for want of a tokenizer")
+        parts.append("nothing was measured on text: there is no tokenizer")
     held = found["state_bytes"]
     parts.append(
-        f"state {held / 1024:,.0f} KiB" if held is not None else "the state grows with the attention that is kept"
+        f"state {held / 1024:,.0f} KiB" if held is not None else "the state grows: the kept attention has no window"
     )
     return "; ".join(parts) + "."
 
@@ -288,7 +288,7 @@ def table(found: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def aligned(header: list[str], rows: list[list[str]]) -> str:
-    """A table for a terminal, numbers to the right."""
+    """A table for a terminal, with numbers aligned to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     shown = [
@@ -302,7 +302,7 @@ def aligned(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _spectra(taps):
-    """The leading Hankel values of SPECTRA filters spread over a layer; of the others what their reduction needed."""
+    """The leading Hankel values of SPECTRA filters spread over a layer; other filters keep those of their reduction."""
     length, found = taps.shape[1], {}
     rows = np.unique(np.linspace(0, len(taps) - 1, SPECTRA).round().astype(int))
     for piece in hankel.pieces(len(rows), 96 * length * min(length, 2 * SPECTRUM + 64)):
@@ -312,5 +312,5 @@ def _spectra(taps):
 
 
 def _ratio(error, floor):
-    """None where the floor is nothing but rounding, and a ratio says nothing."""
+    """error / floor, or None where the floor is only rounding and the ratio is meaningless."""
     return error / floor if floor > 1e-9 else None

@@ -17,7 +17,7 @@ class Stopped(BaseException):
 
 
 class Postponed:
-    """Within `postponed()`: whether a SIGTERM came."""
+    """Whether a SIGTERM arrived inside `postponed()`."""
 
     asked = False
 
@@ -59,5 +59,5 @@ def _ended(number, frame):
     if _postponed is not None:
         _postponed.asked = True
         return
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: launchers and schedulers both send it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore repeats: launchers and schedulers both send it
     raise Stopped

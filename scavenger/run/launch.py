@@ -1,9 +1,9 @@
 """Let Python run a recipe file, so that `accelerate launch recipes/x.yaml` works as typed.
 
 Python offers a script's path to `sys.path_hooks` before it opens the file; that is how a folder or a zip file is run.
-The hook below takes a path only when it ends in .yaml or .yml and its first line is `#!/usr/bin/env scavenger`. Every
-other path, and every other YAML, is left to whom it belongs. This module is imported at each start of the interpreter
-in which scavenger is installed, so it imports nothing but `sys` until a recipe is run.
+The hook below accepts a path only if it ends in .yaml or .yml and its first line is `#!/usr/bin/env scavenger`. All
+other paths, other YAML files among them, are left to other hooks. This module is imported whenever an interpreter
+starts in which scavenger is installed, so it imports only `sys` until a recipe is run.
 """
 
 import sys
@@ -19,7 +19,7 @@ def install():
 
 
 def is_recipe(path) -> bool:
-    """Whether the file carries the marker as its first line."""
+    """Whether the file's first line is the marker."""
     if not (isinstance(path, str) and path.endswith((".yaml", ".yml"))):
         return False
     try:
@@ -31,12 +31,12 @@ def is_recipe(path) -> bool:
 
 def _finder(path):
     if not is_recipe(path):
-        raise ImportError(f"{path} is no scavenger recipe")
+        raise ImportError(f"{path} is not a scavenger recipe")
     return _RecipeFinder(path)
 
 
 class _RecipeFinder:
-    """Finds one module, `__main__`, in the file that Python was asked to run."""
+    """Finds a single module, `__main__`, in the file that Python was asked to run."""
 
     def __init__(self, path):
         self.path = path
@@ -54,5 +54,5 @@ class _RecipeLoader:
         return None
 
     def get_code(self, name):
-        """What Python runs as `__main__`; sys.argv is [recipe, overrides …] already."""
+        """The code that Python runs as `__main__`; sys.argv is already [recipe, overrides …]."""
         return compile("import sys\nfrom scavenger.__main__ import main\nsys.exit(main())\n", "<recipe>", "exec")

@@ -58,7 +58,7 @@ def start(recipe: Recipe) -> Accelerator:
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise RecipeError(
             f"launch: found mixed_precision {accelerator.mixed_precision}; expected bf16 or no: in float16 the "
-            "gradients of a mean over a batch's tokens round to nothing"
+            "gradients of a mean over a batch's tokens underflow"
         )
     if accelerator.device.type == "cpu":
         # accelerate leaves each process one thread; use all cores of the machine.
@@ -76,7 +76,7 @@ def _require_one_job():
     meeting = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
     if meeting and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
         raise RecipeError(
-            "launch: several processes were asked for (MASTER_PORT is set), and one was started; expected "
+            "launch: several processes were asked for (MASTER_PORT is set), but one was started; expected "
             "--num_processes 1, or a launch configuration such as accelerate_configs/cpu_two_processes.yaml"
         )
 
@@ -89,7 +89,7 @@ def _tracker(recipe):
             f"training.tracker: {tracker} is not installed; expected `pip install {tracker}`, or tracker: none"
         )
     if tracker == "wandb" and "WANDB_MODE" not in os.environ and not _has_wandb_account():
-        os.environ["WANDB_MODE"] = "offline"  # the log stays here, for `wandb sync`
+        os.environ["WANDB_MODE"] = "offline"  # logs locally, to be uploaded by `wandb sync`
     return tracker
 
 
@@ -123,8 +123,8 @@ def _fit_deepspeed(recipe, accelerator):
     """Adapt DeepSpeed's configuration; RecipeError for what it cannot train."""
     if recipe.student.filter.form == "modal":
         raise RecipeError(
-            "student.filter.form: found modal; expected implicit under DeepSpeed: poles are put back inside the unit "
-            "circle after each step, and it has copies of the parameters that would not see it"
+            "student.filter.form: found modal; expected implicit under DeepSpeed: poles are moved back inside the unit "
+            "circle after each step, which DeepSpeed's own copies of the parameters would miss"
         )
     # accelerate announces ZeRO-3 to transformers, which would then shard every loaded model, the frozen teacher too.
     unset_hf_deepspeed_config()
