@@ -516,7 +516,7 @@ def test_vocabulary():
 def test_rows_without_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "n": 1}\n{"text": null, "n": 2}\n{"text": "", "n": 3}')
     assert names(Data(path=str(tmp_path))) == ["x"]
-    with pytest.raises(RecipeError, match="found a int.*name text"):
+    with pytest.raises(RecipeError, match="found int.*name a column of text"):
         names(Data(path=str(tmp_path), text_column="n"))
 
 
