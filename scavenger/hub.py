@@ -1,4 +1,4 @@
-"""Pushes the finished student to the Hub: its folder and a model card written from the run, in one commit."""
+"""The finished student on the Hub: its folder and a card written from the run, in one commit."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ from huggingface_hub import (
     get_token,
     model_info,
 )
-from huggingface_hub.errors import HTTPError  # of the HTTP library in use
+from huggingface_hub.errors import HTTPError  # of whichever HTTP library it uses
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from scavenger.model import HyenaNeoXConfig
@@ -26,10 +26,10 @@ from scavenger.run import checkpoint
 from scavenger.run.run import Run
 
 
-# Suffixes of the files that from_pretrained reads. Other files of the folder, pickled ones among them, are not pushed.
+# What from_pretrained reads. Anything else in the folder (and whatever is pickled) stays where it is.
 PUSHED = (".jinja", ".json", ".model", ".py", ".safetensors", ".txt")
-# Files that an earlier push may have left and the loader would read as this model's: other shards, another certificate,
-# parts of another tokenizer. They are deleted at the top of the repository only, not in folders (adapters).
+# What an earlier push may have left and the loader would take for this model's: other shards, another certificate,
+# parts of another tokenizer. Only files at the top of the repository; adapters and other folders are left alone.
 REPLACED = (
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -43,31 +43,31 @@ REPLACED = (
     "tokenizer.model",
     "vocab.json",
 )
-# The keys of a recipe that may hold local paths; the card shows only their last component.
+# Where a path of this machine stands in a recipe; of these only the last component is shown.
 PATHS = (("run_dir",), ("teacher", "path"), ("data", "path"))
 
 
 def run(run: Run):
-    """Push the run if its recipe names a repository; only the main process pushes."""
+    """Push the run where its recipe names a repository; only the main process does."""
     if run.recipe.hub and run.accelerator.is_main_process:
         push(run.folder, run.recipe.hub)
 
 
 def push(run_dir: Path, target: Hub):
-    """Push the recurrent student (the distilled one if there is no recurrence) and its card; prints the address.
+    """Send the recurrent student, or the distilled one where there is no recurrence, and its card; prints where it is.
 
     One commit, so that a reader sees the old model or the new one. Raises RecipeError, one line, with the command
     that resumes the push.
     """
-    logging.set_verbosity_error()  # its warnings contain upload addresses, and anyone who has one can write to it
-    disable_progress_bars()  # a failed upload leaves them open, on the line of the message
+    logging.set_verbosity_error()  # its warnings name upload addresses, which whoever has them can write to
+    disable_progress_bars()  # a broken upload leaves them open, on the line of the message
     folder = student_folder(run_dir)
     files = {path.name: path for path in sorted(folder.iterdir()) if _is_pushed(path)}
     files["README.md"] = str(model_card(run_dir, target)).encode()
     try:
         require_token()
         address = _send(target, files, f"{_kind(folder).capitalize()} student, by scavenger")
-    except Exception as error:  # errors of the library and of its HTTP stack
+    except Exception as error:  # the library raises what its HTTP stack raises, and errors of its own
         command = ["scavenger", "push", str(run_dir), "--to", target.name]
         command += ["--private"] if target.private else []
         command += ["--revision", target.revision] if target.revision else []
@@ -78,39 +78,39 @@ def push(run_dir: Path, target: Hub):
 
 
 def require_token():
-    """Raise RecipeError if there is no token; called before any training.
+    """Refuse to go on without a token; asked before any training.
 
-    Checks only that a token exists. Validating it would require network access, and a rejected token only costs the
-    push, which can be repeated.
+    Only whether there is one: asking the Hub who it belongs to would need a network that a training does not need,
+    and a token that is refused after all costs no more than the push.
     """
     try:
         found = get_token()
-    except Exception:  # a continuous-integration service failed to provide its token
+    except Exception:  # a token that a continuous-integration service should have lent, and did not
         found = None
     if found is None:
-        raise RecipeError("hub: found no token; expected one with write access, by `hf auth login` or in HF_TOKEN")
+        raise RecipeError("hub: found no token; expected one that may write, by `hf auth login` or in HF_TOKEN")
 
 
 def student_folder(run_dir: Path) -> Path:
-    """The folder to push: that of the last student the run made."""
+    """The folder of a run that is pushed: the last student it made."""
     if not (run_dir / "recipe.yaml").is_file():
         raise RecipeError(f"{run_dir}: found no recipe.yaml; expected the folder of a run")
     for name in ("recurrence", "transfer"):
         if checkpoint.complete(run_dir / name):
             if name == "transfer" and _recipe(run_dir).get("recurrence"):
                 raise RecipeError(
-                    f"{run_dir}: the run has no recurrence yet, which its recipe asks for; expected a finished run: "
-                    f"run `{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])}`"
+                    f"{run_dir}: the run has no recurrence yet, which its recipe asks for; expected a finished run, as "
+                    f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} makes it"
                 )
             return run_dir / name
     raise RecipeError(
-        f"{run_dir}: the run has no student yet (its transfer is not complete); expected a finished run: "
-        f"run `{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])}`"
+        f"{run_dir}: the run has no student yet (its transfer is not complete); expected a finished run, as "
+        f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} makes it"
     )
 
 
 def model_card(run_dir: Path, target: Hub) -> ModelCard:
-    """The model card: metadata for the Hub, then a description, results, limits and how the model was made."""
+    """The card: metadata that the Hub reads, and for people what this is, what it is worth, and how it was made."""
     folder = student_folder(run_dir)
     recipe = _recipe(run_dir)
     config = HyenaNeoXConfig.from_pretrained(folder)
@@ -142,7 +142,7 @@ def model_card(run_dir: Path, target: Hub) -> ModelCard:
 
 
 def _send(target, files, message):
-    """Create repository and branch if missing, and commit; returns the commit's address."""
+    """Make repository and branch where there are none, and commit; returns the commit's address."""
     api = HfApi()
     # None, not False: an account whose repositories are private by default keeps them so.
     api.create_repo(target.name, private=target.private or None, exist_ok=True)
@@ -170,24 +170,24 @@ def _what_it_is(recipe, config):
         f"{config.hidden_size // config.num_filters} channels"
     ]
     if kept:
-        seeing = f"{config.attention_window:,} tokens" if config.attention_window else "all earlier tokens"
+        seeing = f"{config.attention_window:,} tokens" if config.attention_window else "all that was read"
         mixers.append(f"{_layers(kept)}: the teacher's attention, each token seeing {seeing}")
     if config.filter != "modal":
-        generation = "Its filters are not recurrences: generation keeps the inputs of all its long convolutions."
+        generation = "Its filters are not recurrences: to generate, it keeps the inputs of all its long convolutions."
     elif kept and not config.attention_window:
         generation = (
-            "Each filter was then turned into a recurrence (poles and residues); the kept attention's KV cache grows."
+            "Each filter was then turned into a recurrence (poles and residues); the kept attention's state grows."
         )
     else:
         generation = (
-            "Each filter was then turned into a recurrence (poles and residues), so the time and memory per token do "
-            "not depend on the length of the context."
+            "Each filter was then turned into a recurrence (poles and residues), so that a token takes the same time "
+            "and memory whatever was read before it."
         )
     return "\n".join(
         [
             f"A language model distilled by scavenger from {_teacher_name(recipe)}, a GPT-NeoX Transformer of {layers} "
-            f"layers of width {config.hidden_size}. Hyena long convolutions replace attention; everything else has the "
-            "teacher's architecture and was initialised with its weights.",
+            f"layers of width {config.hidden_size}. Hyena long convolutions stand where attention was; everything else "
+            "has the teacher's shape and began with its weights.",
             "",
             *_items(mixers),
             "",
@@ -201,7 +201,7 @@ def _how_to_load(target):
     where = f'"{target.name}"{revision}, trust_remote_code=True'
     return f"""## Use
 
-The mixers are custom code in this repository, hence `trust_remote_code=True`. Requires transformers 5.24 or later.
+The mixers are code of this repository: hence `trust_remote_code=True`. transformers 5.24 or later.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -215,12 +215,12 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 def _comparison(recipe, figures, label):
     if figures is None:
-        return "## Results\n\nThe run made no report: nothing was measured or compared."
+        return "## What it reaches\n\nThe run made no report: nothing was measured or compared."
     header, rows = report.cells(figures)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(
         [
-            "## Results",
+            "## What it reaches",
             "",
             report.verdict(figures),
             "",
@@ -228,14 +228,14 @@ def _comparison(recipe, figures, label):
             "",
             f"Held-out text: {figures['test_tokens']:,} predicted tokens of the test split of {_text_name(recipe)}. "
             "Agreement is the share of positions where the most likely token is the teacher's. "
-            f"Seed {figures['seed']}; speeds were measured in one run, on the machine that made the model.",
+            f"Seed {figures['seed']}; speeds are of one run on the machine that made the model.",
             *(["", comparison.verdict(figures["comparison"], [label])] if "comparison" in figures else []),
         ]
     )
 
 
 def _certificate(folder):
-    """The errors of the recurrences in a few lines; None if there is no recurrence."""
+    """What the recurrences lost, in a few lines; nothing where there is no recurrence."""
     if not (folder / "certificate.json").is_file():
         return None
     facts = checkpoint.read_json(folder / "certificate.json")
@@ -245,16 +245,16 @@ def _certificate(folder):
     modes = [filter["state_size"] for _, filter in found]
     lines = [
         f"modes: {sum(modes):,} in all, {sum(modes) / len(modes):.1f} a filter, {max(modes)} at most",
-        f"worst error: {worst['relative_error']:.2e} (relative l2 error of the first {settings['horizon']:,} taps), a "
-        f"filter of layer {layer}; no recurrence of it with as many states has less than {worst['floor']:.2e} (proven)",
+        f"worst error: {worst['relative_error']:.2e} (relative l2 error of the first {settings['horizon']:,} taps), of "
+        f"a filter of layer {layer}; no recurrence with as many states has less than {worst['floor']:.2e} (proven)",
         f"largest |pole|: {facts['largest_radius']:.4f}"
         + (" (every recurrence is stable)" if facts["largest_radius"] < 1 else ""),
-        f"compared with the exact student on {against['tokens']:,} held-out tokens: KL {against['divergence']:.2e} "
-        f"nats per token, the same most likely token at {100 * against['agreement']:.2f} % of positions, perplexity "
-        f"{against['perplexity']:.3f} (exact: {against['exact_perplexity']:.3f})",
+        f"against the exact student on {against['tokens']:,} held-out tokens: KL {against['divergence']:.2e} nats per "
+        f"token, the same most likely token at {100 * against['agreement']:.2f} % of positions, perplexity "
+        f"{against['perplexity']:.3f} and {against['exact_perplexity']:.3f}",
     ]
     lines += [
-        f"the same in contexts of {entry['context_length']:,} tokens, at positions beyond the matched taps: KL "
+        f"the same in contexts of {entry['context_length']:,} tokens, beyond what the filters were matched over: KL "
         f"{entry['beyond_horizon']['divergence']:.2e}, {100 * entry['beyond_horizon']['agreement']:.2f} %"
         for entry in against["contexts"]
         if entry["beyond_horizon"]
@@ -267,7 +267,7 @@ def _certificate(folder):
             "",
             *_items(lines),
             "",
-            "Figures of every filter: `certificate.json`.",
+            "Every filter's own figures: `certificate.json`.",
         ]
     )
 
@@ -278,29 +278,29 @@ def _limits(recipe, config, figures):
     lines = [
         f"Distilled at a context of {length:,} tokens"
         + (f", on {seen:,} tokens of {_text_name(recipe)}" if seen else f", on {_text_name(recipe)}")
-        + "; recall over longer distances was not measured.",
-        f"One seed ({recipe['seed']}): the variation between seeds was not measured.",
-        "It was trained on its teacher's distribution, so it inherits the errors and gaps that the teacher has "
-        "from its training text.",
-        "It is a base language model: not tuned to follow instructions, and its outputs were not checked for safety.",
+        + "; recall of what lies further back was not measured.",
+        f"One seed ({recipe['seed']}): how much another would differ was not measured.",
+        "It learned from its teacher's distribution: what the teacher's text taught it wrongly, or never, is not put "
+        "right here.",
+        "It is a language model only: not tuned to follow instructions, nor checked for what it may say.",
         "Its code is in this repository and runs with `trust_remote_code=True`: read it first, and pin a revision.",
     ]
     if config.attention_layers:
         reach = (
             f"cannot look back further than {config.attention_window:,} tokens"
             if config.attention_window
-            else "keeps every key and value: time and memory per token grow with the context"
+            else "keeps every key and value: the time and memory of a token grow with what was read"
         )
         lines.insert(1, f"Kept attention ({_layers(config.attention_layers)}) {reach}.")
     if config.filter != "modal":
-        lines.insert(1, "No recurrence was made: generation slows down as the context grows.")
+        lines.insert(1, "No recurrence was made: generation slows down with the length of the input.")
     return "\n".join(["## Limits", "", *_items(lines)])
 
 
 def _licence_text(licence):
-    whose = "## Licence\n\nThe student contains weights of its teacher, so its licence is its teacher's"
+    whose = "## Licence\n\nThe student holds weights of its teacher, so its licence is its teacher's"
     if licence is None or licence["license"] == "other" and "license_name" not in licence:
-        return f"{whose}. That licence could not be found out; ask the teacher's authors before you use the model."
+        return f"{whose}. Which that is could not be found out; ask whoever made the teacher before you use it."
     return f"{whose}: {licence.get('license_name') or licence['license']}."
 
 
@@ -314,9 +314,8 @@ def _how_it_was_made(recipe, run_dir):
         [
             "## How it was made",
             "",
-            "The mixers were trained to match the teacher's attention, then the student to match the teacher's "
-            f"distribution ({papers['2401.17574']}). The mixers follow Hyena ({papers['2302.10866']}) and MultiHyena, "
-            f"the recurrences {papers['2310.18780']}.",
+            f"The teacher's attention was transferred to the mixers, then its distribution ({papers['2401.17574']}); "
+            f"mixers after Hyena ({papers['2302.10866']}) and MultiHyena, recurrences after {papers['2310.18780']}.",
             "",
             "<details><summary>The recipe, every default written out</summary>",
             "",
@@ -331,21 +330,21 @@ def _how_it_was_made(recipe, run_dir):
 
 
 def _recipe(run_dir):
-    """The run's resolved recipe as plain values; teacher and text need not be on this machine any more."""
+    """The run's resolved recipe as plain values: teacher and text need not be on this machine any more."""
     try:
         values = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
         made = {**values, "teacher": dict(values["teacher"]), "data": dict(values["data"])}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
-        raise RecipeError(f"{run_dir / 'recipe.yaml'}: cannot be read; expected the recipe written by a run") from None
+        raise RecipeError(f"{run_dir / 'recipe.yaml'}: cannot be read; expected the recipe that a run wrote") from None
     for section in (made["teacher"], made["data"]):
         name = section["name"]
-        if name and (name[0] in "/.~" or name.count("/") > 1):  # a folder given as a Hub name
+        if name and (name[0] in "/.~" or name.count("/") > 1):  # a folder where a Hub name was meant
             section |= {"path": name, "name": None}
     return made
 
 
 def _without_paths(recipe):
-    """The recipe in a form to publish and rerun: without local folders and without the repository to push to."""
+    """The recipe as others may see it, and run it: no folder of this machine, and no repository to push to."""
     shown = {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items() if key != "hub"}
     for *sections, key in PATHS:
         section = shown[sections[0]] if sections else shown
@@ -354,7 +353,7 @@ def _without_paths(recipe):
 
 
 def _licence(recipe, run_dir):
-    """The `license`, `license_name` and `license_link` that the teacher's card gives; None if it names no licence."""
+    """The teacher's `license`, `license_name` and `license_link`, those that it gives; None where it gives none."""
     teacher = recipe["teacher"]
     try:
         if teacher["path"] is None and teacher["name"] is not None:
@@ -362,10 +361,10 @@ def _licence(recipe, run_dir):
         else:
             made = run_dir / "teacher" if teacher["train"] else EMBEDDED_TEACHER
             card = ModelCard.load(Path(teacher["path"] or made) / "README.md").data
-    except Exception:  # no card, invalid YAML, Hub unreachable: the licence is unknown
+    except Exception:  # no card, one that is no YAML, a Hub out of reach: all the same to the reader
         return None
     found = {key: card.get(key) for key in ("license", "license_name", "license_link")} if card else {}
-    if found.get("license_link") and "://" not in found["license_link"]:  # a file in the teacher's repository
+    if found.get("license_link") and "://" not in found["license_link"]:  # a file beside the teacher, not beside this
         found["license_link"] = (
             f"https://huggingface.co/{teacher['name']}/blob/{teacher['revision'] or 'main'}/{found['license_link']}"
             if teacher["path"] is None and teacher["name"]
@@ -410,7 +409,7 @@ def _text_name(recipe):
 
 
 def _last_component(path):
-    """The name of a local folder without its parents, and without backticks, which end Markdown code."""
+    """Of a folder on this machine no more than its own name, and nothing in it that Markdown reads."""
     return Path(path).resolve().name.replace("`", "")
 
 
@@ -432,7 +431,7 @@ def _is_pushed(path):
 
 
 def _reason(error, target):
-    """A description of the error without addresses and request numbers, and never with the token."""
+    """What went wrong in words, without addresses and request numbers, and never with the token."""
     if isinstance(error, RecipeError):
         return str(error)
     uploading = isinstance(error, RuntimeError) and error.__cause__ is not None
@@ -446,10 +445,10 @@ def _reason(error, target):
         return f"hub: the upload to {target.name} broke off ({f'the Hub answered {status}' if status else said})"
     if status == 401:
         return (
-            "hub: the token was refused (401); expected a valid one with write access by `hf auth login` or in HF_TOKEN"
+            "hub: the token was refused (401); expected a valid one that may write, by `hf auth login` or in HF_TOKEN"
         )
     if status == 403:
-        return f"hub: the token may not write to {target.name} (403); expected a repository of the token's account"
+        return f"hub: the token may not write to {target.name} (403); expected a repository of its own account"
     if status is not None:
         return f"hub: the Hub answered {status} ({said})"
     if isinstance(error, (OSError, HTTPError)):
