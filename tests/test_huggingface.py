@@ -361,10 +361,16 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(modal, monkey
             model(input_ids=ids, cache=state)
 
 
-@pytest.mark.parametrize("filters", [5, 30])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"filters": 5, "num_hidden_layers": 2, "attention_layers": [1], "attention_window": 7},
+        {"filters": 30, "num_hidden_layers": 1},
+    ],
+)
 @pytest.mark.parametrize("modal", [False, True])
-def test_compiled_forward_and_gradients(modal, filters):
-    model = tiny_student(filters, modal, num_hidden_layers=2, attention_layers=[1], attention_window=7)
+def test_compiled_forward_and_gradients(modal, shape):
+    model = tiny_student(modal=modal, **shape)
     ids = torch.randint(0, 97, (2, 23))
     mask = torch.ones_like(ids)
     mask[0, :6] = 0

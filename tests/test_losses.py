@@ -133,7 +133,7 @@ def test_activation_error_is_relative_energy_of_each_sequence(device):
     ones = torch.ones(3, dtype=torch.float64, device=device)
     assert torch.equal(activation_error(teacher, teacher), 0 * ones)
     torch.testing.assert_close(activation_error(torch.zeros_like(teacher), teacher), ones)
-    scale = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)[:, None, None]
+    scale = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64, device=device)[:, None, None]
     torch.testing.assert_close(activation_error(3 * scale * teacher, scale * teacher), 4 * ones)
     assert activation_error(teacher.bfloat16(), teacher.bfloat16()).dtype == torch.float32
     silent = torch.zeros(1, 5, 11, device=device)

@@ -366,7 +366,7 @@ def test_kept_attention_in_blocks_is_one_masked_product(monkeypatch, device):
 def test_what_a_mixer_rounds_in_half_precision(filters, dtype, tolerance, device):
     """With a cache nothing: states and taps are float32. Without one the products, and in the matrix form the taps.
 
-    Those are the 5 filters, a matrix product. 10 filters (shared too) and 30 (one a channel) take FFTs, in float32.
+    5 filters take the matrix form. 10 filters, shared by channels too, and 30, one a channel, take FFTs in float32.
     """
     mixer = tiny_student(filters, modal=True).float().to(device).to(dtype).gpt_neox.layers[1].mixer
     q, k, v = normal(3, 2, filters, 63, 30 // filters, device=device).to(dtype)
