@@ -30,7 +30,7 @@ class Text:
 
     @property
     def settings(self) -> dict:
-        """For the record of a measurement."""
+        """What is recorded about the text with each measurement."""
         found = {"text": self.name, "text_sha256": self.digest, "documents": len(self.documents)}
         return found | ({"limit": self.limit} if self.limit is not None else {})
 
@@ -78,6 +78,6 @@ class Blocks:
 
     @property
     def settings(self) -> dict:
-        """For the record of a measurement."""
+        """What is recorded about the text with each measurement."""
         digest = hashlib.sha256(np.ascontiguousarray(self.blocks)).hexdigest()[:16]
         return {"text": self.name, "text_sha256": digest, "tokens": int(self.blocks.size)}
