@@ -51,9 +51,7 @@ class Evaluated:
         with _named(self.path):
             found = AutoTokenizer.from_pretrained(self.path, revision=self.revision)
             if found.eos_token_id is None:
-                raise ValueError(
-                    "its tokenizer has no end-of-text token; expected one, as the first token of documents"
-                )
+                raise ValueError("its tokenizer has no end-of-text token; expected one, to begin documents with")
         return found
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""A figure and how sure it is: ratios of sums over items, bootstrap intervals, and paired differences."""
+"""Metrics and their uncertainty: ratios of sums over items, bootstrap intervals, and paired differences."""
 
 import dataclasses
 import math
@@ -10,8 +10,8 @@ from scipy import stats
 
 
 LEVEL = 0.95  # of every interval
-RESAMPLES = 2000  # an end of an interval is then good to about a fiftieth of its width
-LEAST_ITEMS = 5  # of four even the whole range misses the middle of what they were drawn from one time in eight
+RESAMPLES = 2000  # the ends of an interval are then accurate to about a fiftieth of its width
+LEAST_ITEMS = 5  # with four items even their full range misses the population's median 1 time in 8
 BATCH = 100  # resamples drawn at once: 5,000 items take 8 MB
 
 
@@ -19,8 +19,8 @@ BATCH = 100  # resamples drawn at once: 5,000 items take 8 MB
 class Metric:
     """Σ numerators / Σ denominators over items (documents, questions, sequences), or exp of it.
 
-    Items are what is drawn again by the bootstrap, so what belongs together is one item. Two models' metrics of one
-    name are of the same items in the same order.
+    Items are what the bootstrap resamples, so dependent observations form one item. For all models, metrics of the same
+    name have the same items in the same order.
     """
 
     name: str
@@ -28,16 +28,16 @@ class Metric:
     denominators: list[float]
     unit: Literal["", "share", "nats", "bits", "rate"] = ""  # a share is shown in percent
     better: Literal["higher", "lower", ""] = ""
-    exponential: bool = False  # a perplexity: two of them are compared by their ratio
-    group: str = ""  # metrics of a group are one curve over x
+    exponential: bool = False  # a perplexity: compared by ratio
+    group: str = ""  # metrics of a group form one curve over x
     x: float | None = None  # distance or position, tokens
     headline: bool = False  # whether the table of a comparison has a row for it
-    relative: bool = False  # nearness to a reference, which of the reference itself says nothing
+    relative: bool = False  # nearness to a reference, meaningless for the reference itself
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its interval at LEVEL; None: too few items for one."""
+    """A value and its interval at LEVEL, which is None for too few items."""
 
     value: float
     low: float | None
@@ -46,9 +46,9 @@ class Estimate:
 
 
 def estimate(metric: Metric, seed: int = 0) -> Estimate:
-    """The metric and its percentile interval over items, of LEAST_ITEMS or more.
+    """The metric and its percentile interval over items; no interval for fewer than LEAST_ITEMS items.
 
-    Where all items of a share say the same, resampling knows no doubt: Wilson's interval for so many items instead.
+    A share of 0 or 1 would have an interval of width 0 from resampling; it has Wilson's interval instead.
     """
     sums = _sums(metric)
     value = float(_ratio(*sums, exponential=metric.exponential))
@@ -63,9 +63,9 @@ def estimate(metric: Metric, seed: int = 0) -> Estimate:
 
 
 def difference(metric: Metric, reference: Metric, seed: int = 0) -> Estimate:
-    """metric - reference, of perplexities metric / reference; both are resampled with the same items.
+    """metric - reference, or metric / reference for perplexities; the same items are resampled for both.
 
-    Raises ValueError where the metrics are not of the same items.
+    Raises ValueError if the metrics do not have the same items.
     """
     pairs = [*_sums(metric), *_sums(reference)]
     if metric.name != reference.name or len(pairs[0]) != len(pairs[2]):
@@ -85,25 +85,25 @@ def difference(metric: Metric, reference: Metric, seed: int = 0) -> Estimate:
 
 
 def separates(found: Estimate, metric: Metric) -> bool:
-    """Whether a difference's interval leaves out what equal models have (0, of perplexities 1)."""
+    """Whether a difference's interval excludes the value of equal models (0, or 1 for perplexities)."""
     equal = 1.0 if metric.exponential else 0.0
-    return found.low is not None and (found.low > equal or found.high < equal)  # of what is no number, no
+    return found.low is not None and (found.low > equal or found.high < equal)  # False for NaN
 
 
 def packed(metric: Metric) -> dict:
-    """For JSON: what is not as usual; sums in eight digits."""
+    """The metric for JSON: fields that differ from their defaults, sums rounded to eight digits."""
     plain = {field.name: field.default for field in dataclasses.fields(Metric)}
     short = {key: value for key, value in dataclasses.asdict(metric).items() if value != plain[key]}
     return short | {key: [float(f"{x:.8g}") for x in short[key]] for key in ("numerators", "denominators")}
 
 
 def show(found: Estimate, unit: str, signed: bool = False, exponential: bool = False) -> str:
-    """An estimate for people, as 19.29 [18.90, 19.71]; of shares in percent, of what divides two shares in points."""
+    """An estimate as text, e.g. 19.29 [18.90, 19.71]; shares in percent, differences of shares in points."""
     if not math.isfinite(found.value):
         return "∞" if found.value > 0 else "not a number"
     scale, digits = (100, 1) if unit == "share" else (1, 1 if unit == "rate" or abs(found.value) >= 100 else 3)
     if 0 < scale * abs(found.value) < 0.01:
-        digits = 5  # a KL between a student and its recurrence
+        digits = 5  # e.g. the KL between a student and its recurrence
     ratio = signed and exponential
     of = "" if unit != "share" else " points" if signed else " %"
     shown = f"{'× ' if ratio else ''}{scale * found.value:{'+' if signed and not ratio else ''},.{digits}f}{of}"
@@ -122,11 +122,11 @@ def _ratio(numerators, denominators, axis=-1, exponential=False):
 
 
 def _expanded(weights):
-    """The level at which a percentile interval over few items holds what is said to be at LEVEL.
+    """The nominal level at which a percentile interval over few items has the coverage LEVEL.
 
     `1 - 2 Φ(-sqrt(n / (n - 1)) t)`, t the quantile of Student's distribution with n - 1 degrees of freedom: Hesterberg,
-    arXiv:1411.5279, "expanded percentile". n is `(Σ w)² / Σ w²`: nine documents, two of which have four fifths of the
-    tokens, are not nine.
+    arXiv:1411.5279, "expanded percentile". n is the effective number of items, `(Σ w)² / Σ w²`: nine documents of which
+    two have four fifths of the tokens count as fewer than nine.
     """
     freedom = max(0.1, weights.sum() ** 2 / (weights**2).sum() - 1)
     quantile = stats.t.ppf((1 + LEVEL) / 2, freedom)
@@ -134,7 +134,7 @@ def _expanded(weights):
 
 
 def _bootstrap(samples, statistic, seed):
-    counted = np.all(samples[1::2], axis=0)  # a draw of none that count would have no ratio
+    counted = np.all(samples[1::2], axis=0)  # a resample with a denominator of 0 would have no ratio
     found = stats.bootstrap(
         [sample[counted] for sample in samples],
         statistic,

@@ -1,4 +1,4 @@
-"""A page one would rather look at than read: one self-contained HTML file, for screens of any width and for print."""
+"""The HTML page: one self-contained file, for screens of any width and for print."""
 
 import base64
 import html
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import matplotlib
 
 
-matplotlib.use("Agg")  # files, no window
+matplotlib.use("Agg")  # draws to files, without a window
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 
 PALETTE = ("#333333", "#c26d2d", "#2d6fc2", "#2f9e62", "#8a4fbe", "#b03030", "#00838f", "#7a6a00")
-LINES = ("-", "-", "-", (0, (5, 2)))  # a student and its recurrence often lie upon each other
+LINES = ("-", "-", "-", (0, (5, 2)))  # the curves of a student and its recurrence often coincide
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -23,7 +23,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "savefig.bbox": "tight",
     "legend.frameon": False,
-    "svg.hashsalt": "scavenger",  # the same figures make the same file
+    "svg.hashsalt": "scavenger",  # the same data makes the same file
 }
 CSS = """
 :root { color-scheme: light }
@@ -62,9 +62,9 @@ pre.given { color: #777 } pre .same { background: #dff0e4 }
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot as SVG, what it shows in a sentence, and its numbers as a table."""
+    """A plot as SVG, with a caption and its numbers as a table."""
 
-    name: str  # of its file
+    name: str  # its file's, without suffix
     svg: str
     caption: str
     header: list[str] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Figure:
     @property
     def html(self) -> str:
         source = base64.b64encode(self.svg.encode()).decode()
-        numbers = f"<details><summary>figures</summary>{table(self.header, self.rows)}</details>" if self.rows else ""
+        numbers = f"<details><summary>numbers</summary>{table(self.header, self.rows)}</details>" if self.rows else ""
         return (
             f'<figure><img alt="{html.escape(self.caption)}" src="data:image/svg+xml;base64,{source}">'
             f"<figcaption>{html.escape(self.caption)}</figcaption>{numbers}</figure>"
@@ -82,7 +82,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading that the page's first line leads to, and what stands beneath it."""
+    """A heading, linked from the navigation bar, and the content below it."""
 
     title: str
     body: str
@@ -99,7 +99,7 @@ class Section:
 
 
 def document(title: str, verdict: str, sections: list[Section]) -> str:
-    """The whole page: no script, nothing that is fetched."""
+    """The whole page, without scripts and external resources."""
     links = "".join(f'<a href="#{section.anchor}">{html.escape(section.title)}</a>' for section in sections)
     body = "\n".join(section.html for section in sections)
     return f"""<!doctype html>
@@ -115,7 +115,7 @@ def document(title: str, verdict: str, sections: list[Section]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]], classes: dict[tuple[int, int], str] | None = None) -> str:
-    """Cells are text; `classes` gives those of a row and column a class of the style sheet."""
+    """A table of text cells; `classes` maps (row, column) to a CSS class."""
     classes = classes or {}
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "\n".join(
@@ -138,30 +138,30 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def points(lines: list[str]) -> str:
-    """Sentences beneath each other."""
+    """A list of sentences."""
     return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
 
 
 def plot(width: float = 4.8, height: float = 3.0, rows: int = 1, **options):
-    """Figure and axes of a plot in this page's style; to be closed by `drawn`."""
+    """Figure and axes of a plot in this page's style; `drawn` closes the figure."""
     plt.rcParams.update(STYLE)
     return plt.subplots(rows, 1, figsize=(width, height), **options)
 
 
 def named(label: str) -> str:
-    """A label for a legend, which would read $ as mathematics and leave out what begins with an underscore."""
+    """A label escaped for a legend, which treats $ as mathematics and hides labels that begin with an underscore."""
     return label.replace("$", r"\$") if not label.startswith("_") else named(f" {label}")
 
 
 def plain_ticks(axis):
-    """Numbers as one writes them on a logarithmic axis, and not too many of them."""
+    """A few tick labels without powers of ten on a logarithmic axis."""
     axis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axis.set_major_formatter(lambda x, _: f"{x:,g}")
     axis.set_minor_formatter(NullFormatter())
 
 
 def drawn(figure, name: str, caption: str, header=(), rows=()) -> Figure:
-    """The plot as it goes into the page."""
+    """The plot as a `Figure` of the page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)

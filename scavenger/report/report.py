@@ -30,7 +30,7 @@ LOGIT_COPIES = 5  # float32 tensors of an evaluation batch's logits that live to
 
 
 def run(run: Run) -> Path:
-    """Make `report/`: index.html for people, report.json for programs, the plots as SVG; prints the table.
+    """Write `report/`: index.html for people, report.json for programs, and the plots as SVG; print the table.
 
     Measurements are kept in `report.partial/results`, so that an interrupted report resumes.
     """
@@ -53,7 +53,7 @@ def run(run: Run) -> Path:
 
 
 def require_harness(recipe: Recipe):
-    """RecipeError where lm-eval is needed and not installed; checked before any training."""
+    """Raise RecipeError if lm-eval is needed and not installed; called before any training."""
     if recipe.report and recipe.report.tasks and importlib.util.find_spec("lm_eval") is None:
         raise RecipeError("report.tasks: lm_eval is not installed; expected pip install 'scavenger[eval]', or no tasks")
 
@@ -65,7 +65,7 @@ def work(recipe: Recipe, config) -> dict:
     """
     asked, length = settings(recipe, [], recipe.data.evaluation_tokens), recipe.data.context_length
     held_out = recipe.data.evaluation_tokens
-    read = 2 * held_out  # a student's perplexity reads the teacher's predictions too
+    read = 2 * held_out  # measuring a student's perplexity also runs the teacher
     read += min(likelihood.LONG_CONTEXTS * asked.perplexity.longest, held_out)
     if asked.recall:
         read += retrieval.tokens_read(asked.recall)
@@ -88,14 +88,14 @@ def work(recipe: Recipe, config) -> dict:
 
 
 def measure_run(run: Run, results: Results) -> dict:
-    """Every figure of the report, from the folders of the run."""
+    """All figures of the report, from the folders of the run."""
     recipe, folder = run.recipe, run.folder
     models = evaluated(recipe, folder)
     test = run.blocks("test")
     text = Blocks(f"test split of {folder.name}", test)
     try:
         found = comparison.run(models, text, settings(recipe, models, test.size), results)
-    except ValueError as error:  # documents of a task that are missing, text that is too short
+    except ValueError as error:  # e.g. missing documents of a task, or text that is too short
         raise RecipeError(f"report: {error}; what is measured is kept: run the same command again to resume") from error
     read = checkpoint.read_json
     recurrence = folder / "recurrence" / "certificate.json"
@@ -127,13 +127,13 @@ def measure_run(run: Run, results: Results) -> dict:
 
 
 def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
-    """The models that the run has, its teacher first."""
+    """The models of the run, its teacher first."""
     models = [
         Evaluated(
             "teacher",
             str(recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)),
             revision=recipe.teacher.revision,
-            loader=lambda: teacher.load(recipe.teacher, run_dir).float(),  # as the students: speeds are of one dtype
+            loader=lambda: teacher.load(recipe.teacher, run_dir).float(),  # the students' dtype, for comparable speeds
         )
     ]
     folders = {"pre-trained": "baseline", "distilled": "transfer", "recurrent": "recurrence"}
@@ -143,7 +143,7 @@ def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
 
 
 def settings(recipe: Recipe, models: list[Evaluated], test_tokens: int) -> comparison.Settings:
-    """What the recipe's report measures: everything that its contexts and its test split have room for."""
+    """The report's measurements; those that the contexts or the test split are too short for are left out."""
     own, length, seed = recipe.report, recipe.data.context_length, recipe.seed
     prompts = min(own.prompts, test_tokens // (PROMPT_TOKENS + own.sample_tokens))
     asked = {"tasks": own.tasks, "limit": own.task_limit, "seed": seed, "local": own.tasks_path}
@@ -161,7 +161,7 @@ def settings(recipe: Recipe, models: list[Evaluated], test_tokens: int) -> compa
 
 
 def rows(found: dict, recipe: Recipe, run_dir: Path) -> dict[str, dict]:
-    """The table's figures of each model."""
+    """The figures of each model for the table."""
     by_metric = {row["metric"]: row for row in found["rows"]}
     loss = by_metric["perplexity"]
     seen = dict.fromkeys(NAMES, _student_tokens(recipe, run_dir)) | {"teacher": _teacher_tokens(recipe, run_dir)}
@@ -190,7 +190,7 @@ def rows(found: dict, recipe: Recipe, run_dir: Path) -> dict[str, dict]:
 
 
 def trained(run_dir: Path, context_length: int) -> list[dict]:
-    """Each training of the student: its tokens, its time by what it was spent on, its skipped steps."""
+    """Each training of the student: its tokens, how its time was spent, and its skipped steps."""
     read, found = checkpoint.read_json, []
     turns = read(run_dir / "transfer" / "turns.json")
     first = len(read(run_dir / "transfer" / "activations" / "turns.json"))
@@ -218,7 +218,7 @@ def trained(run_dir: Path, context_length: int) -> list[dict]:
 
 
 def compared_with_plan(run_dir: Path) -> list[dict]:
-    """For each complete stage of a run, the seconds that `plan.json` expected and those of its history."""
+    """For each complete stage of a run, the seconds predicted in `plan.json` and those in its history."""
     found, taken = [], {}
     for stage in checkpoint.read_json(run_dir / "plan.json") if (run_dir / "plan.json").is_file() else []:
         folder = run_dir / stage["folder"]
@@ -238,7 +238,7 @@ def _taken(folder):
     if not (folder / "turns.json").is_file():
         return [history[-1]["seconds"]]
     turns = checkpoint.read_json(folder / "turns.json")
-    if (folder / "activations").is_dir():  # whose turns it names before its own
+    if (folder / "activations").is_dir():  # its turns are listed before this folder's own
         turns = turns[len(checkpoint.read_json(folder / "activations/turns.json")) :]
     seconds = {entry["step"]: entry["seconds"] for entry in history}
     return [seconds[step] for step in itertools.accumulate(turn["steps"] for turn in turns)]
@@ -250,7 +250,7 @@ def text_table(figures: dict) -> str:
 
 
 def sections(run_dir: Path, figures: dict) -> list[Section]:
-    """The page from top to bottom."""
+    """The sections of the page, in order."""
     found = figures["comparison"]
     comparison, *measured = parts.sections(found)
     made = [
@@ -285,9 +285,9 @@ def verdict(figures: dict) -> str:
             f"As a recurrence its perplexity changes by {100 * change:+.2f} %; it keeps "
             f"{_bytes(row['generation'][0]['state_bytes'])} between tokens"
             + (
-                f", whatever the length: no more than the teacher's cache from {length:,} tokens on"
+                f" at any context length, no more than the teacher's KV cache from {length:,} tokens on"
                 if length
-                else ", and its kept attention more with every token"
+                else ", and more with every token in its kept attention layers"
                 if "break_even_length" in row
                 else ""
             )
@@ -333,16 +333,16 @@ def _rate(tokens_per_second):
 
 
 def _bytes(count):
-    if count is None:  # for want of memory
+    if count is None:  # out of memory
         return "–"
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _quality_note(figures):
     return page.paragraph(
-        f"Perplexity on {figures['test_tokens']:,} predicted tokens of the test split, each block read on its own; "
-        "intervals over documents, paired. Agreement: positions where the most likely token is the teacher's. Speeds: "
-        "one sequence, the quickest cache of each model, in turn on one machine.",
+        f"Perplexity on {figures['test_tokens']:,} predicted tokens of the test split, each block read independently; "
+        "intervals are paired, over documents. Agreement: positions where the most likely token is the teacher's. "
+        "Speeds: one sequence, each model with its fastest cache, timed in turn on one machine.",
         "note",
     )
 
@@ -350,7 +350,7 @@ def _quality_note(figures):
 def _transfer_section(figures):
     plots = [drawing.activations(figures), drawing.logits(figures)]
     last = figures["history"]["logits"][-1]
-    if any(key.startswith("floor_") for key in last):  # not where processes share parameters
+    if any(key.startswith("floor_") for key in last):  # missing if the parameters were sharded
         plots.append(drawing.floors(figures))
     return Section("Transfer", "", tuple(plots))
 
@@ -384,11 +384,11 @@ def _trainings_section(figures):
     body = table
     if figures["plan"]:
         rows = [[row["stage"], f"{row['planned']:,.0f}", f"{row['taken']:,.0f}"] for row in figures["plan"]]
-        body += page.paragraph("Seconds as the plan saw them, from a few timed steps, and as they were.")
+        body += page.paragraph("Seconds predicted by the plan from a few timed steps, and seconds taken.")
         body += page.table(["", "planned", "taken"], rows)
     if figures["energy"]:
         header, *rows = figures["energy"]
-        body += page.paragraph("Energy and CO2 by stage, of the first process's machine.")
+        body += page.paragraph("Energy and CO2 by stage, on the machine of the first process.")
         body += page.table(header, rows)
     else:
         body += page.paragraph("Energy was not measured (training.energy).", "note")
@@ -398,7 +398,7 @@ def _trainings_section(figures):
         for name, own in found["details"].items()
         if all("seconds" in own.get(label, {}) for label in found["labels"])
     }
-    body += page.paragraph("Seconds that the measurements of this report took.")
+    body += page.paragraph("Seconds taken by the measurements of this report.")
     body += page.table(["", *found["labels"]], [[name, *cells] for name, cells in taken.items()])
     return Section("Cost", body)
 
@@ -432,8 +432,8 @@ def _recurrence_section(run_dir, figures):
         page.paragraph(found["verdict"])
         + page.paragraph(
             f"Found by the method {settings['method']} for {aim}, over {settings['horizon']:,} taps, with at most "
-            f"{settings['max_state_size']} complex modes a filter. Errors are relative l2 errors of the taps; the "
-            "floor is proven from the Hankel singular values: no recurrence of as many real states has a smaller one. "
+            f"{settings['max_state_size']} complex modes per filter. Errors are relative l2 errors of the taps; the "
+            "floor is a lower bound, proven from the Hankel singular values, for recurrences of as many real states. "
             "The error of a layer's output is measured on held-out text.",
             "note",
         )
@@ -458,9 +458,9 @@ def _facts_section(figures):
 
 
 def _quickest(contexts, length):
-    """Speed after a context with the model's quickest cache, and state with its smallest."""
+    """Speed after a context with the model's fastest cache, and state of its smallest cache."""
     own = [row for row in contexts if row["prompt"] == length and row["step_seconds"] is not None]
-    if not own:  # for want of memory
+    if not own:  # out of memory
         return {"context_length": length} | dict.fromkeys(
             ("cache", "prefill_seconds", "tokens_per_second", "state_bytes")
         )
@@ -479,7 +479,7 @@ def _student_tokens(recipe, run_dir):
 
 
 def _teacher_tokens(recipe, run_dir):
-    """What the teacher's folder says of its training, where it says so."""
+    """Tokens that the teacher was trained on, if its folder records them."""
     folder = recipe.teacher.folder or run_dir / "teacher"
     facts = folder / "training.json"
     return checkpoint.read_json(facts)["tokens"] if facts.is_file() else None

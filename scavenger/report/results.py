@@ -1,4 +1,4 @@
-"""Results on disk: one file for each measurement of each model, so that what was measured is not measured again."""
+"""Results on disk: one file for each measurement of each model, so that no measurement is repeated."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")
 
 
 class Results:
-    """A folder of measurements; without a folder nothing is kept, and everything is measured."""
+    """A folder of measurements; if it is None, nothing is stored or reused."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
@@ -25,9 +25,9 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
 
     def of(self, measurement: str, model: Evaluated, settings: dict, measure: Callable[[], dict]) -> dict:
-        """What the folder holds of a measurement with these settings, weights and versions, else what `measure` finds.
+        """The stored result for these settings, weights and versions, or else a new one from `measure`.
 
-        With it stand what was measured, its settings, versions, and the seconds it took.
+        The result includes the measurement's name, model, settings and versions, and the seconds it took.
         """
         what = {"measurement": measurement, "model": model.label, "path": model.path, "weights": model.weights}
         what |= {"settings": json.loads(json.dumps(settings)), "measured_by": versions() | {"scavenger": OWN}}
@@ -37,20 +37,20 @@ class Results:
             if all(found.get(key) == value for key, value in what.items()):
                 return found
         began = time.perf_counter()
-        found = json.loads(json.dumps(measure()))  # as it would be read again
+        found = json.loads(json.dumps(measure()))  # as it would be read from the file
         found = what | {"versions": versions()} | found | {"seconds": time.perf_counter() - began}
         if path is not None:
             checkpoint.write_text(path, json.dumps(found) + "\n")
         return found
 
     def path(self, measurement: str, model: Evaluated) -> Path | None:
-        """Where a measurement of a model is kept."""
+        """The file of a measurement of a model; None without a folder."""
         name = re.sub(r"[^\w.=-]+", "-", f"{measurement} {model.label}").strip("-")
         return None if self.folder is None else self.folder / f"{name}.json"
 
 
 def _read(path):
-    """What a file holds; nothing where it is spoilt: then it is measured again."""
+    """The content of a file, or {} if it is damaged, so that the measurement is repeated."""
     try:
         found = checkpoint.read_json(path)
     except ValueError:
@@ -59,7 +59,7 @@ def _read(path):
 
 
 def versions() -> dict[str, str]:
-    """What figures depend on, beside the weights and the settings."""
+    """The software versions that results depend on, besides weights and settings."""
     installed = {distribution.metadata["Name"].lower(): distribution.version for distribution in _distributions()}
     return {"python": platform.python_version()} | installed
 

@@ -1,13 +1,13 @@
-"""How well a model looks up again what it has read, by distance; the model is taken as it is and not trained for it.
+"""Recall by distance: how well a model retrieves earlier tokens of its context, without training for these tasks.
 
-pairs     random pairs of tokens, then every first token again, in random order, each followed by its second
+pairs     random key-value pairs of tokens, then every key again, in random order, each followed by its value
           (multi-query associative recall, arXiv:2312.04927)
-copying   random tokens, and the same again
+copying   random tokens, then the same again
 passkey   other text, a marker, a key of random tokens, more of the other text, and the marker: which key?
-          (arXiv:2305.16300, with random tokens in the place of words)
+          (arXiv:2305.16300, with random tokens instead of words)
 passages  other text, a passage, more of the other text, and the passage again
 
-An item of every metric is a sequence; sequences follow from the seed, the text and the tokenizer alone.
+The items of every metric are sequences, which depend only on the seed, the text and the tokenizer.
 """
 
 import dataclasses
@@ -27,34 +27,34 @@ from scavenger.report.metrics import Metric
 
 
 DISTANCES = (16, 32, 64, 128)  # tokens
-# Sequences of each kind. Between seeds 0 to 2 the embedded teacher's share of right values differs by 1 point over all
+# Sequences of each kind. Across seeds 0 to 2 the embedded teacher's recall of pairs differs by 1 point over all
 # distances (by 11 at the shortest one, which has 60 to 90 queries), its gain on passages by up to 0.12 nats.
 EXAMPLES = 64
-# Random tokens are drawn from the text's most frequent ones, so many for each pair. With 32 pairs the embedded teacher
-# finds the right one of 32 values at 16 % of the keys with 8 for each pair, at 15 % with 4, and at 10 % with all tokens
-# of the text, most of which it has hardly seen; chance is 3 %. A separator after each pair did not help it.
+# Random tokens are drawn from the text's most frequent ones, this many per pair. With 32 pairs the embedded teacher
+# finds the correct one of 32 values for 16 % of the keys with 8 tokens per pair, for 15 % with 4, and for 10 % with all
+# tokens of the text, most of which it has rarely seen; chance is 3 %. A separator after each pair did not help.
 TOKENS_PER_PAIR = 8
 PASSAGE = 16  # tokens
-# Other text before the first reading, without which that reading's loss is the loss of a beginning. Against the same
-# passage after text in which it has not occurred, the embedded teacher seems to gain 0.5 to 0.7 nats too little with no
-# such text, and with 32 tokens of it what it does gain, to 0.05.
+# Tokens of other text before the first occurrence, which would otherwise begin the sequence. Relative to the same
+# passage after text that does not contain it, the embedded teacher's gain is measured 0.5 to 0.7 nats too low without
+# such text, and correctly to 0.05 nats with 32 tokens of it.
 LEAD = 32
-# At the first token of the second reading nothing says yet that a repetition began (at a distance of 128 the embedded
-# teacher gains 0.06 nats there); at the second, the first one does (0.9). Nothing stands between two readings of random
-# tokens either: of 15 tokens the embedded teacher copies 11 % after none, 10 % after a new line, and 7 % after an
-# end-of-text token, behind which it has learned to expect another document.
+# The first token of a repetition cannot be predicted (at a distance of 128 the embedded teacher gains 0.06 nats there);
+# the second follows from the first (0.9). Repeated random tokens have no separator before them either: of 15 tokens the
+# embedded teacher copies 11 % without one, 10 % after a newline, and 7 % after an end-of-text token, after which it has
+# learned to expect another document.
 SKIPPED = 1
-# Tokens before a key. At a distance of 128 the embedded teacher gains 1.9 nats for the key's first token after 2 of
-# them, 2.2 after 4 and 2.1 after 8 (means of two seeds).
+# Tokens before a key. At a distance of 128 the embedded teacher gains 1.9 nats on the key's first token with 2 marker
+# tokens, 2.2 with 4 and 2.1 with 8 (means of two seeds).
 MARKER = 4
-# Tokens of a key. By chance one key in 65,000 is right already, and longer ones tell small models still less apart: of
-# 64 keys the embedded teacher names 0 or 1 at each distance, 0 of 4 tokens.
+# Tokens of a key. Chance is already one key in 65,000, and longer keys distinguish small models even less: of 64 keys
+# the embedded teacher finds 0 or 1 at each distance, and 0 if they have 4 tokens.
 KEY = 2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Distances in tokens, the context that they were to fit, and sequences at each distance."""
+    """Distances in tokens, the context length that they must fit, and the number of sequences at each distance."""
 
     distances: tuple[int, ...]
     context_length: int
@@ -77,9 +77,9 @@ class Settings:
 def settings_for(
     models: list[Evaluated], distances=None, context_length: int | None = None, examples: int = EXAMPLES, seed: int = 0
 ) -> Settings:
-    """What is not given: the shortest training context, and distances from 16 that double as far as they fit it.
+    """Defaults: the shortest training context, and distances that double from 16 as long as they fit it.
 
-    Of distances that are given, those that fit; a longer context than that of training lets models go beyond it.
+    Given distances that do not fit are left out; a context longer than in training tests models beyond it.
     """
     length = context_length or min(model.training_context for model in models)
     if distances is None:
@@ -90,12 +90,12 @@ def settings_for(
 
 
 def described(settings: Settings) -> dict:
-    """For the record."""
+    """The settings, as recorded with a result."""
     return dataclasses.asdict(settings)
 
 
 def run(model: Evaluated, stream: np.ndarray, settings: Settings) -> dict:
-    """All four parts on a text's token ids; `chance` has what a guess among the tokens drawn from reaches, by group."""
+    """All four tasks on a text's token ids; `chance` is the score of guessing among the tokens used, by group."""
     special, asked = model.tokenizer.all_special_ids, (settings.distances, settings.examples, settings.seed)
     found = [
         *associative_recall(model.model, stream, special, *asked),
@@ -120,7 +120,7 @@ def run(model: Evaluated, stream: np.ndarray, settings: Settings) -> dict:
 
 
 def fitting(distances, context_length: int) -> list[int]:
-    """The distances whose sequences fit a context, in ascending order; ValueError where none does."""
+    """The distances whose sequences fit a context, in ascending order; ValueError if none does."""
     if min(distances) < PASSAGE:
         raise ValueError(f"found a distance of {min(distances)}; expected {PASSAGE} or more, the length of a passage")
     fit = sorted({distance for distance in distances if _length(distance) <= context_length})
@@ -133,7 +133,7 @@ def fitting(distances, context_length: int) -> list[int]:
 
 
 def tokens_read(settings: Settings) -> int:
-    """Tokens that `run` reads with a model."""
+    """Number of tokens that a model reads in `run`."""
     each = 4 * pairs_shown(settings.distances)
     for distance in settings.distances:
         each += 2 * distance  # copying
@@ -143,7 +143,7 @@ def tokens_read(settings: Settings) -> int:
 
 
 def pairs_shown(distances) -> int:
-    """As many pairs as bring the last key's return, at most, to the furthest distance: 4 tokens for each pair."""
+    """Number of pairs such that keys are repeated within the largest distance: 4 tokens per pair."""
     return max(distances) // 4
 
 
@@ -152,22 +152,22 @@ def associative_recall(
 ) -> list[Metric]:
     """Recall of key-value pairs k₁ v₁ … k_n v_n, then k_π(1) v_π(1) … k_π(n) v_π(n), for each bin of distances.
 
-    pairs: share of the values that are the most likely of all values shown; by chance 1 / n. gain: log-probability of
-    a value, less the mean of those that are not asked for yet: these were read as often, of other keys, so that 0 is a
-    model that only knows what occurred. Distances run from the key's pair to its return, in bins from the one before
-    (exclusive) to this one (inclusive); a bin into which no query falls has no metric. Tokens of a sequence differ
-    from each other, and come from the most frequent ones of `blocks`, ids of any shape, but for the `special` ones.
+    pairs: share of queries whose value is the most likely of all values shown; chance is 1 / n. gain: log-probability
+    of the value minus the mean over values not queried yet, which were read as often, for other keys; it is 0 for a
+    model that only knows which tokens occurred. Distances run from the key's pair to its repetition, in bins from the
+    previous distance (exclusive) to this one (inclusive); a bin without queries has no metric. The tokens of a sequence
+    are distinct, from the most frequent ones of `blocks` (ids of any shape) without the `special` ones.
     """
     count = pairs_shown(distances)
     ids, order = _pair_sequences(_frequent_tokens(blocks, special, distances), count, examples, seed)
-    pending = torch.ones(count, count, dtype=torch.bool).triu(1)  # values that are asked for after this query
+    pending = torch.ones(count, count, dtype=torch.bool).triu(1)  # values that are queried after this one
     top, among, gain = [], [], []
     for rows, log_p in _log_probabilities(model, ids, range(2 * count, 4 * count, 2), "pairs"):
         values = rows[:, 2 * count + 1 :: 2]
         shown = log_p.gather(2, values[:, None, :].expand(-1, count, -1))  # (example, query, value)
         top.append(log_p.argmax(-1) == values)
         among.append(shown.argmax(-1) == torch.arange(count, device=rows.device))
-        # The last query has no others: a mean over nothing, left out below.
+        # The last query has no others: its mean is NaN and left out below.
         others = (shown * pending.to(rows.device)).sum(-1) / pending.sum(-1).to(rows.device)
         gain.append(shown.diagonal(dim1=1, dim2=2) - others)
     top, among, gain = (_joined(parts) for parts in (top, among, gain))
@@ -199,10 +199,10 @@ def associative_recall(
 def copying(
     model: nn.Module, blocks: np.ndarray, special: list[int], distances, examples: int, seed: int
 ) -> list[Metric]:
-    """x₁ … x_n x₁ … x_n of random tokens that differ, n the distance: right most likely tokens at the second reading.
+    """x₁ … x_n x₁ … x_n, distinct random tokens, n the distance: top-1 accuracy on the second occurrence.
 
-    gain: log-probability at the second reading, less that at the first; also positive for a memory of which tokens
-    occurred, in no order. The first token is left out. A shorter sequence begins as the longer ones do.
+    gain: log-probability at the second occurrence minus that at the first; also positive for a model that remembers
+    tokens but not their order. The first token is left out. A shorter sequence begins with a longer one's tokens.
     """
     drawn = _drawn(_frequent_tokens(blocks, special, distances), max(distances), examples, (seed, 1))
     right, gain = [], []
@@ -223,12 +223,13 @@ def copying(
 def passkeys(
     model: nn.Module, blocks: np.ndarray, special: list[int], distances, examples: int, seed: int
 ) -> list[Metric]:
-    """LEAD tokens of text, a marker, a key, text that goes on up to the distance, the marker: does the key follow?
+    """LEAD tokens of text, a marker, a key, more of the text up to the distance, the marker: does the key follow?
 
-    A key counts where each of its tokens is the most likely one after the marker and the key's tokens before it. That
-    is greedy decoding: what it feeds back is the key's own token, as long as all were right. gain: log-probability of
-    a key's token, less that of the same token where another key was shown; also positive for a memory of which tokens
-    occurred. Markers and keys are random tokens, each sequence's own, so that an interval knows of the luck with them.
+    A key is correct if each of its tokens is the most likely one after the marker and the key's previous tokens. This
+    equals greedy decoding, which feeds back the key's own tokens as long as all were correct. gain: log-probability of
+    a key's token minus that of the same token if another key was shown; also positive for a model that remembers tokens
+    but not their order. Markers and keys are random tokens, different in each sequence, so that intervals include the
+    variation between them.
     """
     drawn = _drawn(_frequent_tokens(blocks, special, distances), MARKER + 2 * KEY, examples, (seed, 2))
     marker, key, another = np.split(drawn, [MARKER, MARKER + KEY], axis=1)
@@ -260,11 +261,11 @@ def passkeys(
 
 
 def repeated_passages(model: nn.Module, blocks: np.ndarray, distances, examples: int, seed: int) -> list[Metric]:
-    """Loss on passages of `blocks`, ids of any shape, at their second reading, and how much less it is than at first.
+    """Loss on passages of `blocks` (ids of any shape) at their second occurrence, and the gain over the first.
 
-    A sequence is LEAD tokens, the passage, distance - PASSAGE tokens that go on from the first ones, and the passage
-    again; the same passages at each distance, their first token left out. The gain is also positive for a memory of
-    which tokens occurred, in no order; past a model's training context it is less by what the model loses there (the
+    A sequence is LEAD tokens, the passage, distance - PASSAGE tokens that continue the first ones, and the passage
+    again; all distances have the same passages, without their first token. The gain is also positive for a model that
+    remembers tokens but not their order; beyond a model's training context it is reduced by the higher loss there (the
     embedded teacher, trained on 256 tokens, gains -2.6 nats at 1,024).
     """
     other, passages = _passages(blocks, LEAD + max(distances) - PASSAGE, examples, seed)
@@ -290,12 +291,12 @@ def repeated_passages(model: nn.Module, blocks: np.ndarray, distances, examples:
 
 
 def _length(distance):
-    """The longest sequence of a distance: a passage's, or a copy's."""
+    """Length of the longest sequence at a distance, of passages or of copying."""
     return max(LEAD + distance + PASSAGE, 2 * distance)
 
 
 def _overall(name, values, better="higher", **what):
-    """The mean over distances; `values` has each sequence's at each of them."""
+    """The mean over distances; `values` has an array over sequences for each of them."""
     return Metric(name, np.sum(values, axis=0).tolist(), [float(len(values))] * len(values[0]), better=better, **what)
 
 
@@ -316,7 +317,7 @@ def _curve(name, distances, values, group, better="higher", **what):
 
 
 def _frequent_tokens(blocks, special, distances):
-    """The ids that occur most often, of those that are not special, TOKENS_PER_PAIR for each pair where there are."""
+    """The most frequent ids that are not special: TOKENS_PER_PAIR for each pair, or all if there are fewer."""
     ids, counts = np.unique(np.asarray(blocks), return_counts=True)
     ordinary = ~np.isin(ids, special)
     ids, counts = ids[ordinary], counts[ordinary]
@@ -329,13 +330,13 @@ def _frequent_tokens(blocks, special, distances):
 
 
 def _drawn(tokens, count, examples, seed):
-    """Random tokens that differ within a sequence, (example, count)."""
+    """Random tokens, distinct within a sequence, (example, count)."""
     rng = np.random.default_rng(seed)
     return np.stack([rng.choice(tokens, count, replace=False) for _ in range(examples)])
 
 
 def _pair_sequences(tokens, pairs, examples, seed):
-    """Ids (example, 4 pairs), and (example, pair) which pair each query asks for."""
+    """Ids (example, 4 pairs), and the index of each query's pair (example, pair)."""
     rng = np.random.default_rng(seed)
     drawn = np.stack([rng.choice(tokens, (pairs, 2), replace=False) for _ in range(examples)])
     order = np.stack([rng.permutation(pairs) for _ in range(examples)])
@@ -344,19 +345,19 @@ def _pair_sequences(tokens, pairs, examples, seed):
 
 
 def _passages(blocks, length, examples, seed):
-    """Other text (example, length) and passages (example, PASSAGE), nowhere the same place."""
+    """Other text (example, length) and passages (example, PASSAGE) that do not overlap with it."""
     text = np.asarray(blocks).reshape(-1)
     if len(text) < length + PASSAGE:
         raise ValueError(f"the text has {len(text)} tokens; expected {length + PASSAGE} or more")
     rng = np.random.default_rng(seed)
-    # Places on a ring, so that each is as likely as any other and the passage lies anywhere outside the other text.
+    # Positions wrap around: all are equally likely, and the passage can be anywhere outside the other text.
     other = rng.integers(len(text), size=(examples, 1))
     passage = other + length + rng.integers(len(text) - length - PASSAGE + 1, size=(examples, 1))
     return tuple(text[(start + np.arange(count)) % len(text)] for start, count in ((other, length), (passage, PASSAGE)))
 
 
 def _predictions(model, ids, places, what):
-    """Whether the tokens at these places are the most likely ones there, and their -log p: (example, place)."""
+    """Whether the tokens at these positions are the most likely ones, and their -log p: (example, place)."""
     hits, losses = [], []
     for rows, log_p in _log_probabilities(model, ids, [place - 1 for place in places], what):
         targets = rows[:, list(places)]
@@ -366,7 +367,7 @@ def _predictions(model, ids, places, what):
 
 
 def _log_probabilities(model: nn.Module, ids: np.ndarray, places, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids (example, length) and the log-probabilities after these places (example, place, vocabulary), by batches."""
+    """Batches of ids (example, length) and log-probabilities after these positions (example, place, vocabulary)."""
     device = next(model.parameters()).device
     batches = torch.from_numpy(ids.astype(np.int64)).split(max(1, BATCH_TOKENS // ids.shape[1]))
     kept = torch.tensor(list(places), device=device)

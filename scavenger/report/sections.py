@@ -12,16 +12,16 @@ from scavenger.run import checkpoint
 
 GROUPS = {  # curves over x: title, axis
     "position": ("Perplexity by position in the context", "tokens read before"),
-    "pairs": ("Recall of pairs: the value most likely of those shown", "distance to the pair, tokens (at most)"),
-    "copying": ("Copying: tokens right at the second reading", "distance, tokens"),
-    "passkey": ("Passkey: the whole key right", "distance to the key, tokens"),
-    "passages": ("Gain in loss when a passage is read again", "distance, tokens"),
-    "divergence": ("KL to the reference along its own text", "place among the new tokens (of a bin the last)"),
+    "pairs": ("Recall of pairs: the correct value is the likeliest shown", "distance to the pair, tokens (at most)"),
+    "copying": ("Copying: correct tokens at the second occurrence", "distance, tokens"),
+    "passkey": ("Passkey: the whole key is correct", "distance to the key, tokens"),
+    "passages": ("Gain in loss when a passage is repeated", "distance, tokens"),
+    "divergence": ("KL to the reference along its own text", "position among the new tokens (last of a bin)"),
 }
 
 
 def write(found: dict, folder: Path) -> Path:
-    """`compare.json`, the plots, and `index.html`; returns the page."""
+    """Write `compare.json`, the plots and `index.html`; return the path of the page."""
     made = sections(found)
     write_plots(made, folder)
     checkpoint.write_json(folder / "compare.json", found)
@@ -31,7 +31,7 @@ def write(found: dict, folder: Path) -> Path:
 
 
 def write_plots(made: list[Section], folder: Path):
-    """Every plot of the sections as `plots/NAME.svg`."""
+    """Write every plot of the sections as `plots/NAME.svg`."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for section in made:
         for figure in section.figures:
@@ -39,14 +39,14 @@ def write_plots(made: list[Section], folder: Path):
 
 
 def sections(found: dict) -> list[Section]:
-    """The page's parts, those that were measured."""
+    """The page's sections, for what was measured."""
     header, rows, classes = comparison.headline(found)
     reference = found["reference"]
     note = page.paragraph(
-        f"▲ and ▼: better and worse than {reference}, beyond the interval of the difference, which is paired by "
-        "document, question, sequence, prompt or round (bootstrap, wider where they are few or unequal, none for "
-        f"fewer than {metrics.LEAST_ITEMS}); of models that are alike one mark in twenty, or a few more, stands by "
-        "chance. A dash was not measured.",
+        f"▲ and ▼: significantly better and worse than {reference}; the interval of the difference is paired by "
+        "document, question, sequence, prompt or round (bootstrap, wider if they are few or unequal, none for fewer "
+        f"than {metrics.LEAST_ITEMS}). For equal models one mark in twenty, or a few more, appears by chance. A dash "
+        "means not measured.",
         "note",
     )
     differing = [row for row in found["rows"] if row["headline"] and row["differences"]]
@@ -65,7 +65,7 @@ def sections(found: dict) -> list[Section]:
             page.paragraph(comparison.verdict(found, found["labels"][-1:]))
             + page.table(header, rows, classes)
             + note
-            + (f"<details><summary>the other models in words</summary>{in_words}</details>" if in_words else "")
+            + (f"<details><summary>summary of the other models</summary>{in_words}</details>" if in_words else "")
             + f"<details><summary>differences, with intervals</summary>{apart}</details>"
             + f"<details><summary>settings</summary>{settings}</details>",
         )
@@ -87,7 +87,7 @@ def sections(found: dict) -> list[Section]:
 
 
 def curves(found: dict, group: str) -> Figure | None:
-    """Every model's metrics of a group over x, with intervals; None where there are none."""
+    """Every model's metrics of a group over x, with intervals; None if there are none."""
     rows = [row for row in found["rows"] if row["group"] == group]
     if not rows:
         return None
@@ -121,11 +121,11 @@ def curves(found: dict, group: str) -> Figure | None:
 
 
 def tasks_plot(found: dict) -> Figure:
-    """Every task's headline share with its interval, and what was published."""
+    """Every task's headline score with its interval, and published scores."""
     tasks = [row for row in found["rows"] if row["measurement"] == "harness" and row["headline"]]
-    rows = [row for row in tasks if row["unit"] == "share"]  # perplexities have no place on the axis
+    rows = [row for row in tasks if row["unit"] == "share"]  # perplexities do not fit on the axis
     figure, axes = page.plot(height=0.5 + 0.45 * max(1, len(rows)))
-    legend = {label: page.named(label) for label in found["labels"]} | {"": "published"}  # each is named once
+    legend = {label: page.named(label) for label in found["labels"]} | {"": "published"}  # each appears once
     for number, (colour, label) in enumerate(zip(itertools.cycle(page.PALETTE), found["labels"], strict=False)):
         for place, row in enumerate(rows):
             if label not in row["models"]:
@@ -146,7 +146,7 @@ def tasks_plot(found: dict) -> Figure:
 
 
 def speed_section(found: dict) -> Section:
-    """Throughput, latency and memory, where the student's pays and where the teacher's does."""
+    """Throughput, latency and memory, and the lengths from which students are better than the teacher."""
     results = list(found["details"]["speed"].values())
     body = page.points([*timing.verdicts(results), *timing.break_even_lines(results)])
     if results[0]["rows"]:
@@ -155,12 +155,12 @@ def speed_section(found: dict) -> Section:
 
 
 def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
-    """Step and state by context, with the lengths from which a student is quicker, and smaller."""
+    """Time per step and state by context length, and the lengths from which a student's are smaller."""
     header, rows = timing.context_table(results)
     even, made = timing.break_even(results), []
     for name, key, scale, length, label, caption in (
-        ("step", "step_seconds", 1e3, "tokens", "ms a step", "Time of a step after a context"),
-        ("state", "state_bytes", 2**-10, "bytes", "KiB", "What one sequence keeps between tokens"),
+        ("step", "step_seconds", 1e3, "tokens", "ms per step", "Time per step after a context"),
+        ("state", "state_bytes", 2**-10, "bytes", "KiB", "State of one sequence after a context"),
     ):
         figure, axes = page.plot(4.8, 3.6)
         for colour, result in zip(itertools.cycle(page.PALETTE), results, strict=False):
@@ -178,14 +178,14 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
         axes.set(xlabel="context, tokens", ylabel=label, yscale="log")
         page.plain_ticks(axes.yaxis)
         _powers_of_two(axes)
-        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # beneath the curves
-        caption = f"{caption}; dotted: from there on better than {results[0]['model']}'s."
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # below the curves
+        caption = f"{caption}; dotted: better than {results[0]['model']}'s from there on."
         made.append(page.drawn(figure, name, caption, header, rows))
     return tuple(made)
 
 
 def samples(found: dict) -> str:
-    """Continuations of the same prompts side by side; what equals the reference's is marked."""
+    """Continuations of the same prompts side by side; the part equal to the reference's is marked."""
     details = found["details"].get("generation")
     if not details:
         return ""
@@ -205,7 +205,7 @@ def samples(found: dict) -> str:
             f'<div class="columns">{"".join(columns)}</div>'
         )
     return page.paragraph(
-        "Greedy continuations of held-out text; green is what the reference writes too, up to where they part.", "note"
+        "Greedy continuations of held-out text; green: equal to the reference's, up to the first difference.", "note"
     ) + "".join(shown)
 
 
@@ -215,7 +215,7 @@ def _powers_of_two(axes):
 
 
 def _all_figures(found, measurement):
-    """Every metric of a measurement, a click away; of what models write, beside the text that really follows."""
+    """A folded table of every metric of a measurement; for generation, also of the text that really follows."""
     name = {"by position": "perplexity"}.get(measurement, measurement)
     rows = [row for row in found["rows"] if row["measurement"] == name]
     header, cells = ["", *found["labels"]], []
@@ -227,7 +227,7 @@ def _all_figures(found, measurement):
             own = follows.get(row["metric"])
             cells[-1].append("–" if own is None else metrics.show(metrics.estimate(own, found["seed"]), own.unit))
     header += ["held-out text"] if follows else []
-    return f"<details><summary>all figures</summary>{page.table(header, cells)}</details>"
+    return f"<details><summary>all metrics</summary>{page.table(header, cells)}</details>"
 
 
 def _end(value, end):

@@ -1,4 +1,4 @@
-"""Held-out text by documents: of a local file or folder, a data set of the Hub, or the standard library."""
+"""Held-out documents from a local file or folder, a data set on the Hub, or the standard library."""
 
 import hashlib
 import itertools
@@ -12,7 +12,7 @@ from scavenger.recipe import Data
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and what the tables call them; `digest` changes with the text. With a limit there would be more."""
+    """Documents, their name in tables, and a hash of the text; `limit` is set if more documents may exist."""
 
     name: str
     digest: str
@@ -20,17 +20,17 @@ class Text:
     limit: int | None = None
 
     def ids(self, tokenizer) -> list[list[int]]:
-        """Token ids of each document, the tokenizer's end-of-text token in front: what training reads before one."""
+        """Token ids of each document, preceded by the tokenizer's end-of-text token, as in training."""
         found = tokenizer(self.documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [[tokenizer.eos_token_id, *ids] for ids in found["input_ids"]]
 
     def stream(self, tokenizer) -> np.ndarray:
-        """All documents end to end, each behind an end-of-text token: (token,) int64."""
+        """All documents concatenated, each preceded by an end-of-text token: (token,) int64."""
         return np.array(list(itertools.chain.from_iterable(self.ids(tokenizer))), dtype=np.int64)
 
     @property
     def settings(self) -> dict:
-        """For the record of a measurement."""
+        """What is recorded about the text with each measurement."""
         found = {"text": self.name, "text_sha256": self.digest, "documents": len(self.documents)}
         return found | ({"limit": self.limit} if self.limit is not None else {})
 
@@ -44,11 +44,11 @@ def read(
     column: str = "text",
     limit: int | None = None,
 ) -> Text:
-    """The documents of a split, in a shuffled order of their own, the first `limit` of them if one is given.
+    """The documents of a split in a fixed shuffled order, only the first `limit` if it is given.
 
-    Files called train, validation and test are those splits, and so are a data set's own. Other local text is read
-    whole; other text of the Hub, and the standard library, have their splits by a hash of each document, as in a
-    recipe. Plain text has no documents and is cut into pieces of about 16,000 characters.
+    Files named train, validation and test are those splits, as are a data set's own splits. Other local text is read
+    whole; other text on the Hub and the standard library are split by a hash of each document, as in a recipe. Plain
+    text has no documents and is cut into pieces of about 16,000 characters.
     """
     source = Data(name=dataset, subset=subset, revision=revision, path=path, text_column=column)
     parts = data.text_parts(source, seed=0)
@@ -67,17 +67,17 @@ def read(
 
 @dataclass(frozen=True)
 class Blocks:
-    """A run's held-out blocks of tokens (block, length), each read on its own."""
+    """A run's held-out blocks of tokens (block, length), each read independently."""
 
     name: str
     blocks: np.ndarray
 
     def stream(self, tokenizer) -> np.ndarray:
-        """All blocks end to end."""
+        """All blocks concatenated: (token,) int64."""
         return np.asarray(self.blocks).reshape(-1).astype(np.int64)
 
     @property
     def settings(self) -> dict:
-        """For the record of a measurement."""
+        """What is recorded about the text with each measurement."""
         digest = hashlib.sha256(np.ascontiguousarray(self.blocks)).hexdigest()[:16]
         return {"text": self.name, "text_sha256": digest, "tokens": int(self.blocks.size)}
