@@ -1,6 +1,7 @@
 """Seeds, the tiny models and folders that several tests share, and commands called in this process."""
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -96,6 +97,12 @@ def seed():
     torch.manual_seed(7)
 
 
+def pytest_collection_finish():
+    """What is imported by now is not looked through by every `gc.collect()` of a report."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call():
     """Seed again: after the fixtures, pytest-randomly has DeepSpeed seed torch with another number in each run."""
@@ -127,13 +134,17 @@ SLOW_MODULES = {
     *("test_plan", "test_ranking", "test_readme", "test_recipes", "test_recurrence", "test_retrieval", "test_timing"),
 }
 SLOW_FIXTURES = {"workshop", "finished"}
+# Their single tests take up to two minutes: they come first, so that no worker is left with one at the end.
+LONGEST_MODULES = {"test_readme", "test_launchers"}
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.module.__name__ in SLOW_MODULES or not SLOW_FIXTURES.isdisjoint(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+    yield
+    items.sort(key=lambda item: item.module.__name__ not in LONGEST_MODULES)  # within each part the order is kept
 
 
 GPU_DESELECTED = pytest.StashKey[int]()

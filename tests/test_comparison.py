@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARC, command
+from conftest import ARC, command, shared
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from scavenger.report import comparison, likelihood, metrics
@@ -25,18 +25,21 @@ SMALL += ["--cases", "2x20+6", "--contexts", "20", "40", "--rounds", "1"]
 @pytest.fixture(scope="module")
 def compared(finished, workshop, tmp_path_factory):
     """The command on four models, one of them the reference again under another name."""
-    folder = tmp_path_factory.mktemp("compared")
     models = {
         "teacher": workshop / "teacher",
         "again": workshop / "teacher",
         "distilled": finished / "transfer",
         "recurrent": finished / "recurrence",
     }
-    words = [*(f"{label}={path}" for label, path in models.items()), "--text", workshop / "text.jsonl", "--limit", "40"]
-    words += ["--to", folder / "out", *SMALL]
-    done = command("eval/compare.py", *words)
-    assert done.returncode == 0, done.stderr
-    return folder / "out", words, done.stdout
+    words = [*(f"{label}={path}" for label, path in models.items()), "--text", workshop / "text.jsonl", "--limit", "12"]
+
+    def make(folder):
+        done = command("eval/compare.py", *words, "--to", folder / "out", *SMALL)
+        assert done.returncode == 0, done.stderr
+        (folder / "printed").write_text(done.stdout)
+
+    folder = shared(tmp_path_factory, "compared", make)
+    return folder / "out", [*words, "--to", folder / "out", *SMALL], (folder / "printed").read_text()
 
 
 def test_one_table_one_page_one_json(compared):
@@ -49,7 +52,7 @@ def test_one_table_one_page_one_json(compared):
         assert row["metric"] in page, row["metric"]
     last = json.loads(printed.splitlines()[-1])
     assert last["verdict"] in page and last["verdict"].count("Compared with teacher, ") == 3
-    for word in ("recall of pairs", "documents 40", "examples 3", "seed 0", "greedy agreement"):
+    for word in ("recall of pairs", "documents 12", "examples 3", "seed 0", "greedy agreement"):
         assert word in printed, word
     assert found["versions"]["torch"] and found["seed"] == 0
 
@@ -79,7 +82,7 @@ def test_differences_are_those_of_the_results(compared):
         sums[label] = next(m for m in kept["metrics"] if m["name"] == "perplexity")
         loss = sum(sums[label]["numerators"]) / sum(sums[label]["denominators"])
         assert row["models"][label]["value"] == pytest.approx(math.exp(loss))
-        assert row["models"][label]["items"] == 40
+        assert row["models"][label]["items"] == 12
     found = metrics.difference(Metric(**sums["distilled"]), Metric(**sums["teacher"]))
     assert row["differences"]["distilled"]["value"] == pytest.approx(found.value)
     assert [row["differences"]["distilled"][end] for end in ("low", "high")] == pytest.approx([found.low, found.high])

@@ -5,15 +5,13 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from program import forked
 
 from scavenger import data
 from scavenger.recipe import Activations, Data, Logits, Recipe, RecipeError, Teacher, TeacherTraining, Transfer
@@ -291,26 +289,18 @@ def test_broken_off_anywhere_it_ends_with_the_same_files(tmp_path, monkeypatch, 
     assert files_of(tmp_path / "broken" / "data") == whole
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from scavenger import data
-from test_data import Letters, recipe
+def _killed(text, folder, left):
+    """Tokenise, and kill this process after so many documents."""
+    data.SHUFFLED_BYTES, data.CHUNK_DOCUMENTS = 0, 37
+    append, numbers = data._Files.append, itertools.count(1)
 
-data.SHUFFLED_BYTES, data.CHUNK_DOCUMENTS = 0, 37
-append, left = data._Files.append, int(sys.argv[3])
+    def appended(files, split, ids):
+        append(files, split, ids)
+        if next(numbers) == left:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def appended(files, split, ids):
-    global left
-    append(files, split, ids)
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-data._Files.append = appended
-data.run(recipe(9000, path=sys.argv[1], evaluation_tokens=700), Path(sys.argv[2]), Letters())
-"""
+    data._Files.append = appended
+    data.run(recipe(9000, path=text, evaluation_tokens=700), folder, Letters())
 
 
 @pytest.mark.slow
@@ -319,9 +309,9 @@ def test_killed_it_goes_on(tmp_path, monkeypatch):
     text = str(corpus(tmp_path / "corpus", "jsonl", True))
     asked = recipe(9000, path=text, evaluation_tokens=700)
     whole = files_of(data.run(asked, tmp_path / "whole", Letters()))
-    script = KILLED.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", script, text, str(tmp_path / "killed"), "250"]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    process = forked(_killed, text, tmp_path / "killed", 250)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert checkpoint.read_json(tmp_path / "killed" / "data.partial" / "state.json")["documents"]["train"] > 0
     assert files_of(data.run(asked, tmp_path / "killed", Letters())) == whole
 

@@ -2,14 +2,12 @@
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
+from program import HANGS, forked
 
 from scavenger.recipe import RecipeError, load_recipe
 from scavenger.run import energy, processes
@@ -33,10 +31,13 @@ def alone(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.upper().startswith("CODECARBON_")]:
         monkeypatch.delenv(name)
 
-    def refused(self, address):
-        raise AssertionError(f"a connection to {address}")
+    connect = socket.socket.connect
 
-    monkeypatch.setattr(socket.socket, "connect", refused)
+    def on_this_machine(self, address):
+        assert self.family == socket.AF_UNIX, f"a connection to {address}"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", on_this_machine)
 
 
 def entry(run):
@@ -99,28 +100,22 @@ def test_a_complete_stage_another_process_and_a_recipe_without_cost_nothing(reci
     assert not (run / "energy.json").exists() and energy.rows(run) == []
 
 
+def _measured(recipe, folder):
+    energy.SECONDS = 0.2
+    with energy.measured(Run(load_recipe(str(recipe), ["training.energy=true"]), folder, MAIN, None), "transfer"):
+        time.sleep(HANGS)
+
+
 def test_a_killed_process_is_counted(tmp_path, workshop):
     """What was read before SIGKILL is in the file, and the next start adds to it."""
-    program = f"""
-import time
-from pathlib import Path
-from types import SimpleNamespace
-from scavenger.run import energy
-from scavenger.run.run import Run
-from scavenger.recipe import load_recipe
-energy.SECONDS = 0.2
-recipe = load_recipe({str(workshop / "recipe.yaml")!r}, ["training.energy=true"])
-accelerator = SimpleNamespace(is_main_process=True, print=print)
-with energy.measured(Run(recipe, Path({str(tmp_path)!r}), accelerator, None), "transfer"):
-    time.sleep(60)
-"""
     ledger = tmp_path / "energy.json"
-    with subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"HOME": str(tmp_path)}) as process:
-        deadline = time.monotonic() + 60
-        while not (ledger.is_file() and entry(tmp_path)["transfer"]["seconds"] > 0.5):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+    process = forked(_measured, workshop / "recipe.yaml", tmp_path)
+    deadline = time.monotonic() + HANGS
+    while not (ledger.is_file() and entry(tmp_path)["transfer"]["seconds"] > 0.5):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.join()
     before = entry(tmp_path)["transfer"]
     recipe = load_recipe(str(workshop / "recipe.yaml"), ["training.energy=true"])
     with energy.measured(Run(recipe, tmp_path, MAIN, None), "transfer"):

@@ -1,20 +1,11 @@
 """What a cluster does to a run, really done to it: kills, warnings, full disks, damaged files, losses that are NaN."""
 
-import contextlib
-import ctypes
-import dataclasses
-import gc
-import json
 import math
-import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
-import socket
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from program import Program, ranks, small_disk
 from transformers import AutoModelForCausalLM
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
 from scavenger import training
-from scavenger.__main__ import main
 from scavenger.data import Batch
 from scavenger.recipe import RecipeError, Stage, load_recipe
 from scavenger.run import checkpoint, interruption
@@ -34,120 +25,13 @@ from scavenger.run.checkpoint import read_json
 from scavenger.run.run import Run
 
 
-# Everything that a run imports, so that a process forked from the one that has it starts in milliseconds.
-PRELOADED = [
-    *("pytest", "datasets", "deepspeed", "torch.utils.tensorboard", "transformers.models.auto.modeling_auto"),
-    *(f"scavenger.{name}" for name in ("hub", "plan", "recurrence.recurrence", "report.report", "run.processes")),
-    *(f"scavenger.transfer.{name}" for name in ("baseline", "transfer")),
-]
 # A checkpoint every 4 steps; the last one is not the end.
 TRAINING = ("transfer.activations.steps=22", "transfer.logits.steps=22", "recurrence=null", "report=null")
 TRANSFER = (*TRAINING, "baseline=null")
 STEPS = {"activations": 22, "logits": 22, "baseline": 44}
 EVERY = 4
-HANGS = 600  # seconds without end, on a machine however busy
-
 
 FOLDERS = {"activations": "transfer/activations", "logits": "transfer", "baseline": "baseline"}
-
-
-class Program:
-    """The command line in a process of its own; its output, and what its training reads, in files below `folder`."""
-
-    def __init__(self, folder: Path, recipe: Path, *overrides, run=None, disk=None, hold=None, environment=None):
-        """`hold` stops it at a step (" logits 9") or before an operation on a path ("os.mkdir /data.partial").
-
-        Operations are Python's audit events: os.mkdir, open, os.rename (by its destination).
-        """
-        folder.mkdir(exist_ok=True)
-        self.run, self.seen, self._err = run or folder / "run", folder / "seen", folder / "err"
-        self._err.unlink(missing_ok=True)
-        self.began = time.time_ns()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        words = [str(recipe), f"run_dir={self.run}", *overrides]
-        self.process = context.Process(target=_program, args=(words, folder, disk, hold, environment or {}))
-        self.process.start()
-        if hold is not None:
-            self.until(lambda: self._state == "T")
-
-    def until(self, condition):
-        """Wait for something that the program does; returns what the condition found."""
-        deadline = time.monotonic() + HANGS
-        while not (found := condition()):
-            assert self.process.exitcode is None, f"ended before, with {self.process.exitcode}: {self.err}"
-            assert time.monotonic() < deadline
-            time.sleep(2e-4)
-        return found
-
-    def until_step(self, stage, step):
-        """Wait until a step has its text, hence begins, or has begun in a process before this one."""
-        self.until(lambda: (stage, step) in [(name, n) for name, n, _ in self.batches])
-
-    def end(self, number=None):
-        """Let it go on, with a signal if there is one; returns the exit code."""
-        for each in (number, signal.SIGCONT):
-            if each is not None and self.process.exitcode is None:
-                os.kill(self.process.pid, each)
-        self.process.join(HANGS)
-        return self.process.exitcode
-
-    @property
-    def _state(self):
-        with contextlib.suppress(FileNotFoundError):
-            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0]
-
-    @property
-    def err(self):
-        return self._err.read_text()
-
-    @property
-    def lines(self):
-        """What it says itself, without the bars of progress."""
-        return re.findall(r"scavenger: .*", self.err)
-
-    @property
-    def batches(self):
-        """(stage, step, rows) of every step that was begun, by this process or those before it in the folder."""
-        lines = self.seen.read_text().split("\n")[:-1] if self.seen.exists() else []
-        return [tuple(json.loads(line)) for line in lines]
-
-
-def _program(words, folder, disk, hold, environment):
-    os.environ.update(environment)
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    if disk is not None:
-        for space, kind in (("user", CLONE_NEWUSER), ("mnt", CLONE_NEWNS)):
-            _called("setns", os.open(f"/proc/{disk}/ns/{space}", os.O_RDONLY), kind)
-    gc.freeze()  # what it was forked with is not looked through again
-    os.sched_getaffinity = lambda process: {0}  # one thread, as tests share their cores
-    train = training.train
-    operation, _, place = (hold or "").partition(" ")
-
-    def stop():
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    def recorded(run, optimisation):
-        seen = os.open(folder / "seen", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-        def noted(step):
-            found = optimisation.batch(step)
-            os.write(seen, (json.dumps([optimisation.name, step, found.rows.tolist()]) + "\n").encode())
-            if hold == f" {optimisation.name} {step}":
-                stop()
-            return found
-
-        return train(run, dataclasses.replace(optimisation, batch=noted))
-
-    def watch(event, given):
-        if event == operation and str(given[event == "os.rename"]).endswith(place):
-            stop()
-
-    training.train = recorded
-    sys.addaudithook(watch)
-    sys.argv = ["scavenger", *words]
-    sys.exit(main())
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +159,6 @@ def test_two_processes_are_warned(workshop, tmp_path):
     lengths = ("transfer.activations.steps=2", "transfer.logits.steps=14")
 
     def pair(name, hold=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         return [
             Program(
                 tmp_path / f"{name}-{rank}",
@@ -287,9 +167,9 @@ def test_two_processes_are_warned(workshop, tmp_path):
                 *lengths,
                 run=tmp_path / name,
                 hold=hold if rank else None,
-                environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment=environment,
             )
-            for rank in range(2)
+            for rank, environment in enumerate(ranks(2))
         ]
 
     undisturbed = pair("undisturbed")
@@ -325,45 +205,6 @@ def test_only_a_program_is_warned():
 def _signal_within():
     with interruption.handled():
         return signal.getsignal(signal.SIGTERM)
-
-
-CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # linux/sched.h
-
-
-@contextlib.contextmanager
-def small_disk(folder):
-    """A disk of 4 MiB at `folder`, seen only by a process that holds it, whose number is given."""
-    folder.mkdir()
-    reading, writing = multiprocessing.Pipe(duplex=False)
-    holder = multiprocessing.get_context("forkserver").Process(target=_hold, args=(folder, writing))
-    holder.start()
-    writing.close()
-    try:
-        if refused := reading.recv():
-            pytest.skip(f"no disk of one's own on this machine ({refused})")
-        yield holder.pid
-    finally:
-        holder.kill()
-        holder.join()
-
-
-def _hold(folder, writing):
-    user, group = os.getuid(), os.getgid()
-    try:
-        _called("unshare", CLONE_NEWUSER | CLONE_NEWNS)
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-            Path(f"/proc/self/{name}").write_text(text)
-        _called("mount", b"none", os.fsencode(folder), b"tmpfs", 0, b"size=4m")
-    except OSError as error:
-        writing.send(str(error))
-        return
-    writing.send(None)
-    signal.pause()
-
-
-def _called(name, *arguments):
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
 def test_full_disk(workshop, whole, tmp_path):

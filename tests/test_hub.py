@@ -1,16 +1,15 @@
 """A run goes to the Hub (a stand-in on loopback) and comes back the same, for whoever has not installed scavenger."""
 
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import BIN, LAUNCHED, ROOT, launch
 from hub_server import Commit, Hub
 
 from scavenger.hub import model_card, student_folder
@@ -19,8 +18,6 @@ from scavenger.recipe import RecipeError, load_recipe
 from scavenger.run.checkpoint import read_json
 
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 TOKEN = "hf_" + 9 * "ThisIsSecret"
 
 # The command line as often as asked, without importing torch each time: a fork for each command.
@@ -100,14 +97,11 @@ def hub():
 @pytest.fixture(scope="module")
 def environment(hub, tmp_path_factory):
     without = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    return {key: value for key, value in os.environ.items() if key not in without} | {
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+    return {key: value for key, value in LAUNCHED.items() if key not in without} | {
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(tmp_path_factory.mktemp("home")),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 
@@ -129,15 +123,6 @@ def scavenger(hub, environment, tmp_path_factory):
 
         yield run
         process.stdin.close()
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A finished run that a test may change."""
-    copied = Path(shutil.copytree(finished, tmp_path / "run"))
-    recipe = (copied / "recipe.yaml").read_text()
-    (copied / "recipe.yaml").write_text(recipe.replace(f"run_dir: {finished}\n", f"run_dir: {copied}\n"))
-    return copied
 
 
 def one_line(err):
@@ -246,21 +231,21 @@ def test_mistakes_are_one_line(hub, scavenger, finished, name, token, parts):
     assert len(hub.repositories) == before
 
 
-def test_what_is_no_finished_run(scavenger, copy, tmp_path):
+def test_what_is_no_finished_run(scavenger, own_run, tmp_path):
     for folder, part in ((tmp_path, "found no recipe.yaml"), (tmp_path / "absent", "found no recipe.yaml")):
         code, _, err = scavenger("push", folder, "--to", "tester/model")
         assert code == 2 and f"{folder}: {part}" in one_line(err)
-    code, _, err = scavenger("push", copy, "--to", "tester/model", "--revision", "a..b")
+    code, _, err = scavenger("push", own_run, "--to", "tester/model", "--revision", "a..b")
     assert code == 2 and "--revision: found" in one_line(err)
-    shutil.rmtree(copy / "recurrence")
-    code, _, err = scavenger("push", copy, "--to", "tester/model")
+    shutil.rmtree(own_run / "recurrence")
+    code, _, err = scavenger("push", own_run, "--to", "tester/model")
     assert code == 2 and "has no recurrence yet, which its recipe asks for" in one_line(err)
-    (copy / "transfer").rename(copy / "transfer.partial")
-    code, _, err = scavenger("push", copy, "--to", "tester/model")
+    (own_run / "transfer").rename(own_run / "transfer.partial")
+    code, _, err = scavenger("push", own_run, "--to", "tester/model")
     assert code == 2 and "its transfer is not complete" in one_line(err)
-    (copy / "recipe.yaml").write_text("run_dir: [")
-    (copy / "transfer.partial").rename(copy / "transfer")
-    code, _, err = scavenger("push", copy, "--to", "tester/model")
+    (own_run / "recipe.yaml").write_text("run_dir: [")
+    (own_run / "transfer.partial").rename(own_run / "transfer")
+    code, _, err = scavenger("push", own_run, "--to", "tester/model")
     assert code == 2 and "recipe.yaml: cannot be read" in one_line(err)
 
 
@@ -278,8 +263,8 @@ def test_a_hub_out_of_reach(environment, finished):
     assert "the Hub was not reached" in one_line(done.stderr) and "resume with" in done.stderr
 
 
-def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, copy):
-    words = [workshop / "recipe.yaml", f"run_dir={copy}"]
+def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, own_run):
+    words = [workshop / "recipe.yaml", f"run_dir={own_run}"]
     code, out, err = scavenger(*words, "hub.name=tester/fifth", token="")
     assert code == 2 and out == "" and "found no token" in one_line(err), "before anything is done"
     code, out, _ = scavenger(*words, "hub.name=tester/fifth", "hub.private=true", "--plan", token="")
@@ -287,28 +272,28 @@ def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, copy):
 
     code, out, err = scavenger(*words, "hub.name=somebody/theirs")
     assert code == 2 and "may not write to somebody/theirs" in err
-    assert f"what {copy} holds is kept, resume with `scavenger push {copy} --to somebody/theirs`" in err
+    assert f"what {own_run} holds is kept, resume with `scavenger push {own_run} --to somebody/theirs`" in err
     assert "Traceback" not in err and "tester/fifth" not in hub.repositories
 
     code, out, err = scavenger(*words, "hub.name=tester/fifth", "hub.private=true")
     assert code == 0 and "/tester/fifth/commit/" in out, "the place is no other recipe"
     assert hub.repositories["tester/fifth"].private and "model.safetensors" in hub.repositories["tester/fifth"].files()
-    for path in copy.rglob("*"):
+    for path in own_run.rglob("*"):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_of_two_processes_one_pushes(hub, environment, workshop, copy):
-    begun = len(hub.requests)
-    configuration = ROOT / "accelerate_configs/cpu_two_processes.yaml"
-    words = [workshop / "recipe.yaml", f"run_dir={copy}", "hub.name=tester/sixth"]
-    done = subprocess.run(
-        [BIN / "accelerate", "launch", "--config_file", configuration, *map(str, words)],
-        env=environment | {"HF_TOKEN": TOKEN},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+def test_two_processes_are_one_and_push_once(hub, environment, finished, workshop, tmp_path):
+    """The whole way on two CPU processes with two micro-batches each: every loss, one report, one push."""
+    begun, run = len(hub.requests), tmp_path / "run"
+    words = ["--config_file", "accelerate_configs/cpu_two_processes.yaml", workshop / "recipe.yaml", f"run_dir={run}"]
+    words += ["training.accumulate=2", "hub.name=tester/sixth"]
+    done = launch("accelerate", "launch", *words, env=environment | {"HF_TOKEN": TOKEN})
     assert done.returncode == 0, done.stderr
+    for stage in ("transfer/activations", "transfer", "baseline"):
+        losses = [[entry["loss"] for entry in read_json(r / stage / "history.json")] for r in (run, finished)]
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3), stage
+    assert done.stdout.count("× teacher") == 1 and (run / "report/index.html").is_file()
+    assert read_json(run / "recurrence/certificate.json")["filters"] == 15
     assert TOKEN not in done.stdout + done.stderr
     assert hub.requests[begun:].count(("POST", "/api/repos/create")) == 1
     assert len(hub.repositories["tester/sixth"].history()) == 2
@@ -364,43 +349,43 @@ def test_the_card_says_what_the_run_found(finished, workshop):
     assert shown["transfer"] == yaml.safe_load((finished / "recipe.yaml").read_text())["transfer"]
 
 
-def test_the_card_of_an_older_run(copy):
+def test_the_card_of_an_older_run(own_run):
     """A report without what later ones have; folders that were given where Hub names go."""
-    figures = read_json(copy / "report/report.json")
+    figures = read_json(own_run / "report/report.json")
     for row in figures["models"].values():
         row.pop("break_even_length", None)
         row.pop("ratio_interval", None)
     figures.pop("comparison")
-    (copy / "report/report.json").write_text(json.dumps(figures))
-    values = yaml.safe_load((copy / "recipe.yaml").read_text())
+    (own_run / "report/report.json").write_text(json.dumps(figures))
+    values = yaml.safe_load((own_run / "recipe.yaml").read_text())
     values["teacher"] |= {"path": None, "name": "/home/somebody/secret/pythia"}
     values["data"] |= {"path": None, "name": "../clients/__acme__ *corpus*"}
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
-    card = model_card(copy, Target("tester/model"))
+    (own_run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    card = model_card(own_run, Target("tester/model"))
     assert "between tokens." in card.text and "more with every token" not in card.text
     assert "secret" not in card.content and "clients" not in card.content and "huggingface.co//" not in card.content
     assert "`pythia`" in card.text and "`__acme__ *corpus*`" in card.text
     assert card.data.eval_results[0].dataset_type == "__acme__-corpus"
     figures["models"].pop("recurrent")
-    (copy / "report/report.json").write_text(json.dumps(figures))
-    assert not model_card(copy, Target("tester/model")).data.eval_results
+    (own_run / "report/report.json").write_text(json.dumps(figures))
+    assert not model_card(own_run, Target("tester/model")).data.eval_results
 
 
-def test_the_card_of_less(hub, scavenger, copy):
+def test_the_card_of_less(hub, scavenger, own_run):
     """No report, no recurrence; a teacher of the Hub, whose licence is asked for there; text of the Hub."""
-    shutil.rmtree(copy / "report")
-    shutil.rmtree(copy / "recurrence")
-    values = yaml.safe_load((copy / "recipe.yaml").read_text())
+    shutil.rmtree(own_run / "report")
+    shutil.rmtree(own_run / "recurrence")
+    values = yaml.safe_load((own_run / "recipe.yaml").read_text())
     values["recurrence"] = values["report"] = None
     values["teacher"] |= {"path": None, "name": "somebody/theirs"}
     values["data"] |= {"path": None, "name": "somebody/text"}
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    (own_run / "recipe.yaml").write_text(yaml.safe_dump(values))
     theirs = hub.repositories["somebody/theirs"]
     licence = b"---\nlicense: other\nlicense_name: their-own\nlicense_link: LICENSE\n---\n# theirs\n"
     theirs.add("main", Commit("card", {"README.md": licence}, frozenset(), theirs.branches["main"]))
-    assert scavenger("push", copy, "--to", "tester/less")[0] == 0
+    assert scavenger("push", own_run, "--to", "tester/less")[0] == 0
     files = hub.repositories["tester/less"].files()
-    assert files["model.safetensors"] == (student_folder(copy) / "model.safetensors").read_bytes()
+    assert files["model.safetensors"] == (student_folder(own_run) / "model.safetensors").read_bytes()
     assert "history.json" in files and "certificate.json" not in files and not any("/" in name for name in files)
     card = files["README.md"].decode()
     metadata = yaml.safe_load(card.split("---\n")[1])
@@ -424,12 +409,12 @@ def test_the_card_of_less(hub, scavenger, copy):
         ("---\nlicense: [broken\n---\n", "other"),
     ],
 )
-def test_the_licence_is_the_teachers(copy, tmp_path, card, licence):
-    values = yaml.safe_load((copy / "recipe.yaml").read_text())
+def test_the_licence_is_the_teachers(own_run, tmp_path, card, licence):
+    values = yaml.safe_load((own_run / "recipe.yaml").read_text())
     values["teacher"]["path"] = None if card is None else str(tmp_path)
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    (own_run / "recipe.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "README.md").write_text(card or "")
-    made = model_card(copy, Target("tester/model"))
+    made = model_card(own_run, Target("tester/model"))
     assert made.data.license == licence
     assert ("could not be found out" in made.text) == (licence == "other")
 
@@ -441,10 +426,10 @@ def test_the_licence_is_the_teachers(copy, tmp_path, card, licence):
         (0, ["each token seeing all that was read", "the kept attention's state grows", "keeps every key and value"]),
     ],
 )
-def test_the_card_says_what_attention_is_kept(copy, window, parts):
-    config = read_json(copy / "recurrence/config.json") | {"attention_layers": [1], "attention_window": window}
-    (copy / "recurrence/config.json").write_text(json.dumps(config))
-    text = model_card(copy, Target("tester/model")).text
+def test_the_card_says_what_attention_is_kept(own_run, window, parts):
+    config = read_json(own_run / "recurrence/config.json") | {"attention_layers": [1], "attention_window": window}
+    (own_run / "recurrence/config.json").write_text(json.dumps(config))
+    text = model_card(own_run, Target("tester/model")).text
     assert "layers 0, 2: multihyena, 5 long filters a layer, each over 6 channels" in text
     for part in parts:
         assert part in text

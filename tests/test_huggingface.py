@@ -3,16 +3,13 @@
 import copy
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Graphs, tiny_student, tiny_teacher
+from conftest import Graphs, command, tiny_student, tiny_teacher
 from reference import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -479,35 +476,9 @@ def text(tmp_path_factory):
     return path
 
 
-def test_stock_evaluation_harness_without_scavenger(folder, text, tmp_path):
-    code = "import sys; sys.modules['scavenger'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "run", "--model", "hf", "--device", "cpu"]
-        + ["--model_args", f"pretrained={folder},trust_remote_code=True,dtype=float32"]
-        + ["--include_path", str(ROOT / "eval/tasks"), "--tasks", "text_perplexity", "--metadata", f"text={text}"]
-        + ["--output_path", str(tmp_path / "results.json")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(next(tmp_path.glob("results*.json")).read_text())["results"]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text.read_text())["input_ids"]]])
-    bits = model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1) / math.log(2)
-    assert results["text_perplexity"]["bits_per_byte,none"] == pytest.approx(bits / text.stat().st_size, rel=1e-5)
-
-
 def test_harness_command(folder, workshop, text):
     tasks = "text_perplexity,text_last_word"
-    done = subprocess.run(
-        [sys.executable, "eval/harness.py", folder, workshop / "teacher", "--tasks", tasks, "--text", text],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = command("eval/harness.py", folder, workshop / "teacher", "--tasks", tasks, "--text", text)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert [row["model"] for row in rows] == [str(folder), str(workshop / "teacher")]

@@ -4,10 +4,8 @@ import os
 import signal
 import socket
 import sqlite3
-import subprocess
-import time
-from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +15,13 @@ from accelerate import Accelerator
 from accelerate.commands import launch as accelerate_launch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_simple_launcher_cmd_env
-from conftest import LAUNCHED, ROOT, launch, scavenger
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
+from conftest import ROOT, launch, scavenger
+from program import Program, ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -47,17 +50,40 @@ def one(workshop, tmp_path_factory):
     return run
 
 
-def two(config, workshop, run, *overrides, program=(), precision="no"):
-    """An `accelerate launch` line of two CPU processes."""
+def launched(config, workshop, run, *overrides, script=()):
+    """`accelerate launch` with two CPU processes, really launched."""
     options = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", "2"]
-    options += ["--mixed_precision", precision, *program]
-    return ["accelerate", "launch", *options, f"{workshop}/recipe.yaml", f"run_dir={run}", *SHORT, *overrides]
-
-
-def finished(line):
-    made = launch(*line)
+    options += ["--mixed_precision", "no", *script]
+    made = launch("accelerate", "launch", *options, workshop / "recipe.yaml", f"run_dir={run}", *SHORT, *overrides)
     assert made.returncode == 0, made.stderr
     return made
+
+
+def forked(config, workshop, folder, *overrides, script=None, precision="no", hold=None):
+    """The two processes of such a launch, in the environment that it gives them, but forked. The second is held."""
+    words = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", "2"]
+    words += ["--mixed_precision", precision, str(workshop / "recipe.yaml")]
+    started = []
+    with (
+        mock.patch.object(accelerate_launch, "deepspeed_launcher", started.append),
+        mock.patch.object(accelerate_launch, "multi_gpu_launcher", started.append),
+    ):
+        accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(words))
+    (args,) = started
+    prepared = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return [
+        Program(
+            folder / f"rank-{rank}",
+            workshop / "recipe.yaml",
+            *SHORT,
+            *overrides,
+            run=folder / "run",
+            hold=hold if rank == 1 else None,
+            environment=prepared | environment,
+            script=script,
+        )
+        for rank, environment in enumerate(ranks(2))
+    ]
 
 
 def assert_same(run, one):
@@ -88,25 +114,26 @@ def test_accumulated_parts_are_one_batch(one, workshop, tmp_path):
     assert_same(tmp_path / "run", one)
 
 
-SHARDED = ("tests/launching/sharded.py",)
+SHARDED = "tests/launching/sharded.py"
 
 
 def test_fully_sharded(one, workshop, tmp_path):
     """Each process keeps half of every parameter, in torch's own fully_shard; the finished student is whole."""
-    finished(two("fsdp", workshop, tmp_path / "run", program=SHARDED))
+    launched("fsdp", workshop, tmp_path / "run", script=[SHARDED])
     assert_same(tmp_path / "run", one)
 
 
 def test_zero_2(one, workshop, tmp_path):
     """Two processes with two micro-batches each."""
-    finished(two("zero2", workshop, tmp_path / "run", "training.accumulate=2"))
+    launched("zero2", workshop, tmp_path / "run", "training.accumulate=2")
     assert_same(tmp_path / "run", one)
 
 
-@pytest.mark.parametrize("config, program", [("zero2", ()), ("fsdp", SHARDED)])
-def test_half_precision_rounds_no_filter(one, workshop, tmp_path, config, program):
+@pytest.mark.parametrize("config, script", [("zero2", None), ("fsdp", SHARDED)])
+def test_half_precision_rounds_no_filter(one, workshop, tmp_path, config, script):
     """The launcher's own form of bfloat16 would round the filters too: a first tap is then ten times further off."""
-    finished(two(config, workshop, tmp_path / "run", "baseline=null", program=program, precision="bf16"))
+    programs = forked(config, workshop, tmp_path, "baseline=null", script=script, precision="bf16")
+    assert [program.end() for program in programs] == [0, 0], programs[0].err
     mine, whole = (load_file(run / "transfer/activations/model.safetensors") for run in (tmp_path / "run", one))
     filters = [key for key in whole if ".filter." in key]
     assert len(filters) > 3
@@ -117,25 +144,15 @@ def test_half_precision_rounds_no_filter(one, workshop, tmp_path, config, progra
 
 def test_zero_3_killed_resumes(one, workshop, tmp_path):
     """SIGKILL to every process after a checkpoint; the same command ends at the same student as one process does."""
-    run = tmp_path / "run"
-    line = two("zero3", workshop, run)
+    programs = forked("zero3", workshop, tmp_path, hold=" logits 4")
+    run = programs[0].run
     steps = run / "transfer.partial/steps"
-    with subprocess.Popen(
-        line, cwd=ROOT, env=LAUNCHED, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as launcher:
-        try:
-            while not (steps.is_dir() and any(path.name.isdigit() for path in steps.iterdir())):
-                assert launcher.poll() is None
-                time.sleep(0.005)
-        finally:  # its processes have sessions of their own, and would run on
-            kin = [path.read_text().split() for path in Path(f"/proc/{launcher.pid}/task").glob("*/children")]
-            for pid in [launcher.pid, *(int(word) for group in kin for word in group)]:
-                os.kill(pid, signal.SIGKILL)
+    assert [program.end(signal.SIGKILL) for program in programs] == 2 * [-signal.SIGKILL]
     assert not (run / "transfer").exists()
     student = AutoModelForCausalLM.from_pretrained(run / "transfer.partial/activations")
     newest = max(path for path in steps.iterdir() if path.name.isdigit())
     assert_holds_the_student_only(newest / "pytorch_model", student)
-    assert "(resumes)" in finished(line).stdout
+    assert "(resumes)" in launched("zero3", workshop, run).stdout
     assert_same(run, one)
 
 

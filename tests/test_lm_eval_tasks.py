@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import runpy
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
-from conftest import tiny_student
+from conftest import LAUNCHED, launch, tiny_student
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
@@ -300,7 +298,7 @@ def values(result):
     return {entry["name"]: metrics.estimate(Metric(**entry)).value for entry in result["metrics"]}
 
 
-def test_scores_are_the_harness_own(recurrent, documents):
+def test_scores_are_the_harness_own(recurrent, documents, tmp_path):
     names = ("arc_easy", "winogrande", "piqa", "lambada_openai", "text_perplexity")
     settings = asked(documents, *names, text=str(documents / "text.txt"), seed=3)
     model = Evaluated.parsed(f"ours={recurrent}")
@@ -342,19 +340,15 @@ def test_scores_are_the_harness_own(recurrent, documents):
     ]
     assert result["settings"]["seed"] == 3 and result["versions"]["lm_eval"] == version("lm_eval")
 
-    # And the stock command on the same folder.
+    # And the stock command on the same folder, for whoever has no scavenger.
+    code = "import sys; sys.modules['scavenger'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     arguments = f"pretrained={recurrent},trust_remote_code=True,dtype=float32,max_length=48"
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--model_args", arguments]
-        + ["--include_path", OWN, "--tasks", *names, "--metadata", json.dumps(metadata)]
-        + ["--output_path", str(documents / "stock.json")],
-        capture_output=True,
-        text=True,
-        cwd=documents,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(documents / "home")},
-    )
-    assert done.returncode == 0, done.stderr
-    stock = json.loads(next(documents.glob("stock*.json")).read_text())["results"]
+    words = [sys.executable, "-c", code, "run", "--model", "hf", "--device", "cpu", "--model_args", arguments]
+    words += ["--include_path", OWN, "--tasks", *names, "--metadata", json.dumps(metadata)]
+    home = LAUNCHED | {"HF_HOME": str(tmp_path / "home")}
+    made = launch(*words, "--output_path", tmp_path / "stock.json", cwd=documents, env=home)
+    assert made.returncode == 0, made.stderr
+    stock = json.loads(next(tmp_path.glob("stock*.json")).read_text())["results"]
     assert found == pytest.approx({name: stock[name.split()[0]][f"{name.split()[1]},none"] for name in found}, rel=1e-5)
 
 

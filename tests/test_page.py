@@ -1,11 +1,10 @@
 """The page in a real browser: wide, on a phone and in print, with nothing fetched and nothing said in its console."""
 
-import os
 import re
 import shutil
 
 import pytest
-from conftest import scavenger
+from conftest import scavenger, shared
 
 from scavenger.report import page
 from scavenger.run.checkpoint import read_json
@@ -18,8 +17,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None and not os.environ.get("CI"):
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    assert CHROMIUM is not None, "no Chromium on this machine (apt-get install chromium)"
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -31,10 +29,7 @@ def browser():
 @pytest.fixture(scope="module")
 def report(finished, workshop, tmp_path_factory):
     """A run's report with everything that it can have: contexts long enough for recall, and a case of its own."""
-    run = tmp_path_factory.mktemp("report") / "run"
-    scavenger(
-        workshop / "recipe.yaml",
-        f"run_dir={run}",
+    words = [
         "data.context_length=64",
         "data.evaluation_tokens=1280",
         "transfer.activations.steps=4",
@@ -42,6 +37,9 @@ def report(finished, workshop, tmp_path_factory):
         "report.cases=[2x20+6]",
         "report.examples=3",
         "report.prompts=2",
+    ]
+    run = shared(
+        tmp_path_factory, "page", lambda folder: scavenger(workshop / "recipe.yaml", f"run_dir={folder}", *words)
     )
     return run / "report"
 

@@ -24,7 +24,7 @@ SMALL = [
     "transfer.logits.warmup_steps=2",
     "transfer.logits.batch_size=2",
     "baseline.warmup_steps=2",
-    "data.evaluation_tokens=2048",
+    "data.evaluation_tokens=1024",
     "recurrence.max_state_size=4",
     "report.context_lengths=[16, 64]",
     "report.cases=[2x16+4]",
@@ -202,7 +202,7 @@ def test_file_tree_is_the_disk():
 
 def test_the_results_are_those_of_the_figures():
     """Of eval/quickstart.json: `python eval/readme.py` writes them anew."""
-    checked = launch(sys.executable, "eval/readme.py", "--check")
+    checked = command("eval/readme.py", "--check")
     assert checked.returncode == 0, checked.stderr
     made = runpy.run_path(str(ROOT / "eval/readme.py"))
     figures = read_json(ROOT / "eval/quickstart.json")

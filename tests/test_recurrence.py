@@ -3,13 +3,12 @@
 import itertools
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command_line, launch, tiny_student
+from conftest import ROOT, command_line, tiny_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scavenger import measure, plan
@@ -438,7 +437,7 @@ def test_layers_are_shared_out(student, blocks, tmp_path, monkeypatch):
 
 def test_mistakes_of_a_program(tmp_path):
     words = ["recur", tmp_path / "absent", "--tolerance"]
-    done = launch(sys.executable, "-m", "scavenger", *words, "1e-2")
+    done = command_line(*words, "1e-2")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("scavenger: error: ") and "no such folder" in done.stderr
     done = command_line(*words, "much")

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, scavenger
+from conftest import ROOT, command, scavenger, shared
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -331,15 +331,19 @@ def test_recall_command(finished, workshop, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def compared(workshop, tmp_path_factory):
     """Three small runs: two seeds of one configuration, and one that keeps a layer."""
-    folder = tmp_path_factory.mktemp("compared")
-    shared = ["data.context_length=80", "training.tracker=none", "baseline=null", "report=null"]
-    for name, changes in {
+    words = ["data.context_length=80", "training.tracker=none", "baseline=null", "report=null"]
+    words += ["recurrence.max_state_size=12"]
+    runs = {
         "first": [],
         "second": ["seed=1"],
         "kept": ["student.mixer=hyena", "student.attention_layers=[1]", "student.attention_window=21"],
-    }.items():
-        scavenger(workshop / "recipe.yaml", f"run_dir={folder}/{name}", *shared, *changes)
-    return folder
+    }
+
+    def make(folder):
+        for name, changes in runs.items():
+            scavenger(workshop / "recipe.yaml", f"run_dir={folder}/{name}", *words, *changes)
+
+    return shared(tmp_path_factory, "mixers", make)
 
 
 def test_mixers_command(compared, tmp_path):

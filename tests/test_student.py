@@ -1,8 +1,6 @@
 """The student has everything of its teacher's but the softmax, and its saved folder stands on its own."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -160,35 +158,6 @@ def test_saved_and_loaded(tmp_path, modal):
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert {p.dtype for layer in half.gpt_neox.layers for p in layer.mixer.filter.parameters()} == {torch.float32}
     assert half(input_ids=ids).logits.dtype == torch.bfloat16
-
-
-@pytest.mark.slow
-def test_saved_folder_needs_no_scavenger(tmp_path):
-    model = tiny_student(modal=True).float()
-    model.save_pretrained(tmp_path / "student")
-    ids = torch.randint(1, 97, (1, 11))
-    expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None
-    )
-    code = f"""
-import sys
-sys.modules["scavenger"] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "student")!r}, trust_remote_code=True)
-ids = torch.tensor({ids.tolist()})
-arguments = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
-print(model.generate(ids, attention_mask=torch.ones_like(ids), **arguments).tolist())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == expected.tolist()
 
 
 def test_impossible_configurations():

@@ -3,9 +3,9 @@
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections import namedtuple
@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import scavenger, tiny_teacher
+from program import forked, ranks
 
 from scavenger import data, losses, student, teacher
 from scavenger.recipe import RecipeError, load_recipe, resolved
@@ -338,45 +339,39 @@ def test_a_full_disk_leaves_whole_shards(given, accelerator, monkeypatch):
     assert before.items() < shards(recipe).items()
 
 
-def test_two_processes_share_the_work_and_a_kill_loses_one_shard(given, accelerator, tmp_path):
+def _share(run_dir, environment, shard_bytes):
+    """One of two processes that fill a cache, and then another, where the second kills itself in a write."""
+    os.environ.update(environment)
+    accelerator, made = Accelerator(cpu=True), []
+    teacher_outputs.SHARD_BYTES, whole = shard_bytes, teacher_outputs._write
+
+    def write(path, tensors):
+        whole(path, tensors)
+        if "killed" in str(path) and accelerator.process_index == 1:
+            os.truncate(path, 900)
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(path.name)
+
+    teacher_outputs._write = write
+    for name in ("together", "killed"):
+        recipe = load_recipe(str(run_dir / "recipe.yaml"), [f"cache.folder={run_dir}/{name}"])
+        teacher_outputs.run(Run(recipe, run_dir, accelerator, None), teacher.load(recipe.teacher, run_dir))
+        (run_dir / f"made_{accelerator.process_index}").write_text(" ".join(made))
+        found = list((run_dir / name).rglob("*.safetensors"))
+        assert len(found) == 5, "no process goes on before all have written"
+
+
+def test_two_processes_share_the_work_and_a_kill_loses_one_shard(given, accelerator):
     """Two real processes, once whole, once with one that kills itself in a write; one process then makes the rest."""
     recipe, run_dir = given(*KEEPS_BOTH)
     filled(recipe, run_dir, accelerator)
     whole = shards(recipe)
     (run_dir / "recipe.yaml").write_text(resolved(recipe))
-    program = tmp_path / "program.py"
-    program.write_text(f"""
-import os, signal
-from pathlib import Path
-from accelerate import Accelerator
-from scavenger.transfer import teacher_outputs
-from scavenger import teacher
-from scavenger.recipe import load_recipe
-from scavenger.run.run import Run
-
-def write(path, tensors):
-    whole(path, tensors)
-    if "killed" in str(path) and accelerator.process_index == 1:
-        os.truncate(path, 900)
-        os.kill(os.getpid(), signal.SIGKILL)
-    made.append(path.name)
-
-accelerator, run_dir = Accelerator(cpu=True), Path({str(run_dir)!r})
-teacher_outputs.SHARD_BYTES, whole, made = {teacher_outputs.SHARD_BYTES}, teacher_outputs._write, []
-teacher_outputs._write = write
-for name in ("together", "killed"):
-    recipe = load_recipe(str(run_dir / "recipe.yaml"), [f"cache.folder={{run_dir}}/{{name}}"])
-    teacher_outputs.run(Run(recipe, run_dir, accelerator, None), teacher.load(recipe.teacher, run_dir))
-    (run_dir / f"made_{{accelerator.process_index}}").write_text(" ".join(made))
-    found = list((run_dir / name).rglob("*.safetensors"))
-    assert len(found) == 5, "no process goes on before all have written"
-""")
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)],
-        capture_output=True,
-        text=True,
-    )
-    assert "Signal 9 (SIGKILL)" in launched.stderr, launched.stderr[-2000:]
+    first, second = (forked(_share, run_dir, environment, teacher_outputs.SHARD_BYTES) for environment in ranks(2))
+    second.join()
+    assert second.exitcode == -signal.SIGKILL
+    first.kill()  # as a launcher does, if the loss of the other has not ended it
+    first.join()
     together, killed = (
         dataclasses.replace(recipe, cache=dataclasses.replace(recipe.cache, folder=str(run_dir / name)))
         for name in ("together", "killed")
