@@ -88,6 +88,7 @@ def test_poles_that_left_the_disc_come_back():
     torch.testing.assert_close(after.angle(), before.angle())
 
 
+@pytest.mark.slow
 def test_filters_modal_from_the_start(begun):
     run, recipe = begun(
         "student.filter.form=modal", "student.filter.state_size=3", "student.attention_layers=[1]", keep=["data"]

@@ -97,6 +97,7 @@ def slow_tokens(settings, seed, tokenizer, wanted):
     return {split: np.array(ids).reshape(-1, length) for split, ids in cut.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["library", "jsonl"])
 def test_blocks_are_documents_end_to_end(tmp_path, source):
     if source == "jsonl":
@@ -192,6 +193,7 @@ def test_local_text(tmp_path, kind, size, monkeypatch):
         assert names(Data(path=str(path)), 1) != names(Data(path=str(path)), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "library"])
 def test_the_stream_goes_on_from_any_document(tmp_path, kind, size, monkeypatch):
@@ -243,6 +245,7 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "named", "packing", "shuffled"),
     [
@@ -371,6 +374,7 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub(hub, tmp_path):
     for number in range(3):
         write(hub / f"train-0000{number}-of-00003.parquet", texts_of(30, 30 * number))

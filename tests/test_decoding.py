@@ -108,6 +108,7 @@ def test_gradients_of_outputs_and_of_the_final_state(width, pieces, device):
         assert_close(expected, gradient, 1e-14)  # measured 1e-15 at most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prompt", [0, 1, 2, 3, 17, LENGTH - 1])
 def test_whole_pass_is_prompt_and_steps_is_pure_recurrence(shape, prompt, monkeypatch, device):
@@ -280,6 +281,7 @@ def test_a_compiled_step_is_one_graph(shape, monkeypatch, device):
     assert graphs.count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_step_as_machine_code(device):
     """The one that Inductor and g++ compile; what the graphs of other students are is above."""

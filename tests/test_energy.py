@@ -72,6 +72,7 @@ def test_a_stage_is_measured_and_added_up(recipe, tmp_path, capfd, monkeypatch):
     assert not list(tmp_path.rglob("*.csv")) and not list(run.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_it_says_what_is_measured_and_what_estimated(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with energy.measured(Run(recipe, run, MAIN, None), "transfer"):

@@ -86,6 +86,7 @@ def test_perplexities_are_compared_by_their_ratio():
     assert metrics.show(metrics.Estimate(-0.05, -0.1, 0.0, 9), "share", signed=True) == "-5.0 points [-10.0, 0.0]"
 
 
+@pytest.mark.slow
 def test_an_interval_holds_what_it_says():
     """Of 200 samples about 95 % have the truth in their interval."""
     held = 0
@@ -99,6 +100,7 @@ def test_an_interval_holds_what_it_says():
 UNEQUAL = np.array([32.0, 19, 7, 3, 1, 1, 1, 1, 0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [np.ones(6), np.ones(20), UNEQUAL])
 def test_few_and_unequal_items_have_wide_intervals(weights):
     """Models that are equal are told apart one time in twenty, or seldomer where items have all they can say."""

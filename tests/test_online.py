@@ -123,6 +123,7 @@ def test_work_grows_as_the_length_and_two_logarithms():
     assert long > 0.9 * short  # the plain product is seen to cost L²
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("near", [4, 32])
 @torch.no_grad()

@@ -143,6 +143,7 @@ def test_a_refinement_is_never_worse_at_the_same_size(taps, state_size, device):
     assert errors["projection"].mean() < errors["balanced"].mean()  # and somewhere it helps
 
 
+@pytest.mark.slow
 def test_the_state_is_the_smallest_that_meets_the_tolerance(device):
     taps, tolerance = torch.cat([random(3, 127, 0.05), smooth(3, 127)]), 0.04
     found = balanced.reduce(taps.to(device), tolerance=tolerance)
@@ -180,6 +181,7 @@ def test_a_tolerance_out_of_reach_gives_the_most_there_may_be(device):
             assert filter.floor > 1e-6  # no method could
 
 
+@pytest.mark.slow
 def test_together_is_as_one_by_one(device):
     taps = torch.cat([random(2, 210, 0.03), smooth(3, 210), torch.zeros(1, 210)]).to(device)
     together = irka.reduce(taps, tolerance=0.2, max_state_size=9)

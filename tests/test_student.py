@@ -76,6 +76,7 @@ def test_attention_is_what_goes_in_and_out_of_it():
     assert hooks(model) == before, "ours are gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention_layers", [[], [0]])
 def test_generate_greedy_is_the_parallel_model(attention_layers):
     for modal in (True, False):

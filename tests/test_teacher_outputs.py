@@ -361,6 +361,7 @@ def _share(run_dir, environment, shard_bytes):
         assert len(found) == 5, "no process goes on before all have written"
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_a_kill_loses_one_shard(given, accelerator):
     """Two real processes, once whole, once with one that kills itself in a write; one process then makes the rest."""
     recipe, run_dir = given(*KEEPS_BOTH)
