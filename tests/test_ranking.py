@@ -45,7 +45,7 @@ def test_the_layers_that_matter_most_are_kept(tmp_path, workshop):
     for keep in (0, 3):
         with pytest.raises(RecipeError, match="expected 1 to 2, some and not all of the teacher's layers"):
             ranking.check(recipe, keep, tmp_path / "kept.yaml")
-    with pytest.raises(RecipeError, match="is no folder"):
+    with pytest.raises(RecipeError, match="is not a folder"):
         ranking.check(recipe, 1, tmp_path / "nowhere" / "kept.yaml")
     with pytest.raises(RecipeError, match="layers are ranked by matching activations"):
         ranking.check(load_recipe("recipes/teacher-stdlib.yaml"), 1, tmp_path / "kept.yaml")

@@ -386,6 +386,10 @@ def test_recur(folder, workshop, tmp_path, monkeypatch):
     before = (made / "certificate.json").stat().st_mtime_ns
     code, out, err = recur(*words)
     assert code == 0 and "(complete)" in out and (made / "certificate.json").stat().st_mtime_ns == before
+    earlier = found | {"settings": found["settings"] | {"prefill_outputs": "recurrent"}}  # of an earlier version
+    checkpoint.write_json(made / "certificate.json", earlier)
+    code, out, err = recur(*words)
+    assert code == 0 and "(complete)" in out
     code, out, err = recur(*words[:1], "--tolerance", "1e-2")
     assert code == 2 and "is there already and is not what this command makes" in err and err.count("\n") == 1
 

@@ -47,7 +47,7 @@ class HyenaMixer(nn.Module):
         self.dense = nn.Linear(width, width, bias=config.attention_bias)
         self.short_filter = nn.Parameter(torch.zeros((3 + between) * width, config.short_filter_length))
         self.filter = ModalFilter(config.state_sizes[layer_index]) if config.filter == "modal" else _implicit(config)
-        # Linear attention adds up what softmax averages; the teacher's own scale is where it starts.
+        # Linear attention sums where softmax averages; training starts from the teacher's own scale.
         self.scale = self.filter_head_width**-0.5
         self.reset_parameters()
 

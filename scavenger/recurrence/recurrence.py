@@ -20,7 +20,7 @@ from transformers.utils import logging
 from scavenger import data, measure
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.model.filters import ModalFilter
-from scavenger.recipe import Data, RecipeError, Recurrence
+from scavenger.recipe import REMOVED, Data, RecipeError, Recurrence
 from scavenger.recurrence import allocation, certificate
 from scavenger.recurrence.reduction.reduced import ReducedFilter
 from scavenger.run import checkpoint
@@ -62,6 +62,8 @@ def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, a
             saved = checkpoint.read_json(to / "certificate.json")
         except (OSError, ValueError):
             saved = {}
+        kept = (saved.get("settings") or {}).items()
+        saved["settings"] = {key: value for key, value in kept if (f"recurrence.{key}", value) not in REMOVED.items()}
         if {key: saved.get(key) for key in asked} != asked:
             raise RecipeError(
                 f"--to: {to} is there already and is not what this command makes; expected the name of a new folder"
@@ -107,7 +109,7 @@ def opened(source: Path):
     if all(not hasattr(layer.mixer, "filter") for layer in student.gpt_neox.layers):
         raise RecipeError(f"{source}: keeps attention in every layer; expected a student with long filters")
     if tokenizer is not None and tokenizer.eos_token is None:
-        raise RecipeError(f"{source}: its tokenizer has no end-of-text token; expected one, to part documents")
+        raise RecipeError(f"{source}: its tokenizer has no end-of-text token; expected one, to separate documents")
     return student.eval(), tokenizer
 
 

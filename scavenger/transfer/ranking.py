@@ -55,7 +55,7 @@ def check(recipe: Recipe, keep: int, path: Path):
     if path.is_dir():
         raise RecipeError(f"--to: {path} is a folder; expected the name of a new file")
     if not path.parent.is_dir():
-        raise RecipeError(f"--to: {path.parent} is no folder; expected the name of a new file in an existing folder")
+        raise RecipeError(f"--to: {path.parent} is not a folder; expected the name of a new file in an existing folder")
 
 
 def without_attention(recipe: Recipe) -> Recipe:
