@@ -116,8 +116,12 @@ def opened(recipe, accelerator):
     with checkpoint.open_run(recipe, accelerator) as folder:
         with accelerator.main_process_first():
             tokenizer = teacher.tokenizer(recipe, folder)
-            if recipe.teacher.train is None:
-                data.check_vocabulary(tokenizer, teacher.load_configuration(recipe.teacher, folder))
+            if accelerator.is_main_process:
+                if recipe.teacher.train is None and not checkpoint.complete(folder / "data"):
+                    teacher.load(recipe.teacher, folder)  # whole and finite, or nothing is tokenised
+                checkpoint.require_same_inputs(
+                    folder, {"teacher": teacher.identities(recipe.teacher), "data": data.identities(recipe.data)}
+                )
             data.run(recipe, folder, tokenizer)
         run = Run(recipe, folder, accelerator, tokenizer)
         names = {"wandb": {"name": folder.name, "dir": str(folder)}}

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scavenger import loading
 from scavenger.recipe import Data, Recipe, RecipeError
 from scavenger.run import checkpoint
 from scavenger.run.run import blocks
@@ -96,6 +97,7 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
             # left_out: documents of the train split that are also in a held-out split.
             "documents": made["documents"] | {"left_out": made["left_out"]},
             "packing": {"kind": recipe.data.packing, "padding": _padding_share(blocks(beside, "train"))},
+            "begins_with": tokenizer.convert_ids_to_tokens(beginning(tokenizer)),  # before each document's first token
             "overlap": {"window": WINDOW} | overlap,
             "sha256": {split: hashlib.sha256(blocks(beside, split)).hexdigest() for split in SPLITS},
         },
@@ -141,19 +143,18 @@ def tokens_needed(recipe: Recipe) -> int:
     )
 
 
-def check_vocabulary(tokenizer, config):
-    """Raise RecipeError if the tokenizer has no end-of-text token, or ids for which the teacher has no embedding row.
+def beginning(tokenizer) -> int:
+    """The token before the first of each document: beginning-of-text, or end-of-text where the tokenizer has no other.
 
-    More rows than ids are normal: Pythia has 50,277 tokens and 50,304 rows, the larger models more.
+    This is also lm-eval's rule. Blocks, prompts and passages are cut out of running text and may begin anywhere.
     """
-    if tokenizer.eos_token_id is None:
-        raise RecipeError("teacher: the tokenizer has no end-of-text token; expected one, to separate documents")
-    largest = _largest_id(tokenizer)
-    if largest >= config.vocab_size:
-        raise RecipeError(
-            f"teacher: the tokenizer has ids up to {largest:,}, the model has {config.vocab_size:,} embedding rows; "
-            f"expected ids below {config.vocab_size:,}: the tokenizer is another model's, or tokens were added to it"
-        )
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def framed(ids: list[int], tokenizer) -> list[int]:
+    """A document as it stands in running text: end-of-text follows it, beginning-of-text precedes it if it differs."""
+    first, end = beginning(tokenizer), tokenizer.eos_token_id
+    return [*([] if first == end else [first]), *ids, end]
 
 
 def split_of(name: str) -> str:
@@ -168,7 +169,7 @@ def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
     Each chunk of documents is appended, then `state.json` says so: an interrupted run resumes with the
     first document that is not in it. Returns the state.
     """
-    length, end = recipe.data.context_length, tokenizer.eos_token_id
+    length = recipe.data.context_length
     wanted = dict.fromkeys(SPLITS, recipe.data.evaluation_tokens) | {"train": tokens_needed(recipe)}
     kind = np.dtype(np.uint16 if _largest_id(tokenizer) < padding(np.uint16) else np.uint32)
     whole_blocks = recipe.data.packing == "documents"
@@ -182,7 +183,7 @@ def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
                 named = [(split, text) for split, text in named if not files.full(split)]
                 for (into, text), ids in zip(named, _ids(tokenizer, [text for _, text in named]), strict=True):
                     if not files.full(into) and not files.held_out(into, text):
-                        ids = np.array(ids + [end], kind)
+                        ids = np.array(framed(ids, tokenizer), kind)
                         files.append(into, _padded(ids, length) if whole_blocks and into == "train" else ids)
                 files.save(place=chunk[-1].place)
                 if files.full(*awaited):
@@ -248,6 +249,15 @@ def stdlib_files() -> dict[str, Path]:
         for path in sorted(root.rglob("*.py"))
         if not STDLIB_EXCLUDED & set(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
     }
+
+
+def identities(data: Data) -> dict[str, dict]:
+    """The identity of each file of local text, of the standard library as a whole; nothing for text on the Hub."""
+    if data.path is not None:
+        path = Path(data.path)
+        files = [file for group in _local_files(path).values() for file in group]
+        return {str(file.relative_to(path) if path.is_dir() else file.name): loading.identity(file) for file in files}
+    return {} if data.name is not None else {"the standard library": source(data)}
 
 
 def source(data: Data) -> dict:

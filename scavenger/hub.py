@@ -19,6 +19,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HTTPError  # of whichever HTTP library it uses
 from huggingface_hub.utils import disable_progress_bars, logging
 
+from scavenger import student
 from scavenger.model import HyenaNeoXConfig
 from scavenger.recipe import EMBEDDED_TEACHER, Hub, RecipeError
 from scavenger.report import comparison, report
@@ -62,6 +63,7 @@ def push(run_dir: Path, target: Hub):
     logging.set_verbosity_error()  # its warnings name upload addresses, which whoever has them can write to
     disable_progress_bars()  # a broken upload leaves them open, on the line of the message
     folder = student_folder(run_dir)
+    student.load(folder)  # whole and finite, or nothing is sent
     files = {path.name: path for path in sorted(folder.iterdir()) if _is_pushed(path)}
     files["README.md"] = str(model_card(run_dir, target)).encode()
     try:

@@ -135,11 +135,10 @@ def write(planned: list[PlannedStage], run_dir: Path):
 def _configuration(recipe):
     """The teacher's configuration; without the network where its shape is published."""
     shape = teacher_shape(recipe)
-    if shape is None:
+    if shape is None or recipe.teacher.folder is not None:
         return teacher.load_configuration(recipe.teacher, Path(recipe.run_dir))
     published = {"dtype": "float16"} if recipe.teacher.name in PYTHIA_SHAPES else {}
-    left_out = ("architectures", "transformers_version", "model_type")
-    return GPTNeoXConfig(**published | {key: value for key, value in shape.items() if key not in left_out})
+    return GPTNeoXConfig(**published | shape)
 
 
 def _trainings(recipe, config):

@@ -1,8 +1,11 @@
 """The student: the teacher with Hyena mixers instead of attention."""
 
-import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from pathlib import Path
 
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerBase
+
+from scavenger import loading
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.recipe import RecipeError, Student
 
@@ -92,6 +95,16 @@ def from_teacher(
             "GPT-NeoX checkpoint"
         )
     return student
+
+
+def load(folder: Path) -> HyenaNeoXForCausalLM:
+    """The student of a folder in float32 and evaluation mode; RecipeError unless the folder has all of it."""
+    return loading.model(HyenaNeoXForCausalLM, folder, dtype=torch.float32, use_safetensors=True).eval()
+
+
+def load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer in a student's folder, for so many embedding rows; RecipeError for one that is of no use."""
+    return loading.tokenizer(folder, rows)
 
 
 def copied(teacher: GPTNeoXForCausalLM) -> dict[str, torch.Tensor]:

@@ -3,17 +3,18 @@
 import contextlib
 import functools
 import platform
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
 
-from scavenger import data, measure, training
+from scavenger import data, loading, measure, training
 from scavenger.recipe import Recipe, RecipeError, Teacher, TeacherTraining
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
@@ -21,6 +22,11 @@ from scavenger.run.run import Run
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"  # as in the tokenizer of GPT-NeoX-20B
+# Files that transformers reads of a checkpoint: weights, configurations, tokenizers. Cards and figures may change.
+LOADED = re.compile(
+    r"\.(safetensors|bin|model|index\.json)$|^(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)"
+    r"\.json$|^(merges|vocab)\.txt$"
+)
 
 
 def run(run: Run) -> Path | None:
@@ -55,23 +61,34 @@ def load(settings: Teacher, run_dir: Path, device: torch.device | str = "cpu") -
     where, dtype = _where(settings, run_dir), settings.dtype
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
-    with _clear_errors(where):
-        model = GPTNeoXForCausalLM.from_pretrained(
-            where,
-            revision=_revision(settings),
-            dtype=dtype,
-            use_safetensors=None if settings.allow_pickle else True,
-        )
+    model = loading.model(
+        GPTNeoXForCausalLM,
+        where,
+        revision=_revision(settings),
+        dtype=dtype,
+        use_safetensors=None if settings.allow_pickle else True,
+    )
+    model.config.return_dict = True  # whatever the checkpoint's own callers like
     return model.requires_grad_(False).eval().to(device)
 
 
+def identities(settings: Teacher) -> dict[str, dict]:
+    """The identity of each file that the teacher is loaded from, for a local folder; else nothing."""
+    files = sorted(settings.folder.iterdir()) if settings.folder is not None else []
+    return {path.name: loading.identity(path) for path in files if path.is_file() and LOADED.search(path.name)}
+
+
 def load_configuration(settings: Teacher, run_dir: Path) -> GPTNeoXConfig:
-    """The teacher's configuration; RecipeError where it cannot be loaded or is no GPT-NeoX."""
+    """The teacher's configuration; RecipeError where it cannot be loaded or is not that of a plain GPT-NeoX."""
     where = _where(settings, run_dir)
-    with _clear_errors(where):
-        config = AutoConfig.from_pretrained(where, revision=_revision(settings))
+    config = loading.configuration(where, revision=_revision(settings), trust_remote_code=settings.trust_remote_code)
     if not isinstance(config, GPTNeoXConfig):
         raise RecipeError(f"teacher: {where} is a {config.model_type}; expected a GPT-NeoX model")
+    if config.hidden_act not in ACT2FN:
+        raise RecipeError(f"teacher: {where} has hidden_act {config.hidden_act}; expected one that transformers has")
+    if getattr(config, "quantization_config", None) is not None:
+        raise RecipeError(f"teacher: {where} has quantised weights; expected the weights before quantisation")
+    loading.require_consistent(where, GPTNeoXForCausalLM, config)
     return config
 
 
@@ -79,16 +96,8 @@ def tokenizer(recipe: Recipe, run_dir: Path) -> PreTrainedTokenizerFast:
     """The teacher's tokenizer; for a teacher trained here, a byte-level BPE trained on the train split."""
     settings = recipe.teacher
     if settings.train is None:
-        where = _where(settings, run_dir)
-        with _clear_errors(where):
-            found = AutoTokenizer.from_pretrained(
-                where, revision=_revision(settings), trust_remote_code=settings.trust_remote_code
-            )
-        if found.eos_token_id is None:
-            raise RecipeError(
-                f"teacher: the tokenizer of {where} has no end-of-text token; expected one, to separate documents"
-            )
-        return found
+        where, rows = _where(settings, run_dir), load_configuration(settings, run_dir).vocab_size
+        return loading.tokenizer(where, rows, settings.trust_remote_code, revision=_revision(settings))
     folder = run_dir / "tokenizer"
     if not checkpoint.complete(folder):
         made = _train_tokenizer(recipe, settings.train.vocab_size)
@@ -200,19 +209,6 @@ def _where(settings, run_dir):
 
 def _revision(settings):
     return settings.revision if settings.folder is None else None
-
-
-@contextlib.contextmanager
-def _clear_errors(where):
-    """transformers' errors about an unreachable or damaged checkpoint, as one line."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecipeError(
-            f"teacher: {where} cannot be loaded ({reason}); expected a reachable Hub name with "
-            "safetensors, or teacher.path=<local folder>"
-        ) from error
 
 
 def _write_card(run, model, history, folder):

@@ -6,14 +6,13 @@ import json
 import os
 import signal
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from program import forked
 
-from scavenger import data
+from scavenger import data, loading
 from scavenger.recipe import Activations, Data, Logits, Recipe, RecipeError, Teacher, TeacherTraining, Transfer
 from scavenger.run import checkpoint
 
@@ -21,13 +20,16 @@ from scavenger.run import checkpoint
 class Letters:
     """A tokenizer of single characters."""
 
-    eos_token_id = 0
+    eos_token_id = bos_token_id = 0
 
     def __init__(self, size=300):
         self.size = size
 
     def get_vocab(self):
         return {str(index): index for index in range(self.size)}
+
+    def convert_ids_to_tokens(self, number):
+        return str(number)
 
     def __call__(self, texts, **kwargs):
         return {"input_ids": [[min(ord(letter), self.size - 1) for letter in text] for text in texts]}
@@ -497,14 +499,14 @@ def test_too_little_text(tmp_path):
 
 
 def test_vocabulary():
-    data.check_vocabulary(Letters(97), SimpleNamespace(vocab_size=97))
-    data.check_vocabulary(Letters(97), SimpleNamespace(vocab_size=128))  # padded, as Pythia's
+    loading.require_ids(Letters(97), 97)
+    loading.require_ids(Letters(97), 128)  # padded, as Pythia's
     with pytest.raises(RecipeError, match="ids up to 1,096, the model has 97 embedding.*below 97.*another model's"):
-        data.check_vocabulary(Letters(1097), SimpleNamespace(vocab_size=97))
+        loading.require_ids(Letters(1097), 97)
     endless = Letters(97)
     endless.eos_token_id = None
     with pytest.raises(RecipeError, match="no end-of-text token"):
-        data.check_vocabulary(endless, SimpleNamespace(vocab_size=97))
+        loading.require_ids(endless, 97)
 
 
 def test_rows_without_text(tmp_path):

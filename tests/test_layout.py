@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports from layers above its own, or from its own layer.
 LAYERS = (
     ("model", "recipe"),
-    ("recurrence.reduction", "run"),
+    ("recurrence.reduction", "run", "loading"),
     ("losses", "measure", "data"),
     ("training",),
     ("teacher", "student"),

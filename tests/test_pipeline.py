@@ -279,9 +279,30 @@ def test_python_finds_main_in_a_recipe(workshop, tmp_path, monkeypatch):
         exec(spec.loader.get_code("__main__"), {"__name__": "__main__"})
     assert called == [True] and spec.origin == recipe
     assert hook._finder(recipe).find_spec("other") is None
-    (tmp_path / "other.yaml").write_text("a: 1\n")
-    with pytest.raises(ImportError):
-        hook._finder(str(tmp_path / "other.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "ours"),
+    [
+        ("#!/usr/bin/env scavenger\n", True),
+        ("\ufeff#!/usr/bin/env scavenger\r\nrun_dir: a\r\n", True),
+        ("# my recipe\n\nseed: 1\nteacher:\n  path: a\n", True),
+        ("run_dir: runs/a", True),
+        ("run_dir : runs/a", True),
+        ("a: 1\n", False),
+        ("model:\n  teacher: a\n", False),
+        ("teachers: 3\n", False),
+        ("", False),
+    ],
+)
+def test_what_the_hook_takes_for_a_recipe(tmp_path, content, ours):
+    """The marker, or a key that only recipes have; other YAML is left to whoever reads it."""
+    path = tmp_path / "file.yaml"
+    path.write_text(content, encoding="utf-8", newline="")
+    assert hook.is_recipe(str(path)) == ours
+    if not ours:
+        with pytest.raises(ImportError):
+            hook._finder(str(path))
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(workshop, monkeypatch):
@@ -319,7 +340,7 @@ def test_damaged_teacher_is_one_line(workshop, tmp_path):
     made = command_line(*words)
     assert made.returncode == 2, made.stderr
     last = made.stderr.strip().splitlines()[-1]
-    assert last.startswith("scavenger: error: teacher: ") and "cannot be loaded" in last
+    assert last.startswith("scavenger: error: ") and "cannot be loaded" in last
     assert "Traceback" not in made.stderr
 
 

@@ -472,7 +472,7 @@ def test_mistakes_end_in_one_line(folder, workshop, tmp_path):
         ([workshop / "teacher"], ["is a gpt_neox", "hyena_neox"]),
         ([attention], ["keeps attention in every layer"]),
         ([damaged], ["cannot be loaded"]),
-        ([short], ["has no gpt_neox.layers.3."]),
+        ([short], ["the checkpoint lacks gpt_neox.layers.3."]),
         ([folder, "--tolerance", "2"], ["--tolerance: found 2.0; expected a relative error between 0 and 1"]),
         ([folder, "--max-state-size", "0"], ["--max-state-size: found 0"]),
         ([folder, "--horizon", "3"], ["--horizon: found 3; expected 8 taps or more"]),
@@ -491,7 +491,7 @@ def test_mistakes_end_in_one_line(folder, workshop, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_plan_of_the_recurrence(folder, workshop, tmp_path):
+def test_plan_of_the_recurrence(folder, workshop, tmp_path, monkeypatch):
     """The table says what the stage then makes, by its method; nothing is written."""
     run = tmp_path / "run"
     shutil.copytree(folder, run / "transfer")
@@ -516,6 +516,12 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path):
     row = totals[0.02]
     assert int(row[3]) == sum(map(sum, sizes)) and row[5] == f"{config.state_bytes / 1024:,.1f}"
     assert int(row[-2]) == config.break_even_length
+
+    assert "% of the filters" not in preview.show(recipe)
+    monkeypatch.setattr(preview, "FILTERS", 2)
+    share = 2 / (exact.config.num_filters * exact.config.hyena_order)
+    assert f"By balanced truncation. {100 * share:.0f} % of the filters were reduced. KL" in preview.show(recipe)
+    monkeypatch.undo()
 
     budget = config.state_bytes
     text = preview.show(load_recipe(str(workshop / "recipe.yaml"), [*overrides, f"recurrence.state_bytes={budget}"]))

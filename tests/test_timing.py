@@ -11,8 +11,19 @@ import pytest
 import torch
 from conftest import tiny_student, tiny_teacher
 
+from scavenger.model.decoding import PackedLinear
 from scavenger.report import contenders, timing
-from scavenger.report.contenders import Case, Decoded, Dynamic, Exact, ModelCalls, PackedStatic, ReadAgain, Static
+from scavenger.report.contenders import (
+    Case,
+    Decoded,
+    Dynamic,
+    Exact,
+    ModelCalls,
+    PackedDynamic,
+    PackedStatic,
+    ReadAgain,
+    Static,
+)
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.results import Results
 from scavenger.report.timing import Settings
@@ -50,6 +61,17 @@ def trio(folder):
 
 def rows_of(results, key="rows"):
     return {(result["model"], row["cache"], row["case"]): row for result in results for row in result[key]}
+
+
+@pytest.mark.parametrize("kind", [PackedStatic, PackedDynamic])
+def test_a_packed_contender_has_packed_weights(kind):
+    """Its weights count twice: the model's own, and the copies in the order that oneDNN wants."""
+    model = tiny_teacher().float()
+    plain, made = Static(model, Case(3, 17, 5)), kind(model, Case(3, 17, 5))
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    packed = [m for m in made.step_model.modules() if isinstance(m, PackedLinear)]
+    assert len(packed) == len(linears)
+    assert made.weights == plain.weights + sum(linear.weight.nbytes for linear in linears)
 
 
 @pytest.mark.parametrize(

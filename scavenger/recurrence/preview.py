@@ -4,10 +4,8 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from scavenger import measure
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger import measure, student
 from scavenger.model.filters import ModalFilter
 from scavenger.recipe import Recipe
 from scavenger.recurrence import allocation, certificate, recurrence
@@ -25,7 +23,7 @@ def show(recipe: Recipe) -> str:
     By balanced truncation of FILTERS filters of each layer, from which modes and bytes of all of them are estimated.
     """
     run_dir = Path(recipe.run_dir)
-    exact = HyenaNeoXForCausalLM.from_pretrained(run_dir / "transfer", dtype=torch.float32).eval()
+    exact = student.load(run_dir / "transfer")
     config, settings = exact.config, dataclasses.replace(recipe.recurrence, method="balanced")
     text = blocks(run_dir / "data", "validation")
     rows, found = {}, [[[]] for _ in exact.gpt_neox.layers]

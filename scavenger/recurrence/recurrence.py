@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from scavenger import data, measure
+from scavenger import student as students
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.model.filters import ModalFilter
 from scavenger.recipe import REMOVED, Data, RecipeError, Recurrence
@@ -38,7 +38,7 @@ def run(run: Run) -> Path:
     folder = run.folder / "recurrence"
     if checkpoint.complete(folder):
         return folder
-    student = HyenaNeoXForCausalLM.from_pretrained(run.folder / "transfer", dtype=torch.float32).eval()
+    student = students.load(run.folder / "transfer")
     return distil(student, run.recipe.recurrence, folder, run.accelerator, run.tokenizer, run.blocks("validation"))
 
 
@@ -91,26 +91,12 @@ def opened(source: Path):
         raise RecipeError(f"{source / 'config.json'}: cannot be read; expected a student's configuration") from None
     if kind != HyenaNeoXConfig.model_type:
         raise RecipeError(f"{source}: is a {kind}; expected a student of ours ({HyenaNeoXConfig.model_type})")
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing is said below, in one line
-    try:
-        student, report = HyenaNeoXForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-        named = (source / "tokenizer_config.json").is_file() or (source / "tokenizer.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(source) if named else None
-    except Exception as error:  # transformers, safetensors and tokenizers each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecipeError(f"{source}: cannot be loaded ({reason})") from None
-    finally:
-        logging.set_verbosity(shown)
-    if report["missing_keys"]:
-        raise RecipeError(f"{source}: has no {sorted(report['missing_keys'])[0]}; expected all weights of a student")
+    student, tokenizer = students.load(source), None
+    if (source / "tokenizer_config.json").is_file() or (source / "tokenizer.json").is_file():
+        tokenizer = students.load_tokenizer(source, student.config.vocab_size)
     if all(not hasattr(layer.mixer, "filter") for layer in student.gpt_neox.layers):
         raise RecipeError(f"{source}: keeps attention in every layer; expected a student with long filters")
-    if tokenizer is not None and tokenizer.eos_token is None:
-        raise RecipeError(f"{source}: its tokenizer has no end-of-text token; expected one, to separate documents")
-    return student.eval(), tokenizer
+    return student, tokenizer
 
 
 def held_out_text(text: Path | None, tokenizer, length: int) -> np.ndarray:
@@ -119,7 +105,7 @@ def held_out_text(text: Path | None, tokenizer, length: int) -> np.ndarray:
     for name, words in data.documents(Data(path=None if text is None else str(text)), seed=0):
         if text is None and data.split_of(name) != "validation":
             continue
-        ids += tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids += data.framed(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
         if len(ids) >= HELD_OUT_TOKENS:
             break
     count = min(len(ids), max(length, HELD_OUT_TOKENS)) // length

@@ -21,6 +21,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="seed of sampling and of the intervals (0)")
     made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     made.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with a checkpoint: read it first"
+    )
+    made.add_argument(
         "--results", type=Path, metavar="DIR", help="store measurements in this folder and reuse those it has"
     )
     return made
@@ -49,7 +52,7 @@ def text_of(args: argparse.Namespace) -> text.Text:
 
 def models_of(args: argparse.Namespace) -> list[Evaluated]:
     """The models; ValueError if two have the same label."""
-    found = [Evaluated.parsed(word, args.dtype) for word in args.models]
+    found = [Evaluated.parsed(word, args.dtype, args.trust_remote_code) for word in args.models]
     labels = [model.label for model in found]
     for label in labels:
         if labels.count(label) > 1:

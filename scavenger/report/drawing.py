@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger import student
 from scavenger.report import page
 from scavenger.report.page import Figure
 from scavenger.transfer import transfer
@@ -213,12 +213,10 @@ def _filter(run_dir, figures):
     error, layer, row = max(
         (f["relative_error"], i, j) for i, entry in enumerate(layers) for j, f in enumerate(entry["filters"])
     )
-    student, recurrent = (
-        HyenaNeoXForCausalLM.from_pretrained(run_dir / name, dtype=torch.float32) for name in ("transfer", "recurrence")
-    )
+    exact_one, recurrent = (student.load(run_dir / name) for name in ("transfer", "recurrence"))
     with torch.no_grad():
         exact, modal = (
-            model.gpt_neox.layers[layer].mixer.filter(length)[row].numpy() for model in (student, recurrent)
+            model.gpt_neox.layers[layer].mixer.filter(length)[row].numpy() for model in (exact_one, recurrent)
         )
     figure, (top, bottom) = page.plot(4.8, 3.4, rows=2, sharex=True, height_ratios=[3, 1])
     top.plot(exact, color=COLOURS["distilled"], linewidth=2.4, alpha=0.5, label=f"layer {layer}, filter {row}")

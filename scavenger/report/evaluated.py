@@ -1,6 +1,5 @@
 """A model to evaluate, from a checkpoint folder or the Hub, loaded on first use."""
 
-import contextlib
 import functools
 import gc
 import hashlib
@@ -11,17 +10,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import scavenger.model  # registers the student with AutoModel
+from scavenger import loading
 
 
 @dataclass(frozen=True)
 class Evaluated:
     """A model to evaluate: its label in the tables, and the folder or Hub name that it is loaded from.
 
-    Only safetensors weights are loaded, and no code from the checkpoint is run: the student's class is this package's.
-    A model that cannot be loaded raises a one-line ValueError. `close` frees the memory.
+    Only safetensors weights are loaded. Code from the checkpoint runs only with `trust_remote_code`, never that of a
+    student: its class is this package's.
+    A model that cannot be loaded raises a one-line RecipeError. `close` frees the memory.
     """
 
     label: str
@@ -29,9 +30,10 @@ class Evaluated:
     dtype: str = "float32"
     revision: str | None = None  # of a Hub name
     loader: Callable[[], nn.Module] | None = None  # loads the weights instead, if given
+    trust_remote_code: bool = False
 
     @classmethod
-    def parsed(cls, word: str, dtype: str = "float32"):
+    def parsed(cls, word: str, dtype: str = "float32", trust_remote_code: bool = False):
         """Parse `FOLDER`, `NAME` or `NAME@REVISION`, optionally preceded by `LABEL=`."""
         label, equals, path = (word, "", "") if Path(word).is_dir() else word.partition("=")
         if equals and not (label and path):
@@ -39,38 +41,31 @@ class Evaluated:
         path, revision = path or label, None
         if "@" in path and not Path(path).is_dir():
             path, _, revision = path.rpartition("@")
-        return cls(label, path, dtype, revision)
+        return cls(label, path, dtype, revision, trust_remote_code=trust_remote_code)
 
     @functools.cached_property
     def config(self):
-        with _named(self.path):
-            return AutoConfig.from_pretrained(self.path, revision=self.revision)
+        return loading.configuration(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        with _named(self.path):
-            found = AutoTokenizer.from_pretrained(self.path, revision=self.revision)
-            if found.eos_token_id is None:
-                raise ValueError("its tokenizer has no end-of-text token; expected one, to begin documents with")
-        return found
+        rows = self.config.get_text_config().vocab_size
+        return loading.tokenizer(self.path, rows, self.trust_remote_code, revision=self.revision)
 
     @functools.cached_property
     def model(self) -> nn.Module:
         """The model in evaluation mode, on the GPU if there is one."""
-        with _named(self.path):
-            if self.loader is not None:
-                model = self.loader()
-            else:
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    self.path,
-                    revision=self.revision,
-                    dtype=getattr(torch, self.dtype),
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
-                if found["missing_keys"]:  # these would be initialised at random
-                    missing = sorted(found["missing_keys"])
-                    raise ValueError(f"{len(missing)} of its weights are not in the file, {missing[0]} among them")
+        if self.loader is not None:
+            model = self.loader()
+        else:
+            model = loading.model(
+                AutoModelForCausalLM,
+                self.path,
+                revision=self.revision,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+            )
         return model.eval().requires_grad_(False).to(self.device)
 
     @property
@@ -133,13 +128,3 @@ def same_tokenizer(models: list[Evaluated]) -> bool:
 def same_outputs(models: list[Evaluated]) -> bool:
     """Whether they also have the same number of logits: some models pad their vocabulary further."""
     return same_tokenizer(models) and len({model.config.vocab_size for model in models}) == 1
-
-
-@contextlib.contextmanager
-def _named(path):
-    """Turn every error of loading into a one-line ValueError that begins with the model's path."""
-    try:
-        yield
-    except Exception as error:  # the libraries may raise anything on a foreign file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be loaded ({reason})") from error

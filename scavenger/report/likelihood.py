@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from scavenger import data
 from scavenger.measure import BATCH_TOKENS
 from scavenger.report import metrics
 from scavenger.report.evaluated import Evaluated, numbers
@@ -58,7 +59,7 @@ def of(model: Evaluated, text: Text | Blocks, settings: Settings, reference: Eva
 
 
 def of_documents(model: Evaluated, text: Text, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
-    """Metrics in a sliding window; each document is read independently, after an end-of-text token.
+    """Metrics in a sliding window; each document is read independently, after `data.beginning`'s token.
 
     A window reads `context_length` tokens and predicts the next token after each; predictions count if no earlier
     window made them: all of the first window, `stride` of each later one. Every token of a document counts once, so
@@ -76,10 +77,11 @@ def of_documents(model: Evaluated, text: Text, settings: Settings, reference: Ev
 def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
     """Metrics on a run's held-out blocks (block, length), each read independently; its first token is only context.
 
-    Items are documents, each beginning with an end-of-text token; the parts of a document in several blocks are summed.
+    Items are documents, each beginning with `data.beginning`'s token; the parts of a document in several blocks are
+    summed.
     """
-    blocks, end = np.asarray(text.blocks).astype(np.int64), model.tokenizer.eos_token_id
-    document = np.cumsum(blocks.reshape(-1) == end).reshape(blocks.shape)[:, 1:]
+    blocks, first = np.asarray(text.blocks).astype(np.int64), data.beginning(model.tokenizer)
+    document = np.cumsum(blocks.reshape(-1) == first).reshape(blocks.shape)[:, 1:]
     count, places = document.max() + 1, document.reshape(-1)
     found = predictions(model.model, blocks, reference and reference.model)
     sums = np.stack([np.bincount(places, each.reshape(-1), count) for each in found])
@@ -87,7 +89,8 @@ def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Eva
     for ids, own in zip(blocks[:, 1:], document, strict=True):
         for number in np.unique(own):
             part = ids[own == number]
-            sizes[number] += _bytes(model.tokenizer.decode(part[part != end]))
+            frame = [first, model.tokenizer.eos_token_id]
+            sizes[number] += _bytes(model.tokenizer.decode(part[~np.isin(part, frame)]))
     seen = tokens > 0
     return _metrics(sums[:, seen], tokens[seen], sizes[seen])
 
@@ -102,7 +105,7 @@ def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> lis
     count = min(LONG_CONTEXTS, len(stream) // longest)
     ids = stream[: count * longest].reshape(count, longest)
     loss = predictions(model.model, ids)[0]
-    document = np.cumsum(ids.reshape(-1) == model.tokenizer.eos_token_id).reshape(ids.shape)[:, 1:]
+    document = np.cumsum(ids.reshape(-1) == data.beginning(model.tokenizer)).reshape(ids.shape)[:, 1:]
     position = np.arange(1, longest)  # tokens read before the predicted one
     found = []
 

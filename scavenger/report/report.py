@@ -134,6 +134,7 @@ def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
             str(recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)),
             revision=recipe.teacher.revision,
             loader=lambda: teacher.load(recipe.teacher, run_dir).float(),  # the students' dtype, for comparable speeds
+            trust_remote_code=recipe.teacher.trust_remote_code,
         )
     ]
     folders = {"pre-trained": "baseline", "distilled": "transfer", "recurrent": "recurrence"}

@@ -20,13 +20,15 @@ class Text:
     limit: int | None = None
 
     def ids(self, tokenizer) -> list[list[int]]:
-        """Token ids of each document, preceded by the tokenizer's end-of-text token, as in training."""
+        """Token ids of each document, preceded by the token that `data.beginning` names, as in training."""
         found = tokenizer(self.documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [[tokenizer.eos_token_id, *ids] for ids in found["input_ids"]]
+        return [[data.beginning(tokenizer), *ids] for ids in found["input_ids"]]
 
     def stream(self, tokenizer) -> np.ndarray:
-        """All documents concatenated, each preceded by an end-of-text token: (token,) int64."""
-        return np.array(list(itertools.chain.from_iterable(self.ids(tokenizer))), dtype=np.int64)
+        """All documents concatenated, as `data.framed` has them, after one first token: (token,) int64."""
+        between = [] if data.beginning(tokenizer) == tokenizer.eos_token_id else [tokenizer.eos_token_id]
+        documents = ([*ids, *between] for ids in self.ids(tokenizer))
+        return np.array(list(itertools.chain.from_iterable(documents)), dtype=np.int64)
 
     @property
     def settings(self) -> dict:

@@ -73,6 +73,28 @@ def open_run(recipe: Recipe, accelerator):
         yield run_dir
 
 
+def require_same_inputs(run_dir: Path, found: dict[str, dict[str, dict]]):
+    """Compare the files that a run reads, {section: {file: identity}}, with those it began with, in `inputs.json`.
+
+    Raises RecipeError for a file that has changed since, is gone or is new.
+    """
+    path = run_dir / "inputs.json"
+    if not path.is_file():  # the run begins, or an earlier version began it
+        write_json(path, found)
+        return
+    before = read_json(path)
+    for section, files in found.items():
+        then = before.get(section, {})
+        for name in sorted(files.keys() | then.keys()):
+            if files.get(name) == then.get(name):
+                continue
+            how = "is gone" if name not in files else "is new" if name not in then else "has changed"
+            raise RecipeError(
+                f"{section}: {name} {how} since {run_dir} was begun; expected the same files: put them back as they "
+                "were, or choose another run_dir"
+            )
+
+
 def complete(folder: Path) -> bool:
     """Whether the folder exists, hence is complete; removes what a kill right after the rename left in it."""
     if folder.is_dir():

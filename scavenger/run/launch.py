@@ -1,15 +1,18 @@
 """Let Python run a recipe file, so that `accelerate launch recipes/x.yaml` works as typed.
 
 Python offers a script's path to `sys.path_hooks` before it opens the file; that is how a folder or a zip file is run.
-The hook below accepts a path only if it ends in .yaml or .yml and its first line is `#!/usr/bin/env scavenger`. All
-other paths, other YAML files among them, are left to other hooks. This module is imported whenever an interpreter
-starts in which scavenger is installed, so it imports only `sys` until a recipe is run.
+The hook below accepts a path only if it ends in .yaml or .yml and is a recipe: its first line is
+`#!/usr/bin/env scavenger`, or `run_dir` or `teacher` is among its keys. All other paths, other YAML files among them,
+are left to other hooks. This module is imported whenever an interpreter starts in which scavenger is installed, so it
+imports only `sys` until Python is asked to run a YAML file.
 """
 
 import sys
 
 
 MARKER = b"#!/usr/bin/env scavenger"
+KEY = rb"(?m)^(run_dir|teacher)[ \t]*:"
+MOST_BYTES = 2**20  # far more than any recipe has
 
 
 def install():
@@ -19,14 +22,17 @@ def install():
 
 
 def is_recipe(path) -> bool:
-    """Whether the file's first line is the marker."""
+    """Whether the file's first line is the marker, or a line begins with a key that only recipes have."""
     if not (isinstance(path, str) and path.endswith((".yaml", ".yml"))):
         return False
     try:
         with open(path, "rb") as file:
-            return file.readline(len(MARKER) + 2).strip() == MARKER
+            content = file.read(MOST_BYTES).removeprefix(b"\xef\xbb\xbf")
     except OSError:
         return False
+    import re
+
+    return content.startswith(MARKER) or re.search(KEY, content) is not None
 
 
 def _finder(path):

@@ -67,7 +67,7 @@ def match_activations(run: Run, frozen, folder: Path, kept=None) -> HyenaNeoXFor
     the student's own activations, with gradients through all of them.
     """
     if checkpoint.complete(folder):
-        return _load(folder).to(run.device)
+        return student.load(folder).to(run.device)
     recipe = run.recipe
     attention_layers = recipe.student.attention_layers
     layers = tuple(layer for layer in range(len(frozen.gpt_neox.layers)) if layer not in attention_layers)
@@ -86,7 +86,9 @@ def match_logits(run: Run, frozen, between: Path, folder: Path, kept=None) -> Hy
         for index, phase in enumerate(run.recipe.transfer.logits)
     ]
     taken = checkpoint.read_json(between / "turns.json")
-    return _follow(run, turns, partial(_load, between), taken, partial(logit_matching, run, frozen, kept), folder)
+    return _follow(
+        run, turns, partial(student.load, between), taken, partial(logit_matching, run, frozen, kept), folder
+    )
 
 
 def activation_matching(
@@ -173,7 +175,7 @@ def _follow(
                 first=sum(made["steps"] * made["batch_size"] for made in taken),
                 first_step=teacher_steps(run.recipe) + sum(made["steps"] for made in taken),
             )
-            model = begin() if place is None else _load(place)
+            model = begin() if place is None else student.load(place)
             found, model = training.train(run, optimisation(turn, model, checkpoint.partial(reached) / "steps"))
             model.requires_grad_(True)
             own = history[-1]["step"] if history else 0
@@ -189,7 +191,7 @@ def _follow(
             )
         history, taken = checkpoint.read_json(reached / "history.json"), checkpoint.read_json(reached / "turns.json")
         place = reached
-    return _load(folder).to(run.device)
+    return student.load(folder).to(run.device)
 
 
 def teacher_steps(recipe: Recipe) -> int:
@@ -402,7 +404,3 @@ def turns_of(phase, layers):
 def _batch(run, turn, step):
     size = turn.phase.batch_size
     return data.batch(run.blocks("train"), turn.first + step * size, size, run.recipe.seed)
-
-
-def _load(folder):
-    return HyenaNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
