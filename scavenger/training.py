@@ -157,7 +157,8 @@ def _gradients(run, optimisation, module, step, whole, clock):
         # The same random numbers in every micro-batch and process, and after a resumption.
         torch.manual_seed(run.recipe.seed + 1_000_003 * (optimisation.first_step + step))
         with accelerator.accumulate(module):
-            value, logged = optimisation.loss(module, part, target, whole)
+            with accelerator.autocast():  # under FSDP2 accelerate's `prepare` does not do it
+                value, logged = optimisation.loss(module, part, target, whole)
             # accelerate divides by the micro-batches, data parallelism by the processes.
             accelerator.backward(parts * value)
             if accelerator.sync_gradients:

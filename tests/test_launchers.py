@@ -123,6 +123,19 @@ def test_fully_sharded(one, workshop, tmp_path):
     assert_same(tmp_path / "run", one)
 
 
+def test_modal_filters_are_fully_sharded(workshop, tmp_path):
+    """In the scan, which takes poles and residues, not taps."""
+    words = ["data.context_length=128", "student.filter={form: modal, state_size: 1}", "baseline=null", *SHORT]
+    programs = forked("fsdp", workshop, tmp_path, *words, script=SHARDED)
+    assert [program.end() for program in programs] == [0, 0], programs[0].err
+    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/one", *words)
+    for stage in ("transfer/activations", "transfer"):
+        mine, whole = (load_file(tmp_path / run / stage / "model.safetensors") for run in ("run", "one"))
+        assert mine.keys() == whole.keys()
+        for key, weight in whole.items():
+            assert (mine[key] - weight).norm() <= 1e-3 * weight.norm(), f"{stage} {key}"
+
+
 def test_zero_2(one, workshop, tmp_path):
     """Two processes with two micro-batches each."""
     launched("zero2", workshop, tmp_path / "run", "training.accumulate=2")
@@ -135,6 +148,8 @@ def test_half_precision_rounds_no_filter(one, workshop, tmp_path, config, script
     programs = forked(config, workshop, tmp_path, "baseline=null", script=script, precision="bf16")
     assert [program.end() for program in programs] == [0, 0], programs[0].err
     mine, whole = (load_file(run / "transfer/activations/model.safetensors") for run in (tmp_path / "run", one))
+    first, exact = (read_json(r / "transfer/activations/history.json")[0] for r in (tmp_path / "run", one))
+    assert 1e-5 < abs(first["loss"] / exact["loss"] - 1) < 5e-2, "products are rounded to bfloat16"
     filters = [key for key in whole if ".filter." in key]
     assert len(filters) > 3
     for key in filters:

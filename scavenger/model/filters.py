@@ -151,7 +151,13 @@ class ModalFilter(WideFilter):
         key = part, parts, self.pole.device
         if key not in self._layouts:
             self._layouts[key] = Layout(self.state_sizes[own], self.pole.device)
-        return Modes(self.poles[modes], self.residues[modes], self.direct[own], self._layouts[key])
+        direct = self.direct[own].clone()  # a view would lose its memory where parameters are sharded
+        return Modes(self.poles[modes], self.residues[modes], direct, self._layouts[key])
 
-    def forward(self, length: int) -> Tensor:  # (filter, length)
-        return self.modes().taps(length)
+    def forward(self, length: int, parts: int = 0) -> Tensor | tuple[Tensor, list[Modes]]:
+        """The taps (filter, length); with `parts`, also the modes of so many equal groups of filters.
+
+        Mixers get their modes here: a module that is sharded or offloaded is whole inside its own forward only.
+        """
+        taps = self.modes().taps(length)
+        return (taps, [self.modes(part, parts) for part in range(parts)]) if parts else taps

@@ -139,8 +139,9 @@ class HyenaMixer(nn.Module):
     def _scan(self, q, k, v):
         wide = self.filter.pole.dtype
         with torch.autocast(q.device.type, enabled=False):
-            state = HeadState(self.filter.modes(), len(q), self.filter_head_width)
-            return modal_scan(*(z.to(wide) for z in (q, k, v)), self.filter(min(q.shape[2], CHUNK)), state)
+            taps, (modes,) = self.filter(min(q.shape[2], CHUNK), parts=1)
+            state = HeadState(modes, len(q), self.filter_head_width)
+            return modal_scan(*(z.to(wide) for z in (q, k, v)), taps, state)
 
     def _recurrent(self, q, k, v, between, layer_cache):
         """The same outputs as _parallel, from states of constant size in `layer_cache`; float32 or wider."""
@@ -162,7 +163,7 @@ class HyenaMixer(nn.Module):
             return v
 
     def _no_tokens(self, batch):
-        parts = [self.filter.modes(part, self.hyena_order) for part in range(self.hyena_order)]
+        _, parts = self.filter(1, parts=self.hyena_order)
         if self.filter_head_width == 1:
             return [ChannelState(modes, batch) for modes in parts]
         return [HeadState(modes, batch, self.filter_head_width) for modes in parts]
