@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import tiny_student, tiny_teacher
 from reference import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 
 from scavenger import student, teacher
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
-from scavenger.recipe import Student
+from scavenger.recipe import RecipeError, Student
 
 
 LENGTH = 63  # tokens of a context
@@ -166,3 +166,8 @@ def test_impossible_configurations():
         HyenaNeoXConfig(hidden_size=30, num_attention_heads=5, num_filters=7)
     with pytest.raises(ValueError, match="state_sizes has 0 layers"):
         HyenaNeoXConfig(filter="modal")
+    for wrong in ("geluu", None, ["gelu"]):
+        with pytest.raises(ValueError, match=r"hidden_act is .*; expected one of gelu, "):
+            HyenaNeoXConfig(hidden_act=wrong)
+    with pytest.raises(RecipeError, match="teacher: found hidden_act 'geluu'"):
+        student.configuration(Student(), LENGTH, GPTNeoXConfig(hidden_act="geluu"))
