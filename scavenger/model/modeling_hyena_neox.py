@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import AttentionCacheLayer, WindowedAttention
 from .configuration_hyena_neox import HyenaNeoXConfig
+from .decoding import Decoder
 from .filters import WideFilter
 from .hyena import HyenaMixer
 from .modal import ChannelState, HeadState
@@ -293,6 +294,10 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         self.gpt_neox = HyenaNeoXModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def batch_decoder(self, rows: int, compiled: bool = False) -> Decoder:
+        """Continuous batching with `rows` sequences at a time; only with modal filters."""
+        return Decoder(self, rows, compiled)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
