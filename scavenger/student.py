@@ -1,7 +1,7 @@
 """The student: the teacher with Hyena mixers instead of attention."""
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.activations import ACT2FN
 
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
@@ -13,6 +13,17 @@ NEW_PARAMETERS = (
     "mixer.filter.",
     "mixer.gates.",
 )  # what a student has beyond its teacher's parameters
+# Of a generation configuration: caches of keys and values, decoding methods that shorten them, attention matrices.
+TRANSFORMERS_ONLY = (
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "compile_config",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "speculation_type",
+    "output_attentions",
+)
 
 
 def configuration(settings: Student, context_length: int, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
@@ -94,7 +105,17 @@ def from_teacher(
             f"teacher: found a model whose parameters do not fit ({', '.join(strange[:3])}); expected a "
             "GPT-NeoX checkpoint"
         )
+    student.generation_config = generation(teacher.generation_config)
     return student
+
+
+def generation(teacher: GenerationConfig) -> GenerationConfig:
+    """The teacher's ends and sampling, without the fields that a student has nothing for."""
+    facts = teacher.to_dict()
+    made = GenerationConfig.from_dict({key: value for key, value in facts.items() if key not in TRANSFORMERS_ONLY})
+    # As of one that was loaded: many that are published set temperature without do_sample, and only such are saved.
+    made._original_object_hash = hash(made)
+    return made
 
 
 def copied(teacher: GPTNeoXForCausalLM) -> dict[str, torch.Tensor]:
