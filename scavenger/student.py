@@ -14,14 +14,17 @@ NEW_PARAMETERS = (
     "mixer.gates.",
 )  # what a student has beyond its teacher's parameters
 # Of a generation configuration: caches of keys and values, decoding methods that shorten them, attention matrices.
-TRANSFORMERS_ONLY = (
+TEACHER_ONLY = (
     "cache_implementation",
     "cache_config",
     "max_cache_len",
     "compile_config",
+    "continuous_batching_config",
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
     "speculation_type",
+    "use_mtp",
+    "penalty_alpha",
     "output_attentions",
 )
 
@@ -112,8 +115,9 @@ def from_teacher(
 def generation(teacher: GenerationConfig) -> GenerationConfig:
     """The teacher's ends and sampling, without the fields that a student has nothing for."""
     facts = teacher.to_dict()
-    made = GenerationConfig.from_dict({key: value for key, value in facts.items() if key not in TRANSFORMERS_ONLY})
-    # As of one that was loaded: many that are published set temperature without do_sample, and only such are saved.
+    made = GenerationConfig.from_dict({key: value for key, value in facts.items() if key not in TEACHER_ONLY})
+    # save_pretrained refuses a configuration with temperature but no do_sample, as many published ones are, unless this
+    # hash says that it is as it was loaded.
     made._original_object_hash = hash(made)
     return made
 

@@ -5,6 +5,7 @@ import functools
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -233,13 +234,14 @@ def test_generated_tokens_are_those_of_transformers(shape, device):
     expected = [x[: x.tolist().index(end) + 1] if end in x else x for x in alone]
     assert len({len(x) for x in expected}) > 1
     decoder = Decoder(model, rows=3)
-    for eos_token_id, wanted in ((None, alone), (end, expected), ([98, end], expected), ("own", expected)):
+    ends = (end, [98, end], (end,), torch.tensor([98, end]), np.array([98, end]), np.int64(end), "own")
+    for eos_token_id, wanted in ((None, alone), ([], alone), *((each, expected) for each in ends)):
         model.generation_config.eos_token_id = [97, end]
         decoder = model.batch_decoder(rows=3)
         found = decoder.generate(prompts, 9, eos_token_id)
         assert [x.tolist() for x in found] == [x.tolist() for x in wanted]
     assert [x.tolist() for x in decoder.generate(prompts, 9)] == [x.tolist() for x in expected]
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="eos_token_id is 'ownn'; expected 'own', None, a token or several"):
         decoder.generate(prompts, 9, "ownn")
     model.generation_config.eos_token_id = None
     decoder = model.batch_decoder(rows=3)

@@ -241,7 +241,8 @@ def test_positions_of_packed_sequences_are_refused(modal):
     with torch.no_grad():
         whole, masked = model(ids).logits, model(ids, attention_mask=mask).logits
         for called in (model, model.gpt_neox):
-            for wrong in (packed, packed.expand(2, 9), torch.arange(1, 10), torch.arange(8), padded):
+            shapes = torch.arange(9).expand(3, 9), torch.arange(9).expand(3, 2, 9), torch.tensor(0), torch.zeros(2, 0)
+            for wrong in (packed, packed.expand(2, 9), torch.arange(1, 10), torch.arange(8), padded, *shapes):
                 with pytest.raises(ValueError, match="position_ids .* packed sequences are not kept apart"):
                     called(ids, position_ids=wrong)
         assert torch.equal(whole, model(ids, position_ids=torch.arange(9)[None]).logits)
@@ -258,6 +259,28 @@ def test_positions_of_packed_sequences_are_refused(modal):
         model.generate(ids, position_ids=packed.expand(2, 9), max_new_tokens=3, **GREEDY)
     found = model.generate(ids, attention_mask=mask, position_ids=padded, max_new_tokens=3, **GREEDY)
     assert torch.equal(found, model.generate(ids, attention_mask=mask, max_new_tokens=3, **GREEDY))
+
+
+def test_a_mask_that_numbers_packed_sequences_is_refused():
+    model, ids = tiny_student(), torch.randint(1, 97, (2, 5))
+    for wrong in ([1, 1, 2, 2, 2], [0, 1, 1, 2, 2], [0, 0, 0, -1, -1], [0.5] * 5):
+        for called in (model, model.gpt_neox):
+            with pytest.raises(ValueError, match="attention_mask has values other than 0 and 1; .* packed sequences"):
+                called(ids, attention_mask=torch.tensor([wrong, [1] * 5]))
+    for dtype in (torch.bool, torch.int32, torch.float32):
+        assert torch.equal(model(ids, attention_mask=torch.ones(2, 5, dtype=dtype)).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 5\); expected \(2, 5 tokens or more\)"):
+        model(ids, attention_mask=torch.ones(3, 5))
+
+
+def test_attention_matrices_are_refused():
+    model, ids = tiny_student(modal=True), torch.randint(1, 97, (1, 5))
+    for called in (model, model.gpt_neox):
+        with pytest.raises(ValueError, match="output_attentions is true; expected false"):
+            called(ids, output_attentions=True)
+        called(ids, output_attentions=False)
+    with pytest.raises(ValueError, match="output_attentions is true; expected false"):
+        model.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True, **GREEDY)
 
 
 @pytest.mark.parametrize("form", ["collator", "column"])

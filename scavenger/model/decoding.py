@@ -143,7 +143,9 @@ class Decoder:
             warpers.append(TopKLogitsWarper(top_k))
         if top_p is not None:
             warpers.append(TopPLogitsWarper(top_p))
-        if eos_token_id == "own":
+        if isinstance(eos_token_id, str):
+            if eos_token_id != "own":
+                raise ValueError(f"eos_token_id is {eos_token_id!r}; expected 'own', None, a token or several")
             eos_token_id = self.model.generation_config.eos_token_id
         ends = set(torch.as_tensor([] if eos_token_id is None else eos_token_id).flatten().tolist())
         try:

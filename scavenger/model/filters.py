@@ -98,7 +98,7 @@ class ImplicitFilter(WideFilter):
         if length > self.context_length and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"a sequence is longer than the {self.context_length} tokens that the implicit filters were trained "
-                "on; between tokens further apart than that they are not trained"
+                "on; their taps beyond that length are untrained"
             )
 
     def _features(self, time):

@@ -230,13 +230,19 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
             cache.real = cache.seen.expand(batch)
         mask = None
         if attention_mask is not None:
-            if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+            if attention_mask.ndim != 2 or len(attention_mask) not in (1, batch) or attention_mask.shape[1] < length:
                 shape = tuple(attention_mask.shape)
                 raise ValueError(f"attention_mask has shape {shape}; expected ({batch}, {length} tokens or more)")
             mask = attention_mask[:, attention_mask.shape[1] - length :]
             # No device synchronisation in a decoding step, where it costs more than the step, nor while compiling.
-            if length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
-                mask = None
+            if length > 1 and not torch.compiler.is_compiling():
+                if bool(((mask != 0) & (mask != 1)).any()):
+                    raise ValueError(
+                        "attention_mask has values other than 0 and 1; expected 1 for tokens and 0 for padding: packed "
+                        "sequences are not kept apart"
+                    )
+                if bool(mask.all()):
+                    mask = None
         if mask is None:
             positions = torch.arange(length, device=hidden.device).expand(batch, length)
         else:
@@ -256,7 +262,7 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
 
 
 def refuse_unknown(model: PreTrainedModel, given: dict, known: tuple[str, ...]):
-    """Raise TypeError for a keyword that the forward pass would ignore; None asks for nothing."""
+    """Raise an error for a keyword that the forward pass would ignore; None asks for nothing."""
     unknown = [key for key, value in given.items() if key not in known and value is not None]
     if unknown:
         named = [key for key in inspect.signature(model.forward).parameters if key != "kwargs"]
@@ -264,12 +270,15 @@ def refuse_unknown(model: PreTrainedModel, given: dict, known: tuple[str, ...]):
             f"{type(model).__name__}.forward: found the keyword {unknown[0]}; expected one of {', '.join(named)}, "
             f"{', '.join(known)}"
         )
+    if given.get("output_attentions"):
+        raise ValueError("output_attentions is true; expected false: Hyena mixers have no attention matrices")
 
 
 def check_position_ids(position_ids: Tensor, positions: Tensor, mask: Tensor | None):
     """Raise ValueError where they are not `positions`, (batch, length): the mixers would mix packed sequences."""
-    same = position_ids.shape[-1] == positions.shape[1]
-    if not same or not bool(((position_ids == positions) | (False if mask is None else mask == 0)).all()):
+    batch, length = positions.shape
+    fits = tuple(position_ids.shape) in ((length,), (1, length), (batch, length))
+    if not fits or not bool(((position_ids == positions) | (False if mask is None else mask == 0)).all()):
         raise ValueError(
             "position_ids do not count the tokens of each row from 0, or on from the cache; expected a row for each "
             "sequence: packed sequences are not kept apart"
