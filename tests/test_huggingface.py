@@ -273,16 +273,6 @@ def test_a_mask_that_numbers_packed_sequences_is_refused():
         model(ids, attention_mask=torch.ones(3, 5))
 
 
-def test_attention_matrices_are_refused():
-    model, ids = tiny_student(modal=True), torch.randint(1, 97, (1, 5))
-    for called in (model, model.gpt_neox):
-        with pytest.raises(ValueError, match="output_attentions is true; expected false"):
-            called(ids, output_attentions=True)
-        called(ids, output_attentions=False)
-    with pytest.raises(ValueError, match="output_attentions is true; expected false"):
-        model.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True, **GREEDY)
-
-
 @pytest.mark.parametrize("form", ["collator", "column"])
 def test_trainer_does_not_mix_packed_documents(tmp_path, form):
     arguments = TrainingArguments(

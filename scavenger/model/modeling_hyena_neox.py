@@ -262,7 +262,7 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
 
 
 def refuse_unknown(model: PreTrainedModel, given: dict, known: tuple[str, ...]):
-    """Raise an error for a keyword that the forward pass would ignore; None asks for nothing."""
+    """Raise TypeError for a keyword that the forward pass would ignore; None asks for nothing."""
     unknown = [key for key, value in given.items() if key not in known and value is not None]
     if unknown:
         named = [key for key in inspect.signature(model.forward).parameters if key != "kwargs"]
@@ -270,8 +270,6 @@ def refuse_unknown(model: PreTrainedModel, given: dict, known: tuple[str, ...]):
             f"{type(model).__name__}.forward: found the keyword {unknown[0]}; expected one of {', '.join(named)}, "
             f"{', '.join(known)}"
         )
-    if given.get("output_attentions"):
-        raise ValueError("output_attentions is true; expected false: Hyena mixers have no attention matrices")
 
 
 def check_position_ids(position_ids: Tensor, positions: Tensor, mask: Tensor | None):
