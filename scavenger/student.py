@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 
 from scavenger import loading
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
@@ -15,6 +16,20 @@ NEW_PARAMETERS = (
     "mixer.filter.",
     "mixer.gates.",
 )  # what a student has beyond its teacher's parameters
+# Of a generation configuration: caches of keys and values, decoding methods that shorten them, attention matrices.
+TEACHER_ONLY = (
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "compile_config",
+    "continuous_batching_config",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "speculation_type",
+    "use_mtp",
+    "penalty_alpha",
+    "output_attentions",
+)
 
 
 def configuration(settings: Student, context_length: int, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
@@ -22,6 +37,8 @@ def configuration(settings: Student, context_length: int, teacher: GPTNeoXConfig
     rope = teacher.rope_parameters
     if rope.get("rope_type", "default") != "default":
         raise RecipeError(f"teacher: its rotary embedding is of type {rope['rope_type']}; expected the default type")
+    if teacher.hidden_act not in list(ACT2FN):
+        raise RecipeError(f"teacher: found hidden_act {teacher.hidden_act!r}; expected one that transformers has")
     filters = (
         teacher.hidden_size if settings.mixer == "hyena" else settings.num_filter_heads or teacher.num_attention_heads
     )
@@ -94,6 +111,7 @@ def from_teacher(
             f"teacher: found a model whose parameters do not fit ({', '.join(strange[:3])}); expected a "
             "GPT-NeoX checkpoint"
         )
+    student.generation_config = generation(teacher.generation_config)
     return student
 
 
@@ -105,6 +123,16 @@ def load(folder: Path) -> HyenaNeoXForCausalLM:
 def load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
     """The tokenizer in a student's folder, for so many embedding rows; RecipeError for one that is of no use."""
     return loading.tokenizer(folder, rows)
+
+
+def generation(teacher: GenerationConfig) -> GenerationConfig:
+    """The teacher's ends and sampling, without the fields that a student has nothing for."""
+    facts = teacher.to_dict()
+    made = GenerationConfig.from_dict({key: value for key, value in facts.items() if key not in TEACHER_ONLY})
+    # save_pretrained refuses a configuration with temperature but no do_sample, as many published ones are, unless this
+    # hash says that it is as it was loaded.
+    made._original_object_hash = hash(made)
+    return made
 
 
 def copied(teacher: GPTNeoXForCausalLM) -> dict[str, torch.Tensor]:

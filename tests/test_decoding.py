@@ -5,6 +5,7 @@ import functools
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -233,9 +234,17 @@ def test_generated_tokens_are_those_of_transformers(shape, device):
     expected = [x[: x.tolist().index(end) + 1] if end in x else x for x in alone]
     assert len({len(x) for x in expected}) > 1
     decoder = Decoder(model, rows=3)
-    for eos_token_id, wanted in ((None, alone), (end, expected)):
+    ends = (end, [98, end], (end,), torch.tensor([98, end]), np.array([98, end]), np.int64(end), "own")
+    for eos_token_id, wanted in ((None, alone), ([], alone), *((each, expected) for each in ends)):
+        model.generation_config.eos_token_id = [97, end]
+        decoder = model.batch_decoder(rows=3)
         found = decoder.generate(prompts, 9, eos_token_id)
         assert [x.tolist() for x in found] == [x.tolist() for x in wanted]
+    assert [x.tolist() for x in decoder.generate(prompts, 9)] == [x.tolist() for x in expected]
+    with pytest.raises(ValueError, match="eos_token_id is 'ownn'; expected 'own', None, a token or several"):
+        decoder.generate(prompts, 9, "ownn")
+    model.generation_config.eos_token_id = None
+    decoder = model.batch_decoder(rows=3)
     assert sorted(decoder.free) == [0, 1, 2] and decoder.generate([], 9) == []
     sharp = decoder.generate(prompts, 9, do_sample=True, temperature=1e-9)
     assert [x.tolist() for x in sharp] == [x.tolist() for x in alone]
@@ -243,6 +252,71 @@ def test_generated_tokens_are_those_of_transformers(shape, device):
     first, second = (decoder.generate(prompts[:1], 1, do_sample=True, top_k=5, top_p=0.9) for _ in range(2))
     best = model(input_ids=prompts[0][None]).logits[0, -1].topk(5).indices.cpu()
     assert first[0] in best and second[0] in best
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_long_prompt_does_not_lengthen_the_short_ones(shape, device):
+    """Each is read as if alone, and padding at most doubles the tokens that are read."""
+    model = tiny_student(modal=True, **shape).to(device)
+    lengths = [3, 400, 1, 33, 32, 2, 70, 5, 64, 65]
+    prompts = [random_ids(n, device=device) for n in lengths]
+    decoder, read = Decoder(model, rows=len(prompts)), []
+    decoder.model.gpt_neox.embed_in.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
+    rows = decoder.add(prompts)
+    assert sum(lengths) <= sum(read) < 2 * (sum(lengths) + 32 * len(prompts)) < 400 * len(prompts)
+    tokens = random_ids(len(prompts), device=device)
+    logits = [decoder.logits, decoder.step(tokens)]
+    with torch.no_grad():
+        for prompt, row in zip(prompts, rows, strict=True):
+            alone = model(torch.cat([prompt, tokens[row : row + 1]])[None]).logits[0, -2:]
+            assert_close(alone, torch.stack([each[row] for each in logits]), 5e-14)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_rows_are_free_after_an_exception(shape, error, device):
+    model = tiny_student(modal=True, **shape).to(device)
+    prompts = [random_ids(n, device=device) for n in (5, 9, 2)]
+    decoder, calls = Decoder(model, rows=2), []
+    expected = decoder.generate(prompts, 30, None)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise error
+
+    # Between the layers of a step: some have advanced, some have not.
+    hook = decoder.model.gpt_neox.layers[-1].register_forward_pre_hook(interrupted)
+    with pytest.raises(error):
+        decoder.generate(prompts, 30, None)
+    hook.remove()
+    assert sorted(decoder.free) == [0, 1]
+    with pytest.raises(ValueError, match="prompt 1 has shape"):
+        decoder.generate([prompts[0], prompts[0][:0]], 30, None)
+    again = decoder.generate(prompts, 30, None)
+    assert [x.tolist() for x in again] == [x.tolist() for x in expected]
+
+
+@pytest.mark.parametrize("filters", [5, 3])
+def test_a_step_interrupted_in_the_middle_of_a_state(filters, monkeypatch):
+    """Its ages have advanced and its ring has not: those of an idle row would grow beyond the table of powers."""
+    model = tiny_student(filters, modal=True)
+    prompts = [random_ids(n, device="cpu") for n in (5, 9)]
+    decoder = Decoder(model, rows=3)
+    expected = decoder.generate(prompts, 30, None)
+    step = HeadState.step
+
+    def torn(self, *args):
+        step(self, *args)
+        self.ages, self.place = self.ages + 1, self.place * 0
+        raise KeyboardInterrupt
+
+    for _ in range(5):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(HeadState, "step", torn)
+            decoder.generate(prompts, 30, None)
+    again = decoder.generate(prompts, 30, None)
+    assert [x.tolist() for x in again] == [x.tolist() for x in expected]
 
 
 def test_packed_layers_are_the_layers(device):

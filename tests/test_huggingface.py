@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Graphs, command, tiny_student, tiny_teacher
+from datasets import Dataset
 from reference import assert_close
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorWithFlattening,
     DynamicCache,
     LogitsProcessorList,
     StaticCache,
@@ -217,6 +219,94 @@ def test_padding_between_turns_is_refused():
         model(input_ids=torch.ones(2, 4, dtype=torch.long), attention_mask=torch.ones(2, 1, 4, 4))
 
 
+@pytest.mark.parametrize(
+    "keyword", ["attention_masks", "past_key_value", "cu_seq_lens_q", "max_length_k", "seq_idx", "is_causal", "labelz"]
+)
+def test_a_keyword_that_would_be_ignored_is_refused(keyword):
+    model, ids = tiny_student(), torch.randint(1, 97, (1, 9))
+    for called in (model, model.gpt_neox):
+        expected = rf"{type(called).__name__}.forward: found the keyword {keyword}; expected one of input_ids, "
+        with pytest.raises(TypeError, match=expected):
+            called(ids, **{keyword: torch.ones(1, 9, dtype=torch.int)})
+        called(ids, **{keyword: None})
+
+
+@pytest.mark.parametrize("modal", [False, True])
+def test_positions_of_packed_sequences_are_refused(modal):
+    model, ids = tiny_student(modal=modal).eval(), torch.randint(1, 97, (2, 9))
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    padded = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        whole, masked = model(ids).logits, model(ids, attention_mask=mask).logits
+        for called in (model, model.gpt_neox):
+            shapes = torch.arange(9).expand(3, 9), torch.arange(9).expand(3, 2, 9), torch.tensor(0), torch.zeros(2, 0)
+            for wrong in (packed, packed.expand(2, 9), torch.arange(1, 10), torch.arange(8), padded, *shapes):
+                with pytest.raises(ValueError, match="position_ids .* packed sequences are not kept apart"):
+                    called(ids, position_ids=wrong)
+        assert torch.equal(whole, model(ids, position_ids=torch.arange(9)[None]).logits)
+        assert torch.equal(masked, model(ids, attention_mask=mask, position_ids=padded).logits)
+        for place in range(9):  # as generation of other libraries passes them
+            cache = model(ids[:, :place], use_cache=True).cache
+            here, rest = torch.arange(place, 9), ids[:, place:]
+            for key in ("position_ids", "cache_position"):
+                with pytest.raises(ValueError, match=key):
+                    model(rest, cache=copy.deepcopy(cache), **{key: here + 1})
+            found = model(rest, cache=cache, position_ids=here[None], cache_position=here)
+            assert_close(whole[:, place:], found.logits, 1e-11)
+    with pytest.raises(ValueError, match="packed sequences"):
+        model.generate(ids, position_ids=packed.expand(2, 9), max_new_tokens=3, **GREEDY)
+    found = model.generate(ids, attention_mask=mask, position_ids=padded, max_new_tokens=3, **GREEDY)
+    assert torch.equal(found, model.generate(ids, attention_mask=mask, max_new_tokens=3, **GREEDY))
+
+
+def test_a_mask_that_numbers_packed_sequences_is_refused():
+    model, ids = tiny_student(), torch.randint(1, 97, (2, 5))
+    for wrong in ([1, 1, 2, 2, 2], [0, 1, 1, 2, 2], [0, 0, 0, -1, -1], [0.5] * 5):
+        for called in (model, model.gpt_neox):
+            with pytest.raises(ValueError, match="attention_mask has values other than 0 and 1; .* packed sequences"):
+                called(ids, attention_mask=torch.tensor([wrong, [1] * 5]))
+    for dtype in (torch.bool, torch.int32, torch.float32):
+        assert torch.equal(model(ids, attention_mask=torch.ones(2, 5, dtype=dtype)).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 5\); expected \(2, 5 tokens or more\)"):
+        model(ids, attention_mask=torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("form", ["collator", "column"])
+def test_trainer_does_not_mix_packed_documents(tmp_path, form):
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    documents = [{"input_ids": list(range(1, n))} for n in (7, 9, 4, 8)]
+    if form == "collator":
+        trainer = Trainer(
+            tiny_student(), arguments, train_dataset=documents, data_collator=DataCollatorWithFlattening()
+        )
+    else:
+        ids = [1, 2, 3, 4, 5, 6, 7]
+        rows = [{"input_ids": ids, "labels": ids, "position_ids": [0, 1, 2, 3, 0, 1, 2]}] * 4
+        trainer = Trainer(tiny_student(), arguments, train_dataset=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="packed sequences are not kept apart"):
+        trainer.train()
+
+
+def test_the_body_continues_from_a_cache_under_its_old_name():
+    model, ids = tiny_student(modal=True).gpt_neox, torch.randint(1, 97, (2, 9))
+    whole = model(ids).last_hidden_state
+    cache = model(ids[:, :5], use_cache=True).cache
+    with pytest.warns(FutureWarning, match="Use `cache`"):
+        found = model(ids[:, 5:], past_key_values=cache).last_hidden_state
+    assert_close(whole[:, 5:], found, 1e-12)
+
+
+def test_return_dict_in_the_configuration():
+    model, ids = tiny_student(modal=True, return_dict=False), torch.randint(1, 97, (2, 9))
+    logits, *_ = model(ids)
+    assert torch.equal(logits, model(ids, return_dict=True).logits)
+    assert model.generate(ids, max_new_tokens=3, **GREEDY).shape == (2, 12)
+
+
 def test_loss_is_gpt_neox_s():
     teacher = tiny_teacher()
     model = tiny_student(attention_layers=[0, 1, 2], attention_window=63)
@@ -227,6 +317,8 @@ def test_loss_is_gpt_neox_s():
     for more in ({}, {"num_items_in_batch": 11}, {"num_items_in_batch": torch.tensor(23)}):
         expected, found = (m(input_ids=ids, labels=labels, **more).loss for m in (teacher, model))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    shifted = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], dim=1)
+    assert model(input_ids=ids, shift_labels=shifted).loss == model(input_ids=ids, labels=labels).loss
     outputs = model(input_ids=ids, labels=labels, return_dict=False)
     assert isinstance(outputs, tuple)
     torch.testing.assert_close(outputs[0], teacher(input_ids=ids, labels=labels).loss, rtol=1e-6, atol=0)

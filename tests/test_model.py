@@ -466,6 +466,20 @@ def test_inputs_beyond_the_training_length(shape, device):
         assert_close(model(input_ids=ids[:, :63], use_cache=False).logits, long[:, :63], 1e-12)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_warning_beyond_the_training_length(cached, monkeypatch, device):
+    """One, in the tokens of training, and none up to them nor with modal filters."""
+    said = []
+    monkeypatch.setattr("scavenger.model.filters.logger.warning_once", said.append)
+    with torch.no_grad():
+        for length, modal, warned in ((63, False, False), (64, True, False), (64, False, True)):
+            model, ids = tiny_student(modal=modal).to(device), random_ids(1, length, device=device)
+            cache = model(input_ids=ids[:, :62], use_cache=True).cache if cached else None
+            model(input_ids=ids[:, 62:] if cached else ids, cache=cache, use_cache=cached)
+            assert len(said) == (3 if warned else 0)  # a line for each layer, all the same: shown once
+    assert len(set(said)) == 1 and "longer than the 63 tokens that the implicit filters were trained on" in said[0]
+
+
 def test_poles_stay_wide(device):
     model = tiny_student(modal=True).float().to(device)
     before = model.gpt_neox.layers[0].mixer.filter.pole.clone()

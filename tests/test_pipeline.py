@@ -1,6 +1,7 @@
 """The whole way, on a small teacher and real text: every folder, every launch."""
 
 import fcntl
+import json
 import re
 import shutil
 import sys
@@ -207,6 +208,33 @@ def test_hyena_with_cross_entropy(workshop, tmp_path):
     entry = read_json(tmp_path / "run/transfer/history.json")[-1]
     assert entry["loss"] == pytest.approx(0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"], rel=1e-4)
     assert read_json(tmp_path / "run/recurrence/certificate.json")["filters"] == 90
+
+
+def test_every_student_ends_and_speaks_as_its_teacher(workshop, tmp_path):
+    """Ends, sampling and chat template of the teacher are in the folder of each stage; what only it can do is not."""
+    shutil.copytree(workshop / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher/chat_template.jinja").write_text("{{ messages[0].content }}!")
+    kept = {"eos_token_id": [0, 5, 7], "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+    lacking = {"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "output_attentions": True}
+    (tmp_path / "teacher/generation_config.json").write_text(json.dumps(kept | lacking))
+    scavenger(
+        workshop / "recipe.yaml",
+        f"run_dir={tmp_path}/run",
+        f"teacher.path={tmp_path}/teacher",
+        "recurrence.tolerance=1e-2",
+        "report=null",
+    )
+    run = tmp_path / "run"
+    assert command_line("recur", run / "transfer", "--tolerance", "1e-2", "--to", run / "recurred").returncode == 0
+    for name in ("transfer", "baseline", "recurrence", "recurred"):
+        found = read_json(run / name / "generation_config.json")
+        assert found.items() >= kept.items() and not found.keys() & lacking.keys(), name
+        tokenizer = AutoTokenizer.from_pretrained(run / name)
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+    model, prompt = AutoModelForCausalLM.from_pretrained(run / "recurrence"), torch.tensor([3, 4, 5, 6])
+    alone = model.generate(prompt[None], max_new_tokens=40, do_sample=False, repetition_penalty=1.0)[0, 4:]
+    (found,) = model.batch_decoder(rows=1).generate([prompt], 40)
+    assert torch.equal(found, alone)
 
 
 def test_full_recurrence_with_a_layer_of_whole_attention(workshop, tmp_path):

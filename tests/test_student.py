@@ -6,14 +6,36 @@ import pytest
 import torch
 from conftest import tiny_student, tiny_teacher
 from reference import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig
 
 from scavenger import student, teacher
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
-from scavenger.recipe import Student
+from scavenger.recipe import RecipeError, Student
 
 
 LENGTH = 63  # tokens of a context
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"cache_implementation": "quantized", "cache_config": {"backend": "quanto"}},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_mtp": True},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"output_attentions": True, "return_dict_in_generate": True},
+        {"continuous_batching_config": {"block_size": 32}},
+    ],
+    ids=lambda lacking: next(iter(lacking)),
+)
+def test_the_teacher_s_generation_is_one_that_the_student_can_do(tmp_path, lacking):
+    model, ids = tiny_student(modal=True), torch.ones(1, 5, dtype=torch.long)
+    kept = {"eos_token_id": [96, 95], "pad_token_id": 0, "temperature": 0.7, "max_new_tokens": 3}
+    model.generation_config = student.generation(GenerationConfig(**kept, **lacking))
+    model.save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    assert found.items() >= kept.items() and next(iter(lacking)) not in found
+    model.generate(ids)
 
 
 @pytest.mark.parametrize("mixer", ["hyena", "multihyena"])
@@ -166,3 +188,8 @@ def test_impossible_configurations():
         HyenaNeoXConfig(hidden_size=30, num_attention_heads=5, num_filters=7)
     with pytest.raises(ValueError, match="state_sizes has 0 layers"):
         HyenaNeoXConfig(filter="modal")
+    for wrong in ("geluu", None, ["gelu"]):
+        with pytest.raises(ValueError, match=r"hidden_act is .*; expected one of gelu, "):
+            HyenaNeoXConfig(hidden_act=wrong)
+    with pytest.raises(RecipeError, match="teacher: found hidden_act 'geluu'"):
+        student.configuration(Student(), LENGTH, GPTNeoXConfig(hidden_act="geluu"))

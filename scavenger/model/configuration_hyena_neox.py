@@ -1,6 +1,7 @@
 """Configuration of a GPT-NeoX whose attention is replaced by Hyena."""
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .modal import ring_places
 
@@ -74,6 +75,8 @@ class HyenaNeoXConfig(PreTrainedConfig):
             self.rotary = relative
         elif self.rotary and not relative:
             raise ValueError(f"rotary is true; expected false: groups of {group} channels split the turned pairs")
+        if self.hidden_act not in list(ACT2FN):
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(sorted(ACT2FN))}")
         if self.filter not in ("implicit", "modal"):
             raise ValueError(f"filter is {self.filter!r}; expected 'implicit' or 'modal'")
         if self.filter == "modal" and len(self.state_sizes or []) != self.num_hidden_layers:

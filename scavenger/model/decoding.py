@@ -5,16 +5,19 @@ a graph, compiled or captured once, serves every token.
 """
 
 import copy
+import itertools
 import os
 import re
 import shutil
 import warnings
 from collections import deque
+from typing import Literal
 
 import torch
 from torch import Tensor, library, nn
 from transformers import (
     LogitsProcessorList,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -22,13 +25,15 @@ from transformers import (
 
 from .attention import AttentionCacheLayer
 from .filters import WideFilter
-from .modeling_hyena_neox import HyenaCache, HyenaNeoXForCausalLM
+
+
+SHORT = 32  # tokens: prompts up to this length are read together, longer ones with others of the same power of two
 
 
 class Decoder:
     """Continuous batching for a recurrent student.
 
-        decoder = Decoder(model, rows=16)
+        decoder = model.batch_decoder(rows=16)
         first, second = decoder.add([prompt, other])         # row numbers; decoder.logits[first] is for its next token
         logits = decoder.step(decoder.logits.argmax(-1))     # one more token for every row
         decoder.remove([first])                              # its row is free again
@@ -37,7 +42,7 @@ class Decoder:
     keep a second copy of theirs, in the layout of oneDNN's matrix products.
     """
 
-    def __init__(self, model: HyenaNeoXForCausalLM, rows: int, compiled: bool = False):
+    def __init__(self, model: PreTrainedModel, rows: int, compiled: bool = False):
         config = model.config
         if config.filter != "modal":
             raise ValueError(f"filter is {config.filter!r}; expected 'modal', with a state of constant size")
@@ -49,19 +54,10 @@ class Decoder:
         self.model = packed(model, rows).eval()
         self.free = list(range(rows))
         with torch.inference_mode(False), torch.no_grad():  # buffers that may be written to in either mode
-            self.cache = HyenaCache(config)
-            nothing = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
-            self.model(input_ids=nothing, cache=self.cache)
+            self.cache = self._no_tokens()
             self.cache.real = self.cache.real.clone()
             self.logits = self.model.lm_head.weight.new_zeros(rows, config.vocab_size)
-        holders = [self.cache, *self.cache.layers]
-        holders += [state for layer in self.cache.layers for state in getattr(layer, "modal_states", ())]
-        self.buffers = [
-            (holder, name, value)
-            for holder in holders
-            for name, value in vars(holder).items()
-            if torch.is_tensor(value)
-        ]
+        self.buffers = _tensors(self.cache)
         self._compute = self._compiled() if compiled else self._advance
 
     @torch.no_grad()
@@ -74,6 +70,15 @@ class Decoder:
                 raise ValueError(f"prompt {index} has shape {tuple(prompt.shape)}; expected one axis of tokens")
         if not prompts:
             return []
+        rows = self.free[: len(prompts)]
+        shortest_first = sorted(zip(rows, prompts, strict=True), key=lambda pair: len(pair[1]))
+        for _, alike in itertools.groupby(shortest_first, lambda pair: (max(len(pair[1]), SHORT) - 1).bit_length()):
+            self._read(*zip(*alike, strict=True))
+        self.free = self.free[len(prompts) :]
+        return rows
+
+    def _read(self, rows, prompts):
+        """Read prompts of similar lengths, padded to the longest, into these rows."""
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
         mask = torch.zeros_like(ids)
@@ -81,7 +86,6 @@ class Decoder:
             own[longest - len(prompt) :] = prompt.to(self.device)
             real[longest - len(prompt) :] = 1
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
-        rows, self.free = self.free[: len(prompts)], self.free[len(prompts) :]
         places = torch.tensor(rows, device=self.device)
         self.cache.real.index_copy_(0, places, read.cache.real)
         for mine, new in zip(self.cache.layers, read.cache.layers, strict=True):
@@ -98,7 +102,6 @@ class Decoder:
             for buffer, state in zip(mine.states, new.states, strict=True):
                 buffer.index_copy_(0, places, state)
         self.logits = self.logits.index_copy(0, places, read.logits[:, 0].to(self.logits.dtype))
-        return rows
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:  # (row,) -> (row, vocabulary)
@@ -120,13 +123,17 @@ class Decoder:
         self,
         prompts: list[Tensor],
         max_new_tokens: int,
-        eos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None | Literal["own"] = "own",
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> list[Tensor]:
-        """The new tokens of each prompt, including `eos_token_id`; a finished sequence's row takes the next prompt."""
+        """The new tokens of each prompt; a finished sequence's row takes the next prompt.
+
+        A sequence ends with any of `eos_token_id`, which it includes: "own" stands for the model's generation
+        configuration, None for no end but `max_new_tokens`. After an exception all rows are free.
+        """
         if len(self.free) < self.rows:
             raise ValueError(f"{self.rows - len(self.free)} rows hold sequences; expected all to be free")
         if max_new_tokens < 1:
@@ -136,11 +143,23 @@ class Decoder:
             warpers.append(TopKLogitsWarper(top_k))
         if top_p is not None:
             warpers.append(TopPLogitsWarper(top_p))
+        if isinstance(eos_token_id, str):
+            if eos_token_id != "own":
+                raise ValueError(f"eos_token_id is {eos_token_id!r}; expected 'own', None, a token or several")
+            eos_token_id = self.model.generation_config.eos_token_id
+        ends = set(torch.as_tensor([] if eos_token_id is None else eos_token_id).flatten().tolist())
+        try:
+            return self._generate(prompts, max_new_tokens, ends, warpers if do_sample else None)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _generate(self, prompts, max_new_tokens, ends, warpers):
         waiting, running, found = deque(enumerate(prompts)), {}, [[] for _ in prompts]
         while waiting or running:
             new = [waiting.popleft() for _ in range(min(len(self.free), len(waiting)))]
             running |= zip(self.add([prompt for _, prompt in new]), [index for index, _ in new], strict=True)
-            if do_sample:
+            if warpers is not None:
                 tokens = torch.multinomial(warpers(None, self.logits.float()).softmax(-1), 1)[:, 0]
             else:
                 tokens = self.logits.argmax(-1)
@@ -149,12 +168,25 @@ class Decoder:
                     continue
                 own = found[running[row]]
                 own.append(token)
-                if len(own) == max_new_tokens or token == eos_token_id:
+                if len(own) == max_new_tokens or token in ends:
                     del running[row]
                     self.remove([row])
             if running:
                 self.step(tokens)
         return [torch.tensor(tokens) for tokens in found]
+
+    def _no_tokens(self):
+        """A cache of all rows that has read nothing."""
+        nothing = torch.zeros(self.rows, 0, dtype=torch.long, device=self.device)
+        return self.model(input_ids=nothing, use_cache=True).cache
+
+    @torch.no_grad()
+    def _forget(self):
+        """Free all rows and put back their buffers: a step that was interrupted may have advanced some layers only."""
+        for (holder, name, buffer), (_, _, start) in zip(self.buffers, _tensors(self._no_tokens()), strict=True):
+            buffer.copy_(start)
+            setattr(holder, name, buffer)
+        self.free = list(range(self.rows))
 
     def _advance(self, ids):
         logits = self.model(input_ids=ids, cache=self.cache).logits[:, 0]
@@ -179,6 +211,15 @@ class Decoder:
         for _, _, buffer in self.buffers:
             torch._dynamo.mark_static_address(buffer)
         return torch.compile(self._advance, dynamic=False, fullgraph=True, mode="reduce-overhead")
+
+
+def _tensors(cache):
+    """The tensors that a step may replace, each with the object and the name that hold it."""
+    holders = [cache, *cache.layers]
+    holders += [state for layer in cache.layers for state in getattr(layer, "modal_states", ())]
+    return [
+        (holder, name, value) for holder in holders for name, value in vars(holder).items() if torch.is_tensor(value)
+    ]
 
 
 def packed(model: nn.Module, rows: int) -> nn.Module:

@@ -4,9 +4,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .modal import Layout, Modes
 
+
+logger = logging.get_logger(__name__)
 
 FADED = 1e-2  # relative amplitude of a filter after its window
 FASTEST = 0.2  # the fastest filter's window as a share of the slowest's: 0.3 of 1.5 (arXiv:2302.10866, appendix)
@@ -31,8 +34,9 @@ class ImplicitFilter(WideFilter):
 
     Features are the time and sines and cosines of it; the network has sine activations with trained frequencies. The
     decays δ are fixed and spread linearly over the filters: the slowest decays to 1 % in `window` · L tokens, the
-    fastest in a fifth of that. L is the context length of training; positions beyond it follow the same formula. Taps
-    are float32 or wider. Source: arXiv:2302.10866, section 3.3 and appendix.
+    fastest in a fifth of that. L is the context length of training. Taps beyond it follow the same formula, untrained:
+    there the sines and cosines begin to repeat. Taps are float32 or wider. Source: arXiv:2302.10866, section 3.3 and
+    appendix.
 
     With `hyena_order` n there are n sets of `num_filters`, one after the other. All but the last start with D = 1, to
     pass their input through, so that a full recurrence starts close to the student with one long convolution.
@@ -88,6 +92,14 @@ class ImplicitFilter(WideFilter):
             decay = decay.repeat(self.hyena_order)
             taps = taps * torch.exp(-decay[:, None] * time / self.context_length)
             return torch.cat([taps[:, :1] + self.direct.to(wide)[:, None], taps[:, 1:]], dim=1)
+
+    def warn_beyond_training(self, length: int):
+        """Warn once where a sequence is longer than those of training."""
+        if length > self.context_length and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"a sequence is longer than the {self.context_length} tokens that the implicit filters were trained "
+                "on; their taps beyond that length are untrained"
+            )
 
     def _features(self, time):
         bands = (self.position_features - 1) // 2

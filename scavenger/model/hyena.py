@@ -78,6 +78,8 @@ class HyenaMixer(nn.Module):
             projected, self.short_filter.to(projected.dtype), layer_cache.conv_state if layer_cache else None
         )
         q, k, v, between = self._split(x, cos, sin)
+        if isinstance(self.filter, ImplicitFilter):
+            self.filter.warn_beyond_training(q.shape[2] + (layer_cache.convolutions[0].read if layer_cache else 0))
         if layer_cache is None:
             y = self._parallel(q, k, v, between)
         elif isinstance(self.filter, ImplicitFilter):

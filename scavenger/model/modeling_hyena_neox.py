@@ -4,6 +4,8 @@ Parameter names are GPT-NeoX's, with `mixer` for `attention`. A student with mod
 constant size; one with implicit filters caches all its inputs, with the outputs of a parallel forward pass.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -17,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import AttentionCacheLayer, WindowedAttention
 from .configuration_hyena_neox import HyenaNeoXConfig
+from .decoding import Decoder
 from .filters import WideFilter
 from .hyena import HyenaMixer
 from .modal import ChannelState, HeadState
@@ -25,6 +28,9 @@ from .rotary import rotary_angles
 
 
 RENAMED = "5.40.0"  # before this version transformers passes the cache by its old name, so both are accepted
+# Keywords accepted beside the arguments of a forward pass, read by transformers' decorators, by a check, by the loss.
+OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "cache_position")
+LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 class HyenaCacheLayer:
@@ -167,6 +173,7 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embed_in = value
 
+    @deprecate_kwarg("past_key_values", RENAMED, new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -176,8 +183,10 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         inputs_embeds: Tensor | None = None,  # (batch, length, channel), instead of input_ids
         cache: HyenaCache | None = None,
         use_cache: bool | None = None,
+        position_ids: Tensor | None = None,  # (batch, length), only checked: positions are counted here
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        refuse_unknown(self, kwargs, OUTPUTS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         hidden = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
@@ -185,7 +194,8 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
             cache = HyenaCache(self.config)
         if cache is not None:
             self.check_cache(cache, len(hidden))
-        mask, cos, sin = self.mask_and_angles(hidden, attention_mask, cache)
+        check_cache_position(kwargs.get("cache_position"), hidden.shape[1], cache)
+        mask, cos, sin = self.mask_and_angles(hidden, attention_mask, cache, position_ids)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, cache)
         if cache is not None:
@@ -203,7 +213,13 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         if cache.real is not None and len(cache.real) != batch:
             raise ValueError(f"cache holds {len(cache.real)} sequences; expected {batch}, as many as the input")
 
-    def mask_and_angles(self, hidden: Tensor, attention_mask: Tensor | None = None, cache: HyenaCache | None = None):
+    def mask_and_angles(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: HyenaCache | None = None,
+        position_ids: Tensor | None = None,
+    ):
         """The mask of these tokens (None: no padding), and the rotary cos and sin at their positions.
 
         Positions count from a row's first real token: only differences matter, but small numbers are exact.
@@ -214,13 +230,19 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
             cache.real = cache.seen.expand(batch)
         mask = None
         if attention_mask is not None:
-            if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+            if attention_mask.ndim != 2 or len(attention_mask) not in (1, batch) or attention_mask.shape[1] < length:
                 shape = tuple(attention_mask.shape)
                 raise ValueError(f"attention_mask has shape {shape}; expected ({batch}, {length} tokens or more)")
             mask = attention_mask[:, attention_mask.shape[1] - length :]
             # No device synchronisation in a decoding step, where it costs more than the step, nor while compiling.
-            if length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
-                mask = None
+            if length > 1 and not torch.compiler.is_compiling():
+                if bool(((mask != 0) & (mask != 1)).any()):
+                    raise ValueError(
+                        "attention_mask has values other than 0 and 1; expected 1 for tokens and 0 for padding: packed "
+                        "sequences are not kept apart"
+                    )
+                if bool(mask.all()):
+                    mask = None
         if mask is None:
             positions = torch.arange(length, device=hidden.device).expand(batch, length)
         else:
@@ -233,8 +255,42 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
                     )
         if cache is not None:
             positions = positions + cache.real[:, None]
+        if position_ids is not None:
+            check_position_ids(position_ids, positions, mask)
         cos, sin = rotary_angles(positions, self.config.rotary_channels, self.config.rotary_base, hidden.dtype)
         return mask, cos, sin
+
+
+def refuse_unknown(model: PreTrainedModel, given: dict, known: tuple[str, ...]):
+    """Raise TypeError for a keyword that the forward pass would ignore; None asks for nothing."""
+    unknown = [key for key, value in given.items() if key not in known and value is not None]
+    if unknown:
+        named = [key for key in inspect.signature(model.forward).parameters if key != "kwargs"]
+        raise TypeError(
+            f"{type(model).__name__}.forward: found the keyword {unknown[0]}; expected one of {', '.join(named)}, "
+            f"{', '.join(known)}"
+        )
+
+
+def check_position_ids(position_ids: Tensor, positions: Tensor, mask: Tensor | None):
+    """Raise ValueError where they are not `positions`, (batch, length): the mixers would mix packed sequences."""
+    batch, length = positions.shape
+    fits = tuple(position_ids.shape) in ((length,), (1, length), (batch, length))
+    if not fits or not bool(((position_ids == positions) | (False if mask is None else mask == 0)).all()):
+        raise ValueError(
+            "position_ids do not count the tokens of each row from 0, or on from the cache; expected a row for each "
+            "sequence: packed sequences are not kept apart"
+        )
+
+
+def check_cache_position(cache_position: Tensor | None, length: int, cache: HyenaCache | None):
+    """Raise ValueError where the tokens are not the next ones after those in the cache."""
+    if cache_position is not None:
+        seen = 0 if cache is None else cache.get_seq_length()
+        if cache_position.tolist() != list(range(seen, seen + length)):
+            raise ValueError(
+                f"cache_position is not {seen} to {seen + length - 1}; expected the positions after the cached tokens"
+            )
 
 
 class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
@@ -245,6 +301,10 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         self.gpt_neox = HyenaNeoXModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def batch_decoder(self, rows: int, compiled: bool = False) -> Decoder:
+        """Continuous batching with `rows` sequences at a time; only with modal filters."""
+        return Decoder(self, rows, compiled)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -265,6 +325,9 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if generation_config.use_cache is not False:
             model_kwargs.setdefault("cache", HyenaCache(self.config))
+
+    def _prepare_position_ids_for_generation(self, *args):
+        return None  # forward counts them
 
     @deprecate_kwarg("past_key_values", RENAMED, new_name="cache")
     def prepare_inputs_for_generation(
@@ -291,21 +354,26 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,  # (batch, length), shifted by the loss as in all of transformers
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
+        refuse_unknown(self, kwargs, OUTPUTS + LOSS)
         outputs = self.gpt_neox(
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             cache=cache,
             use_cache=use_cache,
-            **kwargs,
+            position_ids=position_ids,
+            **{key: value for key, value in kwargs.items() if key not in LOSS},
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            given = {key: kwargs[key] for key in LOSS if kwargs.get(key) is not None}
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **given)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )

@@ -1,5 +1,6 @@
 """Stage two: every long filter becomes poles and residues, and the student generates from a state of constant size."""
 
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -268,6 +269,7 @@ def recurrent_student(student: HyenaNeoXForCausalLM, reduced: list[list[ReducedF
     """The same student with modal filters; every other parameter is the student's own."""
     sizes = [[f.state_size for f in layer] for layer in reduced]
     recurrent = HyenaNeoXForCausalLM(recurrent_configuration(student.config, sizes))
+    recurrent.generation_config = copy.deepcopy(student.generation_config)
     recurrent.to(student.device, student.dtype)
     kept = {key: value for key, value in student.state_dict().items() if "filter." not in key.split("mixer.")[-1]}
     recurrent.load_state_dict(kept, strict=False)

@@ -4,6 +4,8 @@ import bisect
 from functools import partial
 from pathlib import Path
 
+from transformers import GenerationConfig
+
 from scavenger import data, student, teacher, training
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import Stage
@@ -19,6 +21,7 @@ def run(run: Run) -> Path:
         return folder
     config = teacher.load_configuration(recipe.teacher, run.folder)
     model = student.new(recipe.student, recipe.data.context_length, config, recipe.seed)
+    model.generation_config = GenerationConfig.from_pretrained(run.folder / "transfer")
     history, model = training.train(run, pretraining(run, model, checkpoint.partial(folder) / "steps"))
     checkpoint.finish_model(run, model, history, folder)
     return folder
