@@ -352,10 +352,111 @@ def test_splits_by_the_names_of_files(tmp_path):
     assert sorted(names(Data(path=str(text)))) == sorted(texts_of(120) + texts_of(10, 500) + ["held out twice"])
     (text / "valid.jsonl").unlink()
     (text / "README.md").unlink()
-    with pytest.raises(RecipeError, match="found files of two splits; expected validation.jsonl as well"):
+    with pytest.raises(RecipeError, match="test: test.jsonl; expected files of all three splits"):
         names(Data(path=str(text)))
-    write(text / "more.jsonl", ["more"])  # names that are no splits: all by hash
-    assert "more" in names(Data(path=str(text)))
+
+
+def shard_names(folder):
+    """The files of each split, as the tokeniser takes them."""
+    parts = data.text_parts(Data(path=str(folder)), 0)
+    return {part.split: [os.path.relpath(name, folder) for name in part.shards] for part in parts}
+
+
+def layout(folder, files):
+    for name in files.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, [f"the text of {name}"], "txt")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        "train/a.txt train/b.txt validation/a.txt test/a.txt",
+        "Train/a.txt VAL/a.txt Test/a.txt",
+        "data/train/a.txt data/dev/a.txt data/test/a.txt README.md",
+        "en/train/a.txt de/train/a.txt en/valid/a.txt en/test/unit-train.txt",
+        "train/deep/a.txt train/deeper/b.txt valid.txt test.txt",
+        "wiki.train.txt wiki.valid.txt wiki.test.txt",
+        "corpus-train.jsonl corpus-dev.jsonl corpus-test.jsonl",
+        "wiki_train.TXT news_val.txt books_test.txt",
+        "data/train-00000-of-00002-a09b74b3ef9c3b56.parquet data/train-00001-of-00002-a09b74b3ef9c3b56.parquet "
+        "data/validation-00000-of-00001.parquet data/test-00000-of-00001.parquet README.md dataset_infos.json",
+        "train1.txt train2.txt valid1.txt test1.txt",
+        "train.en.txt valid.en.txt test.en.txt",
+        "train_clean.jsonl validation_clean.jsonl test_clean.jsonl",
+        "wiki.train.raw.txt wiki.valid.raw.txt wiki.test.raw.txt LICENSE.md",
+        "train.txt evaluation.txt dev.txt",
+    ],
+)
+def test_splits_are_known_by_names(tmp_path, files):
+    layout(tmp_path, files)
+    found = shard_names(tmp_path)
+    assert list(found) == ["validation", "test", "train"]
+    assert all("train" in name.lower() for name in found["train"])
+    assert not any("train" in name.lower().removesuffix("unit-train.txt") for name in found["test"])
+    assert all(any(word in name.lower() for word in ("val", "dev")) for name in found["validation"])
+    text = {name for name in files.split() if not name.startswith(("README", "LICENSE", "dataset_infos"))}
+    assert {name for group in found.values() for name in group} == text
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        "latest.txt training_manual.txt contest.txt",
+        "the-last-train.txt notes.txt",
+        "test_results.txt dev_notes.txt train_times.txt",
+        "train.py test.py model.py val/a.py",
+        "training.md testing.md evaluation.md install.md",
+        "train-00000-of-00002.parquet train-00001-of-00002.parquet",
+        "train/a.txt train/b.txt",
+    ],
+)
+def test_a_word_is_no_split_by_accident(tmp_path, files):
+    layout(tmp_path, files)
+    assert shard_names(tmp_path) == {None: sorted(files.split())}
+
+
+@pytest.mark.parametrize(
+    ("files", "mapping"),
+    [
+        ("train.jsonl test.jsonl", "train: train.jsonl; test: test.jsonl; expected files of all three splits"),
+        ("train/a.txt val/a.txt", "train: train/a.txt; validation: val/a.txt; expected"),
+        ("validation.jsonl", "by their names, validation: validation.jsonl; expected"),
+        ("test/a.txt test/b.txt", "by their names, test: test/a.txt, test/b.txt; expected"),
+        ("train.txt dev.txt test.txt more.txt", "test: test.txt; in no split: more.txt; expected"),
+        (
+            "wiki.train.txt wiki.test.txt notes.txt",
+            "test: wiki.test.txt; in no split: notes.txt; expected",
+        ),
+        ("train/a.txt test/a.txt b.txt", "train: train/a.txt; test: test/a.txt; in no split: b.txt; expected"),
+        ("a.txt b.txt c.txt d.txt train/e.txt valid.txt", "in no split: a.txt, b.txt, c.txt and 1 more; expected"),
+    ],
+)
+def test_what_may_be_splits_is_refused_with_the_mapping(tmp_path, files, mapping):
+    layout(tmp_path, files)
+    with pytest.raises(RecipeError, match=mapping):
+        shard_names(tmp_path)
+
+
+def test_what_is_read_as_which_split_is_said_and_written(tmp_path, capsys):
+    for split, start in [("train", 0), ("valid", 500), ("test", 600)]:
+        (tmp_path / "own" / split).mkdir(parents=True)
+        for number in range(2):
+            write(tmp_path / "own" / split / f"{number}.jsonl", texts_of(40, start + 40 * number))
+    data.run(recipe(path=str(tmp_path / "own")), tmp_path / "a", Letters())
+    line, _ = capsys.readouterr().out.splitlines()
+    found = "train train/0.jsonl and 1 more; validation valid/0.jsonl and 1 more; test test/0.jsonl and 1 more"
+    assert line == f"data: {tmp_path}/own, its own splits: {found}"
+    written = checkpoint.read_json(tmp_path / "a/data/source.json")
+    assert written["splits"] == "its own" and written["files"]["test"] == ["test/0.jsonl", "test/1.jsonl"]
+    (tmp_path / "plain").mkdir()
+    for number in range(2):
+        write(tmp_path / "plain" / f"{number}.jsonl", texts_of(200, 200 * number))
+    data.run(recipe(path=str(tmp_path / "plain")), tmp_path / "b", Letters())
+    line = f"data: {tmp_path}/plain (2 files), split 90/5/5 by a hash of each document\n"
+    assert capsys.readouterr().out.startswith(line)
+    written = checkpoint.read_json(tmp_path / "b/data/source.json")
+    assert written["splits"].startswith("90/5/5") and written["files"] == {"all": ["0.jsonl", "1.jsonl"]}
 
 
 @pytest.fixture
@@ -426,8 +527,9 @@ def test_documents_begin_blocks(tmp_path):
     lengths = [3, 11, 12, 21, 40]  # with the end of text: part of a block, a block and one more than that among them
     texts = [chr(65 + index % 26) * (lengths[index % 5] - 1) for index in range(60)]
     for split, some in [("train", texts), ("validation", texts_of(20)), ("test", texts_of(20, 20))]:
-        write(tmp_path / f"{split}.jsonl", some)
-    asked = recipe(60 * 8, path=str(tmp_path), packing="documents")
+        (tmp_path / "text").mkdir(exist_ok=True)
+        write(tmp_path / "text" / f"{split}.jsonl", some)
+    asked = recipe(60 * 8, path=str(tmp_path / "text"), packing="documents")
     folder = data.run(asked, tmp_path, Letters())
     found = data.blocks(folder, "train")
     order = [document.text for document in data.text_parts(asked.data, asked.seed)[-1].read(None)]
@@ -479,10 +581,10 @@ def test_one_line_says_what_was_made(tmp_path, capsys):
         write(tmp_path / f"{split}.jsonl", texts_of(60, start))
     with pytest.raises(RecipeError, match="the train split has 0 tokens.*expected more text in it"):
         data.run(recipe(path=str(tmp_path), evaluation_tokens=9000), tmp_path, Letters())  # all of it is held out
-    assert not (tmp_path / "data.partial").exists() and capsys.readouterr().out == ""
+    assert not (tmp_path / "data.partial").exists() and "tokens" not in capsys.readouterr().out
     write(tmp_path / "train.jsonl", [text + "again" for text in texts_of(60)])
     data.run(recipe(path=str(tmp_path)), tmp_path, Letters())
-    (line,) = capsys.readouterr().out.splitlines()
+    *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("data: tokens train 110, validation 198, test 198; 13-token windows that are in train too: ")
 
 
@@ -551,7 +653,7 @@ def test_a_damaged_file_is_named_and_mended(tmp_path, monkeypatch, capfd, kind, 
         RecipeError, match=f"{last}.*cannot be read as .*run the same command again to resume"
     ) as caught:
         data.run(asked, tmp_path / "run", Letters())
-    assert "\n" not in str(caught.value) and not capfd.readouterr().out
+    assert "\n" not in str(caught.value) and capfd.readouterr().out.startswith(f"data: {text} (4 files)")
     if kind == "jsonl":
         number = 1 + sound[: sound.index(b'"text": "text 3')].count(b"\n")
         assert f"{last}, line {number}: " in str(caught.value)
@@ -559,14 +661,11 @@ def test_a_damaged_file_is_named_and_mended(tmp_path, monkeypatch, capfd, kind, 
         state = checkpoint.read_json(tmp_path / "run" / "data.partial" / "state.json")
         documents = sum(json.loads(whole["source.json"])["documents"].values())
         assert sum(state["documents"].values()) > 0.7 * documents  # the other three files
-    last.unlink()
     if not shuffled:
-        with pytest.raises(RecipeError, match=f"{last} is gone.*expected the same text"):
-            data.run(asked, tmp_path / "run", Letters())
-    last.touch()
-    if kind != "txt":
-        with pytest.raises(RecipeError, match=f"{last} is empty"):
-            data.run(asked, tmp_path / "run", Letters())
+        for change in (last.unlink, last.touch):
+            change()
+            with pytest.raises(RecipeError, match=f"{last} is gone.*expected the same text"):
+                data.run(asked, tmp_path / "run", Letters())
     last.write_bytes(sound)
     assert files_of(data.run(asked, tmp_path / "run", Letters())) == whole
 
