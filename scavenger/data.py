@@ -177,6 +177,15 @@ def split_of(name: str) -> str:
     return "test" if place < 5 else "validation" if place < 10 else "train"
 
 
+def in_split(data: Data, seed: int, split: str) -> Iterator[str]:
+    """The documents that a run has in a split, or with "all" every document."""
+    parts = text_parts(data, seed)
+    for part in parts if split == "all" else [part for part in parts if part.split in (None, split)]:
+        for name, text, _ in part.read(None):
+            if part.split is not None or split in ("all", split_of(name)):
+                yield text
+
+
 def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
     """Write `{split}.npy` to the folder, documents in stream order, until each split is full or the text ends.
 
