@@ -7,6 +7,7 @@ separated by the tokenizer's end-of-text token, and cut into blocks of `context_
 made; an interrupted run resumes with the next document.
 """
 
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -42,7 +43,7 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "
     (".txt", ".md", ".py"), "text"
 )
 # Files that describe the text beside them, not text of their own: cards, and what `datasets` writes.
-ABOUT = {"readme", "license", "licence", "dataset_info", "dataset_infos", "dataset_dict", "state"}
+ABOUT = re.compile(r"(readme|licen[cs]e|changelog|citation)\.(md|txt)|(dataset_(info|infos|dict)|state)\.json")
 # Words that name a split, in the name of a folder or file, as `datasets` knows them on the Hub.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -51,6 +52,7 @@ SPLIT_WORDS = {
 }
 SPLIT_WORD = re.compile(rf"(?<![^\W_])(?:{'|'.join(SPLIT_WORDS)})(?![^\W\d_])", re.IGNORECASE)
 SHARD_NUMBER = re.compile(r"[-_.]?(?:\d+(?:[-_.]of[-_.]\d+(?:-[0-9a-f]+)?)?)?", re.IGNORECASE)  # -00000-of-00005
+PACKED = {".gz", ".zip", ".zst", ".xz", ".bz2"}
 # What compressed files begin with.
 COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 SHUFFLED_BYTES = 2**30  # up to this, local text is held in memory and its documents are shuffled; above, the files are
@@ -534,6 +536,7 @@ def _local_files(path):
     if not path.is_dir():
         if not path.is_file():
             raise RecipeError(f"data.path: {path}: found neither a file nor a folder; expected text")
+        _require_unpacked(path)
         return {None: [path]}
     files = _text_files(path)
     named, sets = _named_splits(path, files)
@@ -568,11 +571,18 @@ def _text_files(path):
     for file in files:
         if not file.exists():
             raise RecipeError(f"data.path: {file} is a link to a file that is not there; expected text")
+        if Path(file.stem).suffix.lower() in LOADERS:
+            _require_unpacked(file)
     files = sorted(file for file in files if file.is_file() and file.suffix.lower() in LOADERS)
     files = [file for file in files if not (file.suffix == ".arrow" and file.name.startswith("cache-"))]
-    text = [file for file in files if file.stem.lower() not in ABOUT]
+    text = [file for file in files if not ABOUT.fullmatch(file.name.lower())]
     tables = {LOADERS[file.suffix.lower()] for file in text} - {"text"}
     return text if tables or (text and len(_named_splits(path, text)[0]) == len(text)) else files
+
+
+def _require_unpacked(file):
+    if file.suffix.lower() in PACKED:
+        raise RecipeError(f"data.path: {file} is compressed; expected it unpacked")
 
 
 def _named_splits(path, files):
@@ -621,13 +631,18 @@ def _file_shard(file, kind, column):
             for magic, name in COMPRESSED.items():
                 if begin.startswith(magic):
                     error = ValueError(f"it is a {name} file, expected it unpacked")
-        line, reason = (_broken_line(file) if kind == "json" else None) or (None, _first_line(error))
         return (
-            f"data.path: {file}{f', line {line}' if line else ''}: cannot be read as {kind} ({reason}); "
-            "what is tokenised is kept: repair the file and run the same command again to resume"
+            f"data.path: {file}: cannot be read as {kind} ({_first_line(error)}); what is tokenised is kept: repair "
+            "the file and run the same command again to resume"
         )
 
-    read = _pieces(file) if kind == "text" else _rows(opened, column, str(file))
+    match kind:
+        case "text":
+            read = _pieces(file)
+        case "json":
+            read = _json_rows(file, column)
+        case _:
+            read = _rows(opened, column, str(file))
     return Shard(str(file), read, complaint)
 
 
@@ -718,23 +733,72 @@ def _rows(opened, column, where):
         if state is not None:
             rows.load_state_dict(state)
         for count, row in enumerate(rows, first + 1):
-            _require_column(row, column, where)
-            text = row[column]
-            if text is not None and not isinstance(text, str):
-                raise RecipeError(
-                    f"data: {where}, row {count}: found {type(text).__name__} values in {column}; expected "
-                    "data.text_column to name a column of text"
-                )
-            yield text or "", [count, rows.state_dict()]
+            yield _text_of(row, column, f"{where}, row {count}"), [count, rows.state_dict()]
 
     return read
+
+
+def _json_rows(file, column):
+    """Reads the texts of a file of JSON lines, or of one JSON list; a place is [rows read, place in the file].
+
+    Without `datasets`, whose parser ends the process at some lines (null) and reads others as something else.
+    """
+
+    def read(place):
+        first, offset = place or (0, 0)
+        with open(file, "rb") as opened:
+            if _is_list(opened):
+                rows = json.loads(opened.read().decode("utf-8-sig"))
+                for number, row in enumerate(rows[first:], first + 1):
+                    yield _text_of(row, column, f"{file}, row {number}"), [number, 0]
+                return
+            opened.seek(offset)
+            number = first
+            while line := opened.readline():
+                number += 1
+                if line.removeprefix(codecs.BOM_UTF8).strip():
+                    yield _text_of(_parsed(line, number), column, f"{file}, line {number}"), [number, opened.tell()]
+
+    return read
+
+
+def _is_list(opened):
+    """Whether a file of JSON begins with a list; it is read from the beginning again."""
+    begin = opened.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    opened.seek(0)
+    return begin.startswith(b"[")
+
+
+def _parsed(line, number):
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or too long a number
+        raise ValueError(f"line {number}: {getattr(error, 'msg', None) or _first_line(error)}") from error
+
+
+def _text_of(row, column, where):
+    """The text of a row; an empty string for null."""
+    if not isinstance(row, dict):
+        raise RecipeError(f"data: {where}: found {json.dumps(row)[:20]}; expected an object with the column {column}")
+    _require_column(row, column, where)
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise RecipeError(
+            f"data: {where}: found {type(text).__name__} values in {column}; expected data.text_column to name a "
+            "column of text"
+        )
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"data: {where}: found half a surrogate pair in {column}; expected Unicode text") from error
+    return text or ""
 
 
 def _require_column(columns, column, where):
     if column not in columns:
         raise RecipeError(
-            f"data: {where}: found columns {', '.join(columns)}; expected data.text_column to name one of them "
-            f"(it is {column})"
+            f"data: {where}: found columns {', '.join(columns) or '(none)'}; expected data.text_column to name one of "
+            f"them (it is {column})"
         )
 
 
@@ -758,24 +822,6 @@ def _piece(text):
         lines.append(line)
         size += len(line)
     return "".join(lines)
-
-
-def _broken_line(file):
-    """Line and reason of the first error in a file of JSON lines, or of one JSON list; None if there is none."""
-    try:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if number == 1 and line.lstrip().startswith(b"["):
-                    line = line + lines.read()
-                if line.strip() and not isinstance(json.loads(line), (dict, list)):
-                    return number, "not a JSON object"
-    except json.JSONDecodeError as error:
-        return number + error.lineno - 1, error.msg
-    except UnicodeDecodeError as error:
-        return number, str(error)
-    except OSError:
-        return None
-    return None
 
 
 def _first_line(error):

@@ -1,5 +1,6 @@
 """The same text on every machine, from whatever moment a run goes on, and held-out text that stays out."""
 
+import gzip
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from program import forked
 
 from scavenger import data
@@ -629,6 +631,111 @@ def test_data_that_cannot_be_read(tmp_path):
         names(Data(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "txt"])
+def test_an_empty_shard_is_passed_over(tmp_path, kind):
+    write(tmp_path / f"a.{kind}", texts_of(30))
+    before = sorted(names(Data(path=str(tmp_path))))
+    (tmp_path / f"b.{kind}").touch()
+    assert sorted(names(Data(path=str(tmp_path)))) == before
+    (tmp_path / f"a.{kind}").write_bytes(b"")
+    with pytest.raises(RecipeError, match=f"data.path: {tmp_path}: all files are empty; expected text"):
+        names(Data(path=str(tmp_path)))
+
+
+def test_text_without_line_ends_is_cut_by_characters(tmp_path):
+    text = "".join(chr(0x4E00 + index % 999) for index in range(40_000))
+    (tmp_path / "a.txt").write_text(text)
+    (part,) = data.text_parts(Data(path=str(tmp_path)), 0)
+    pieces = [document.text for document in data._streamed([data._file_shard(tmp_path / "a.txt", "text", "")], 0, None)]
+    assert sorted(pieces) == sorted(document.text for document in part.read(None))
+    assert "".join(pieces) == text and [len(piece) for piece in pieces] == [16_385, 16_385, 7_230]
+
+
+def test_what_datasets_saves_is_read(tmp_path):
+    rows = Dataset.from_dict({"text": texts_of(30), "n": list(range(30))})
+    rows.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    assert sorted(names(Data(path=str(tmp_path / "one")))) == sorted(texts_of(30))
+    DatasetDict({"train": rows, "validation": rows, "test": rows}).save_to_disk(str(tmp_path / "three"))
+    assert list(shard_names(tmp_path / "three")) == ["validation", "test", "train"]
+    assert sorted(names(Data(path=str(tmp_path / "three")))) == sorted(texts_of(30))
+    (tmp_path / "one" / "cache-1f.arrow").write_bytes(b"of map()")
+    assert shard_names(tmp_path / "one") == {None: [f"data-0000{number}-of-00002.arrow" for number in range(2)]}
+
+
+def test_a_snapshot_of_the_hub_is_read(tmp_path):
+    """Links to blobs, with a card and other files beside the text."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot/data").mkdir(parents=True)
+    (tmp_path / "snapshot/.cache").mkdir()
+    for number in range(2):
+        write(tmp_path / "blobs" / f"{number}", texts_of(20, 20 * number), "parquet")
+        (tmp_path / f"snapshot/data/train-0000{number}-of-00002.parquet").symlink_to(tmp_path / f"blobs/{number}")
+    for name in ("README.md", "LICENSE.txt", ".gitattributes", ".cache/a.json", "dataset_infos.json", "logo.png"):
+        (tmp_path / "snapshot" / name).write_text("{}")
+    assert sorted(names(Data(path=str(tmp_path / "snapshot")))) == sorted(texts_of(40))
+    # Such names are text where they are not beside a table, or have another suffix.
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "guide.md", "license.md"):
+        write(tmp_path / "docs" / name, [name])
+    assert sorted(names(Data(path=str(tmp_path / "docs")))) == ["README.md", "guide.md", "license.md"]
+    (tmp_path / "tables").mkdir()
+    for name in ("state.jsonl", "a.jsonl"):
+        write(tmp_path / "tables" / name, [name])
+    assert sorted(names(Data(path=str(tmp_path / "tables")))) == ["a.jsonl", "state.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("null", "line 2: found null; expected an object with the column text"),
+        ("3", "line 2: found 3; expected an object"),
+        ('["a"]', r'line 2: found \["a"\]; expected an object'),
+        ("{}", r"line 2: found columns \(none\); expected data.text_column"),
+        ('{"text": 5}', "line 2: found int values in text"),
+        ('{"text": {"a": 1}}', "line 2: found dict values in text"),
+        ('{"text": "\\ud800"}', "line 2: found half a surrogate pair in text"),
+        ('{"text": "a', r"cannot be read as json \(line 2: Invalid control character"),
+        ("[" * 99_999, r"cannot be read as json \(line 2: maximum recursion depth"),
+        ('{"text": ' + "9" * 9999 + "}", r"cannot be read as json \(line 2: Exceeds the limit"),
+    ],
+    ids=range(10),
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    (tmp_path / "b.jsonl").write_text(f'{{"text": "a"}}\n{row}\n')
+    with pytest.raises(RecipeError, match=f"{tmp_path}/b.jsonl(, |: ){message}"):
+        names(Data(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_compressed_text_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b'{"text": "a"}'))
+    with pytest.raises(RecipeError, match=f"{name}: cannot be read as .* .it is a gzip file, expected it unpacked"):
+        names(Data(path=str(tmp_path)))
+    (tmp_path / name).rename(tmp_path / f"{name}.gz")
+    for path in (tmp_path, tmp_path / f"{name}.gz"):
+        with pytest.raises(RecipeError, match=f"{name}.gz is compressed; expected it unpacked"):
+            names(Data(path=str(path)))
+
+
+def test_links_to_nothing_and_closed_files(tmp_path):
+    write(tmp_path / "a.txt", texts_of(9))
+    (tmp_path / "b.txt").symlink_to("nothing.txt")
+    with pytest.raises(RecipeError, match=f"{tmp_path}/b.txt is a link to a file that is not there; expected text"):
+        names(Data(path=str(tmp_path)))
+    with pytest.raises(RecipeError, match=f"{tmp_path}/b.txt: found neither a file nor a folder"):
+        names(Data(path=str(tmp_path / "b.txt")))
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "around").symlink_to(tmp_path)  # a folder within itself is read once
+    assert names(Data(path=str(tmp_path))) == ["".join(texts_of(9))]
+    if os.geteuid():  # root may read all
+        (tmp_path / "a.txt").chmod(0)
+        with pytest.raises(RecipeError, match="a.txt: cannot be read as text .*Permission denied"):
+            names(Data(path=str(tmp_path)))
+        (tmp_path / "closed").mkdir(mode=0)
+        with pytest.raises(RecipeError, match="closed cannot be read .Permission denied"):
+            names(Data(path=str(tmp_path)))
+
+
 BROKEN = {
     "jsonl": lambda whole: whole.replace(b'"text": "text 3', b'"text": "text \n3', 1),
     "json": lambda whole: whole[:-40],
@@ -656,7 +763,7 @@ def test_a_damaged_file_is_named_and_mended(tmp_path, monkeypatch, capfd, kind, 
     assert "\n" not in str(caught.value) and capfd.readouterr().out.startswith(f"data: {text} (4 files)")
     if kind == "jsonl":
         number = 1 + sound[: sound.index(b'"text": "text 3')].count(b"\n")
-        assert f"{last}, line {number}: " in str(caught.value)
+        assert f"{last}: cannot be read as json (line {number}: " in str(caught.value)
     if not shuffled:
         state = checkpoint.read_json(tmp_path / "run" / "data.partial" / "state.json")
         documents = sum(json.loads(whole["source.json"])["documents"].values())
