@@ -54,8 +54,9 @@ def read(
     documents = [text for text in itertools.islice(data.in_split(source, 0, split), limit) if text.strip()]
     where = path or dataset or "the standard library"
     if not documents:
-        short = "" if split == "all" else " (of text without splits, 5 % of the documents are), or --split all"
-        raise ValueError(f"{where}: found no document in the {split} split; expected one at least{short}")
+        if split == "all":
+            raise ValueError(f"{where}: found no text; expected one document at least")
+        raise ValueError(f"{where}: found no document in the {split} split; expected more documents, or --split all")
     digest = hashlib.sha256("\0".join(documents).encode(errors="surrogatepass")).hexdigest()[:16]
     return Text(where if split == "all" else f"{where}, {split} split", digest, documents, limit)
 
