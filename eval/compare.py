@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args) -> dict:
     """All requested measurements of all models."""
     command.positive(args, "context_length", "stride", "examples", "prompts", "task_limit", "rounds")
-    models, text = command.models_of(args), command.text_of(args)
+    models, text = command.models_of(args), command.text_of(args, args.limit)
     length, asked = args.context_length, set(args.measure)
     timings = {"rounds": args.rounds, "seed": args.seed}
     if args.cases:

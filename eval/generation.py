@@ -1,6 +1,6 @@
 """Compare generated text with that of a reference, the first model: where it diverges, how far, and whether it loops.
 
-    python eval/generation.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text README.md
+    python eval/generation.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text README.md --split all
 
 greedy agreement  share of a continuation before the first token that differs from the reference's, both greedy
 KL, top-1         between the reference and the model on the reference's greedy continuation; also by position
@@ -43,7 +43,7 @@ def measure(args, results) -> list[dict]:
     first = models[0]
     for model in models:
         continuation.comparable(model, first)
-    text = command.text_of(args)
+    text = command.text_of(args, args.limit)
     stream = text.stream(first.tokenizer)
     prepared = continuation.prepare(first, stream, settings)
     record = continuation.described(settings) | text.settings | {"reference": first.weights}

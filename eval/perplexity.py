@@ -1,6 +1,6 @@
 """Sliding-window perplexity of checkpoint folders or Hub models on a text, per token and per byte, with intervals.
 
-    python eval/perplexity.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text some.txt
+    python eval/perplexity.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text README.md --split all
     python eval/perplexity.py teacher=EleutherAI/pythia-70m runs/neox70m/recurrence --dataset NAME --stride 512
 
 Each document is read separately, in windows of --context-length tokens. The loss by position is measured in contexts of
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args, results) -> list[dict]:
     command.positive(args, "context_length", "stride", "longest")
-    models, text = command.models_of(args), command.text_of(args)
+    models, text = command.models_of(args), command.text_of(args, args.limit)
     settings = likelihood.settings_for(models, args.context_length, args.stride, args.longest)
     found = []
     for model in models:

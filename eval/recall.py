@@ -1,6 +1,6 @@
 """Recall of causal language models, by distance: how well they retrieve earlier tokens of their context.
 
-    python eval/recall.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text README.md
+    python eval/recall.py scavenger/assets/teacher-stdlib runs/quickstart/recurrence --text README.md --split all
     python eval/recall.py runs/quickstart/recurrence --distances 16 64 256 1024 --context-length 2048
 
 pairs     random key-value pairs of tokens, then every key again, in random order, each followed by its value: is that
@@ -44,7 +44,7 @@ def measure(args, results) -> list[dict]:
             f"{', '.join(map(str, left_out))}, which are left out; use a longer --context-length",
             file=sys.stderr,
         )
-    text = command.text_of(args)
+    text = command.text_of(args, args.limit)
     found = []
     for model in models:
         record = retrieval.described(settings) | text.settings

@@ -177,10 +177,18 @@ def recur(arguments) -> int:
     parser.add_argument("--max-state-size", type=int, metavar="N", help="complex modes a filter may have (32)")
     parser.add_argument("--horizon", type=int, metavar="N", help="taps to match (the student's context length)")
     parser.add_argument("--to", type=Path, metavar="DIR", help="the folder that is written (FOLDER-recurrent)")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="held-out text, file or folder (standard library)")
+    parser.add_argument("--text", type=Path, metavar="PATH", help="text, file or folder (standard library)")
+    parser.add_argument(
+        "--split",
+        choices=["validation", "test", "all"],
+        default="validation",
+        help="the documents that a run on this text holds out, by file names or a hash; or all (validation)",
+    )
     args = parser.parse_args(arguments)
     given = {
-        key: value for key, value in vars(args).items() if key not in ("folder", "to", "text") and value is not None
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("folder", "to", "text", "split") and value is not None
     }
     settings = Recurrence.from_command_line(**given)
     if args.text is not None and not args.text.exists():
@@ -196,7 +204,7 @@ def recur(arguments) -> int:
     to = args.to or folder.with_name(folder.name + "-recurrent")
     patience = InitProcessGroupKwargs(timeout=processes.PATIENCE)  # the others wait while the first one measures
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
-    recurrence.of_folder(args.folder, settings, to, args.text, accelerator)
+    recurrence.of_folder(args.folder, settings, to, args.text, args.split, accelerator)
     return 0
 
 

@@ -1,12 +1,13 @@
 """Tokenises text into blocks of tokens, identically on every machine.
 
-Text that has no splits of its own is split by a hash of what names each document (train 90 %, validation 5 %, test
-5 %), so a document is in the same split whatever the order, the machine or the amount read. A plain text file has no
-documents and is cut into pieces. Tokens are packed end to end, documents separated by the tokenizer's end-of-text
-token, and cut into blocks of `context_length`. They go to disk as they are made; an interrupted
-run resumes with the next document.
+Text in files or folders named train, validation and test has these splits. Other text is split by a hash of what names
+each document (train 90 %, validation 5 %, test 5 %), so a document is in the same split whatever the order, the machine
+or the amount read. A plain text file has no documents and is cut into pieces. Tokens are packed end to end, documents
+separated by the tokenizer's end-of-text token, and cut into blocks of `context_length`. They go to disk as they are
+made; an interrupted run resumes with the next document.
 """
 
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -36,10 +37,25 @@ SPLITS = ("train", "validation", "test")
 # Not part of the text: test suites (absent from some installations), installed packages, and generated tables of code
 # points and of build settings.
 STDLIB_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
-PIECE = 16_384  # characters: a plain text file has no documents and is cut at line ends into pieces of about this size
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text"}
-# Names of files that hold a split, optionally followed by a number (train-00000-of-00005).
-SPLIT_FILE = re.compile(r"(?:(train)|(validation|valid|val|dev)|(test))(?:[-_.]\d.*)?")
+# Characters: a plain text file has no documents and is cut at line ends into pieces of about this size, a longer line
+# after so many characters.
+PIECE = 16_384
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(
+    (".txt", ".md", ".py"), "text"
+)
+# Files that describe the text beside them, not text of their own: cards, and what `datasets` writes.
+ABOUT = re.compile(r"(readme|licen[cs]e|changelog|citation)\.(md|txt)|(dataset_(info|infos|dict)|state)\.json")
+# Words that name a split, in the name of a folder or file, as `datasets` knows them on the Hub.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SPLIT_WORD = re.compile(rf"(?<![^\W_])(?:{'|'.join(SPLIT_WORDS)})(?![^\W\d_])", re.IGNORECASE)
+SHARD_NUMBER = re.compile(r"[-_.]?(?:\d+(?:[-_.]of[-_.]\d+(?:-[0-9a-f]+)?)?)?", re.IGNORECASE)  # -00000-of-00005
+PACKED = {".gz", ".zip", ".zst", ".xz", ".bz2"}
+# What compressed files begin with.
+COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 SHUFFLED_BYTES = 2**30  # up to this, local text is held in memory and its documents are shuffled; above, the files are
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 2**22  # per tokenizer call: enough for many cores, about 100 MB of memory
 WINDOW = 13  # tokens: the GPT-3 paper searches for test text by 13-grams (arXiv:2005.14165, appendix C)
@@ -75,7 +91,7 @@ class Shard(NamedTuple):
     """A file, or one shard of a data set on the Hub."""
 
     name: str
-    open: Callable  # returns its rows as a streaming data set
+    read: Callable[[int | list | None], Iterator[tuple[str, int | list]]]  # texts, each with the place after it
     complaint: Callable[[Exception], str]  # the one-line message for an error while it is read
 
 
@@ -93,6 +109,7 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
         source(recipe.data)
         | {
             "splits": "its own" if made["named"] else "90/5/5 by a hash of each document",
+            "files": _below(recipe.data.path, made["files"]),
             "tokens": tokens,
             # left_out: documents of the train split that are also in a held-out split.
             "documents": made["documents"] | {"left_out": made["left_out"]},
@@ -163,6 +180,15 @@ def split_of(name: str) -> str:
     return "test" if place < 5 else "validation" if place < 10 else "train"
 
 
+def in_split(data: Data, seed: int, split: str) -> Iterator[str]:
+    """The documents that a run has in a split, or with "all" every document."""
+    parts = text_parts(data, seed)
+    for part in parts if split == "all" else [part for part in parts if part.split in (None, split)]:
+        for name, text, _ in part.read(None):
+            if part.split is not None or split in ("all", split_of(name)):
+                yield text
+
+
 def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
     """Write `{split}.npy` to the folder, documents in stream order, until each split is full or the text ends.
 
@@ -174,6 +200,7 @@ def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
     kind = np.dtype(np.uint16 if _largest_id(tokenizer) < padding(np.uint16) else np.uint32)
     whole_blocks = recipe.data.packing == "documents"
     parts = text_parts(recipe.data, recipe.seed)
+    print(f"data: {taken(recipe.data, parts)}", flush=True)
     with _Files(folder, kind, length, wanted, parts) as files:
         for number in range(files.state["part"], len(parts)):
             split, read, _ = parts[number]
@@ -258,6 +285,28 @@ def identities(data: Data) -> dict[str, dict]:
         files = [file for group in _local_files(path).values() for file in group]
         return {str(file.relative_to(path) if path.is_dir() else file.name): loading.identity(file) for file in files}
     return {} if data.name is not None else {"the standard library": source(data)}
+
+
+def taken(data: Data, parts: list[Part]) -> str:
+    """What is read as which split, in one line."""
+    where = data.path or data.name or "the standard library"
+    if parts[0].split is None:
+        files = f"{len(parts[0].shards)} files" if data.path and len(parts[0].shards) > 1 else ""
+        what = "its train split" if data.name else files
+        return f"{where}{f' ({what})' if what else ''}, split 90/5/5 by a hash of each document"
+    counts = []
+    for part in sorted(parts, key=lambda part: SPLITS.index(part.split)):
+        first, *others = _below(data.path, {"": part.shards})[""]
+        counts.append(f"{part.split} {first}" + (f" and {len(others)} more" if others else ""))
+    return f"{where}, its own splits: {'; '.join(counts)}"
+
+
+def _below(path, files):
+    """Names of files by split, relative to the folder of the text."""
+    return {
+        split: [os.path.relpath(name, path) if path and name != path else name for name in names]
+        for split, names in files.items()
+    }
 
 
 def source(data: Data) -> dict:
@@ -352,11 +401,13 @@ class _Files:
 
 def _state(folder, kind, length, parts):
     """The state to resume from: the saved one, or an empty one if there is no valid one."""
-    shards = [name for part in parts for name in part.shards]
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    files = {part.split or "all": part.shards for part in parts}
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # KeyError: a state of an earlier version
         state = checkpoint.read_json(folder / "state.json")
-        differing = {name: "is gone" for name in state["shards"] if name not in shards}
-        differing |= {name: "is new" for name in shards if name not in state["shards"]}
+        before, now = ({name for some in each.values() for name in some} for each in (state["files"], files))
+        differing = dict.fromkeys(sorted(before - now), "is gone") | dict.fromkeys(sorted(now - before), "is new")
+        if not differing and state["files"] != files:
+            differing = {"a file": "is in another split"}
         for name, how in differing.items():
             raise RecipeError(
                 f"data: {name} {how}, but {folder} holds tokens of the earlier text; expected the same text "
@@ -376,7 +427,7 @@ def _state(folder, kind, length, parts):
         "documents": dict(none),
         "held_out": 0,
         "left_out": 0,
-        "shards": shards,
+        "files": files,
     }
 
 
@@ -466,64 +517,143 @@ def _local_parts(data, seed):
     path = Path(data.path)
     groups = _local_files(path)
     files = [file for group in groups.values() for file in group]
-    kinds = {LOADERS.get(file.suffix) for file in files}
+    kinds = {LOADERS.get(file.suffix.lower()) for file in files}
     if len(kinds) != 1 or None in kinds:
         raise RecipeError(
-            f"data.path: {path}: found {sorted(k or 'unknown' for k in kinds) or 'no text'}; expected "
+            f"data.path: {path}: found {', '.join(sorted(k or 'unknown' for k in kinds)) or 'no text'}; expected "
             f"files of one kind: {', '.join(LOADERS)}"
         )
     kind = kinds.pop()
     sizes = {file: file.stat().st_size for file in files}
-    for file in files:
-        if sizes[file] == 0 and (kind != "text" or len(files) == 1):  # source folders have empty modules
-            raise RecipeError(f"data.path: {file} is empty; expected text (or delete the file)")
-    column = "text" if kind == "text" else data.text_column
+    for split, group in groups.items():
+        if not any(sizes[file] for file in group):
+            where = f"{group[0]} is" if len(group) == 1 else f"{path}: all files{f' of {split}' if split else ''} are"
+            raise RecipeError(f"data.path: {where} empty; expected text")
     read = _shuffled if sum(sizes.values()) <= SHUFFLED_BYTES else _streamed
     return [
-        _part(split, [_file_shard(file, kind) for file in group], column, kind == "text", seed, read)
+        _part(split, [_file_shard(file, kind, data.text_column) for file in group if sizes[file]], seed, read)
         for split, group in groups.items()
     ]
 
 
 def _local_files(path):
-    """The files of each split, held-out splits first, if file names cover all three; else all files, under None."""
+    """The files of each split, held-out splits first, if their names give all three; else all files, under None.
+
+    Where every file is in a split, or names differ in the split's word alone (wiki.train.txt, wiki.test.txt), all three
+    splits must be there and every file in one of them. In any other text it is an ordinary word, as in the sources and
+    the manual of a program, which may well have a train.py and a test.py.
+    """
     if not path.is_dir():
+        if not path.is_file():
+            raise RecipeError(f"data.path: {path}: found neither a file nor a folder; expected text")
+        _require_unpacked(path)
         return {None: [path]}
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in LOADERS)
-    groups = {"validation": [], "test": [], "train": []}
-    for file in files:
-        if found := SPLIT_FILE.fullmatch(file.stem):
-            groups[("train", "validation", "test")[found.lastindex - 1]].append(file)
-    if all(groups.values()):
+    files = _text_files(path)
+    named, sets = _named_splits(path, files)
+    groups = {split: [file for file in files if named.get(file) == split] for split in ("validation", "test", "train")}
+    others = [file for file in files if file not in named]
+    if not others and all(groups.values()):
         return groups
-    missing = [split for split, group in groups.items() if not group]
-    if groups["train"] and len(missing) == 1 and sum(map(len, groups.values())) == len(files):
-        raise RecipeError(
-            f"data.path: {path}: found files of two splits; expected {missing[0]}.{files[0].suffix[1:]} as well, or "
-            "files with other names, whose documents are split 90/5/5"
-        )
-    return {None: files}
+    sources = any(file.suffix in (".py", ".md") for file in files)
+    if (others and (sources or not sets)) or not (groups["validation"] or groups["test"]):
+        return {None: files}
+    shown = {split: groups[split] for split in SPLITS} | {"in no split": others}
+    found = "; ".join(f"{split}: {_some(path, group)}" for split, group in shown.items() if group)
+    raise RecipeError(
+        f"data.path: {path}: found, by their names, {found}; expected files of all three splits and no others, or "
+        "data.path to name the files of one split, whose documents are then split 90/5/5"
+    )
 
 
-def _file_shard(file, kind):
-    from datasets import disable_progress_bars, load_dataset
-    from datasets.utils.logging import CRITICAL, set_verbosity
+def _text_files(path):
+    """The files of text below a folder, without hidden ones and without those that only describe the others."""
+    files, visited = [], set()
 
-    disable_progress_bars()
-    set_verbosity(CRITICAL)  # `complaint` reports its errors, in one line
+    def unreadable(error):
+        raise RecipeError(f"data.path: {error.filename} cannot be read ({error.strerror}); expected a folder of text")
 
+    for folder, folders, names in os.walk(path, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = () if real in visited else sorted(name for name in folders if not name.startswith("."))
+        if real not in visited:
+            visited.add(real)
+            files += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
+    for file in files:
+        if not file.exists():
+            raise RecipeError(f"data.path: {file} is a link to a file that is not there; expected text")
+        if Path(file.stem).suffix.lower() in LOADERS:
+            _require_unpacked(file)
+    files = sorted(file for file in files if file.is_file() and file.suffix.lower() in LOADERS)
+    files = [file for file in files if not (file.suffix == ".arrow" and file.name.startswith("cache-"))]
+    text = [file for file in files if not ABOUT.fullmatch(file.name.lower())]
+    tables = {LOADERS[file.suffix.lower()] for file in text} - {"text"}
+    return text if tables or (text and len(_named_splits(path, text)[0]) == len(text)) else files
+
+
+def _require_unpacked(file):
+    if file.suffix.lower() in PACKED:
+        raise RecipeError(f"data.path: {file} is compressed; expected it unpacked")
+
+
+def _named_splits(path, files):
+    """The split of each file whose name below `path` gives one, and whether some names differ in that word alone.
+
+    A folder's name is the word; a file's name is it, or ends with it and perhaps a number (corpus-test, wiki.valid.2).
+    A word further to the front (train_clean, latest-test-results) counts only where another split has the same name.
+    """
+    found, sets = {}, {}
+    for file in files:
+        relative = file.relative_to(path)
+        above = [folder for folder in reversed(relative.parents) if folder.name.lower() in SPLIT_WORDS]
+        words = list(SPLIT_WORD.finditer(file.stem))
+        if above:
+            word, likes, alone = above[0].name, (above[0].parent, "", ""), True
+        elif words:
+            last = words[-1]
+            before, after = file.stem[: last.start()], file.stem[last.end() :]
+            alone = SHARD_NUMBER.fullmatch(after) is not None
+            word, likes = last.group(), (relative.parent, before, "" if alone else after)
+        else:
+            continue
+        found[file] = SPLIT_WORDS[word.lower()], likes, alone
+        sets.setdefault(likes, set()).add(SPLIT_WORDS[word.lower()])
+    named = {file: split for file, (split, likes, alone) in found.items() if alone or len(sets[likes]) > 1}
+    return named, any(len(splits) > 1 for splits in sets.values())
+
+
+def _some(path, files):
+    names = [str(file.relative_to(path)) for file in files]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _file_shard(file, kind, column):
     def opened():
-        options = {"keep_linebreaks": True} if kind == "text" else {}
-        return load_dataset(kind, data_files=[glob.escape(str(file))], split="train", streaming=True, **options)
+        from datasets import disable_progress_bars, load_dataset
+        from datasets.utils.logging import CRITICAL, set_verbosity
+
+        disable_progress_bars()
+        set_verbosity(CRITICAL)  # `complaint` reports its errors, in one line
+        return load_dataset(kind, data_files=[glob.escape(str(file))], split="train", streaming=True)
 
     def complaint(error):
-        line, reason = (_broken_line(file) if kind == "json" else None) or (None, _first_line(error))
+        with contextlib.suppress(OSError), open(file, "rb") as opened:
+            begin = opened.read(8)
+            for magic, name in COMPRESSED.items():
+                if begin.startswith(magic):
+                    error = ValueError(f"it is a {name} file, expected it unpacked")
         return (
-            f"data.path: {file}{f', line {line}' if line else ''}: cannot be read as {kind} ({reason}); "
-            "what is tokenised is kept: repair the file and run the same command again to resume"
+            f"data.path: {file}: cannot be read as {kind} ({_first_line(error)}); what is tokenised is kept: repair "
+            "the file and run the same command again to resume"
         )
 
-    return Shard(str(file), opened, complaint)
+    match kind:
+        case "text":
+            read = _pieces(file)
+        case "json":
+            read = _json_rows(file, column)
+        case _:
+            read = _rows(opened, column, str(file))
+    return Shard(str(file), read, complaint)
 
 
 def _hub_parts(data, seed):
@@ -538,36 +668,37 @@ def _hub_parts(data, seed):
         ) from error
     if "train" not in found:
         raise RecipeError(f"data.name: {data.name}: found splits {', '.join(found)}; expected one called train")
-    splits = {"validation": "validation", "test": "test", "train": "train"}
-    if not splits.keys() <= found.keys():
+    named = {SPLIT_WORDS.get(name.lower()): name for name in reversed(list(found))} | {"train": "train"}
+    splits = {split: named[split] for split in ("validation", "test", "train") if split in named}
+    if len(splits) < 3:
         splits = {None: "train"}
     return [
-        _part(split, _hub_shards(data.name, name, found[name]), data.text_column, False, seed, _streamed)
+        _part(split, _hub_shards(data.name, name, found[name], data.text_column), seed, _streamed)
         for split, name in splits.items()
     ]
 
 
-def _hub_shards(name, split, rows):
+def _hub_shards(name, split, rows, column):
     def complaint(error):
         return (
             f"data.name: {name} could not be read to the end ({_first_line(error)}); what is tokenised is kept: run "
             "the same command again to resume"
         )
 
-    count = rows.num_shards
-    return [
-        Shard(f"{name}, {split} {number + 1} of {count}", lambda n=number: rows.shard(count, n), complaint)
-        for number in range(count)
-    ]
+    count, shards = rows.num_shards, []
+    for number in range(count):
+        where = f"{name}, {split} {number + 1} of {count}"
+        shards.append(Shard(where, _rows(lambda n=number: rows.shard(count, n), column, where), complaint))
+    return shards
 
 
-def _part(split, shards, column, pieces, seed, read):
-    return Part(split, lambda place: read(shards, column, pieces, seed, place), [shard.name for shard in shards])
+def _part(split, shards, seed, read):
+    return Part(split, lambda place: read(shards, seed, place), [shard.name for shard in shards])
 
 
-def _shuffled(shards, column, pieces, seed, place):
+def _shuffled(shards, seed, place):
     """All documents of small files, shuffled; a place is [documents read, documents in all]."""
-    texts = [document.text for document in _in_order(shards, column, pieces, None)]
+    texts = [document.text for document in _in_order(shards, None)]
     begin, count = place or (0, len(texts))
     if count != len(texts):
         raise RecipeError(
@@ -579,81 +710,128 @@ def _shuffled(shards, column, pieces, seed, place):
         yield Document(texts[order[number]], texts[order[number]], [number + 1, count])
 
 
-def _streamed(shards, column, pieces, seed, place):
+def _streamed(shards, seed, place):
     """The documents of shuffled shards; there is no shuffle buffer, as its documents would be lost with the process."""
     order = np.random.default_rng(seed).permutation(len(shards))
-    return _in_order([shards[number] for number in order], column, pieces, place)
+    return _in_order([shards[number] for number in order], place)
 
 
-def _in_order(shards, column, pieces, place):
-    """The documents of shards, in order; a place is [shard index, state of its rows]."""
-    begin, state = place or (0, None)
+def _in_order(shards, place):
+    """The documents of shards, in order; a place is [shard index, place in the shard]."""
+    begin, inside = place or (0, None)
     for number in range(begin, len(shards)):
-        shard = shards[number]
         try:
-            rows = shard.open()
-            if rows.column_names:
-                _require_column(rows.column_names, column, shard.name)
-                rows = rows.select_columns([column])
-            if state is not None:
-                rows.load_state_dict(state)
-                state = None
-            texts = (_text(row, column, shard.name) for row in rows)
-            for text in _pieces(texts) if pieces else texts:
+            for text, after in shards[number].read(inside):
                 if text:
-                    yield Document(text, text, [number, rows.state_dict()])
+                    yield Document(text, text, [number, after])
         except RecipeError:
             raise
         except Exception as error:  # parsers, file systems and the network have no common class
-            raise RecipeError(shard.complaint(error)) from error
+            raise RecipeError(shards[number].complaint(error)) from error
+        inside = None
 
 
-def _text(row, column, where):
-    """The text of a row; an empty string for an empty row."""
+def _rows(opened, column, where):
+    """Reads the texts of a streaming data set; a place is [rows read, state of the rest]."""
+
+    def read(place):
+        first, state = place or (0, None)
+        rows = opened()
+        if rows.column_names:
+            _require_column(rows.column_names, column, where)
+            rows = rows.select_columns([column])
+        if state is not None:
+            rows.load_state_dict(state)
+        for count, row in enumerate(rows, first + 1):
+            yield _text_of(row, column, f"{where}, row {count}"), [count, rows.state_dict()]
+
+    return read
+
+
+def _json_rows(file, column):
+    """Reads the texts of a file of JSON lines, or of one JSON list; a place is [rows read, place in the file].
+
+    Without `datasets`, whose parser ends the process at some lines (null) and reads others as something else.
+    """
+
+    def read(place):
+        first, offset = place or (0, 0)
+        with open(file, "rb") as opened:
+            if _is_list(opened):
+                rows = json.loads(opened.read().decode("utf-8-sig"))
+                for number, row in enumerate(rows[first:], first + 1):
+                    yield _text_of(row, column, f"{file}, row {number}"), [number, 0]
+                return
+            opened.seek(offset)
+            number = first
+            while line := opened.readline():
+                number += 1
+                if line.removeprefix(codecs.BOM_UTF8).strip():
+                    yield _text_of(_parsed(line, number), column, f"{file}, line {number}"), [number, opened.tell()]
+
+    return read
+
+
+def _is_list(opened):
+    """Whether a file of JSON begins with a list; it is read from the beginning again."""
+    begin = opened.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    opened.seek(0)
+    return begin.startswith(b"[")
+
+
+def _parsed(line, number):
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or too long a number
+        raise ValueError(f"line {number}: {getattr(error, 'msg', None) or _first_line(error)}") from error
+
+
+def _text_of(row, column, where):
+    """The text of a row; an empty string for null."""
+    if not isinstance(row, dict):
+        raise RecipeError(f"data: {where}: found {json.dumps(row)[:20]}; expected an object with the column {column}")
     _require_column(row, column, where)
-    value = row[column]
-    if value is not None and not isinstance(value, str):
+    text = row[column]
+    if text is not None and not isinstance(text, str):
         raise RecipeError(
-            f"data: {where}: found {type(value).__name__} values; expected data.text_column to name a column of text"
+            f"data: {where}: found {type(text).__name__} values in {column}; expected data.text_column to name a "
+            "column of text"
         )
-    return value or ""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"data: {where}: found half a surrogate pair in {column}; expected Unicode text") from error
+    return text or ""
 
 
 def _require_column(columns, column, where):
     if column not in columns:
         raise RecipeError(
-            f"data: {where}: found columns {', '.join(columns)}; expected data.text_column to name one of them "
-            f"(it is {column})"
+            f"data: {where}: found columns {', '.join(columns) or '(none)'}; expected data.text_column to name one of "
+            f"them (it is {column})"
         )
 
 
-def _pieces(lines):
-    piece, size = [], 0
-    for line in lines:
-        piece.append(line)
+def _pieces(file):
+    """Reads the pieces of a plain text file; a place is that in the file."""
+
+    def read(place):
+        with open(file, encoding="utf-8-sig") as text:
+            text.seek(place or 0)
+            while piece := _piece(text):
+                if "\0" in piece:
+                    raise ValueError("found a NUL character, expected UTF-8 text")
+                yield piece, text.tell()
+
+    return read
+
+
+def _piece(text):
+    lines, size = [], 0
+    while size <= PIECE and (line := text.readline(PIECE + 1)):
+        lines.append(line)
         size += len(line)
-        if size > PIECE:
-            yield "".join(piece)
-            piece, size = [], 0
-    yield "".join(piece)
-
-
-def _broken_line(file):
-    """Line and reason of the first error in a file of JSON lines, or of one JSON list; None if there is none."""
-    try:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if number == 1 and line.lstrip().startswith(b"["):
-                    line = line + lines.read()
-                if line.strip() and not isinstance(json.loads(line), (dict, list)):
-                    return number, "not a JSON object"
-    except json.JSONDecodeError as error:
-        return number + error.lineno - 1, error.msg
-    except UnicodeDecodeError as error:
-        return number, str(error)
-    except OSError:
-        return None
-    return None
+    return "".join(lines)
 
 
 def _first_line(error):

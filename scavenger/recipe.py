@@ -198,7 +198,7 @@ class Data(Section):
     name: str | None = key("data set on the Hub", None)
     subset: str | None = key("configuration of the data set", None)
     revision: str | None = key("commit, tag or branch of the data set", None)
-    path: str | None = key("local file or folder of .txt, .md, .py, .jsonl, .json or .parquet", None)
+    path: str | None = key("local file or folder of .txt, .md, .py, .jsonl, .json, .parquet or .arrow", None)
     text_column: str = key("column that holds the text", "text")
     context_length: int = key("length of a training example", 256, unit="tokens", least=8, right="8 tokens or more")
     evaluation_tokens: int = key("held-out text in each of validation and test", 65_536, unit="tokens")
@@ -600,7 +600,7 @@ class Recipe(Section):
             self.data.path is None or Path(self.data.path).exists() or (Path(self.run_dir) / "data").is_dir(),
             "data.path",
             self.data.path,
-            "an existing file or folder of .txt, .md, .py, .jsonl, .json or .parquet",
+            "an existing file or folder of .txt, .md, .py, .jsonl, .json, .parquet or .arrow",
         )
         shape = teacher_shape(self)
         heads = self.student.num_filter_heads

@@ -31,7 +31,8 @@ def compared(finished, workshop, tmp_path_factory):
         "distilled": finished / "transfer",
         "recurrent": finished / "recurrence",
     }
-    words = [*(f"{label}={path}" for label, path in models.items()), "--text", workshop / "text.jsonl", "--limit", "12"]
+    words = [*(f"{label}={path}" for label, path in models.items()), "--text", workshop / "text.jsonl"]
+    words += ["--split", "all", "--limit", "12"]
 
     def make(folder):
         done = command("eval/compare.py", *words, "--to", folder / "out", *SMALL)
@@ -114,7 +115,8 @@ def test_models_of_other_tokens_are_compared_by_byte(finished, workshop, tmp_pat
     order = list(state["model"]["vocab"])
     state["model"]["vocab"] = {token: number for number, token in enumerate([*order[:-2], order[-1], order[-2]])}
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(state))
-    words = [workshop / "teacher", tmp_path / "other", "--text", workshop / "text.jsonl", "--limit", "9"]
+    words = [workshop / "teacher", tmp_path / "other"]
+    words += ["--text", workshop / "text.jsonl", "--split", "all", "--limit", "9"]
     done = command("eval/compare.py", *words, "--to", tmp_path / "out", "--measure", "perplexity", "recall", *SMALL)
     assert done.returncode == 0, done.stderr
     rows = {row["metric"]: row for row in read_json(tmp_path / "out/compare.json")["rows"]}
@@ -130,7 +132,8 @@ def test_a_vocabulary_that_is_padded_further(workshop, tmp_path):
     model.save_pretrained(tmp_path / "padded")
     for path in (workshop / "teacher").glob("token*"):
         shutil.copy(path, tmp_path / "padded")
-    words = [workshop / "teacher", tmp_path / "padded", "--text", workshop / "text.jsonl", "--limit", "9", *SMALL]
+    words = [workshop / "teacher", tmp_path / "padded"]
+    words += ["--text", workshop / "text.jsonl", "--split", "all", "--limit", "9", *SMALL]
     measure = ["--measure", "perplexity", "generation"]
     done = command("eval/compare.py", *words, "--to", tmp_path / "out", *measure)
     assert done.returncode == 0, done.stderr

@@ -249,7 +249,8 @@ def test_generation_command(finished, workshop, foreign, tmp_path, monkeypatch, 
     lines = (workshop / "text.jsonl").read_text().splitlines()[:3]
     (tmp_path / "text.txt").write_text("\n".join(json.loads(line)["text"] for line in lines))
     words = ["eval/generation.py", f"teacher={workshop / 'teacher'}", f"recurrent={finished / 'recurrence'}"]
-    options = ["--text", tmp_path / "text.txt", "--prompts", 5, "--prompt-tokens", 9, "--new-tokens", 13]
+    options = ["--text", tmp_path / "text.txt", "--split", "all"]
+    options += ["--prompts", 5, "--prompt-tokens", 9, "--new-tokens", 13]
     done = command(*words, *options)
     assert done.returncode == 0, done.stderr
     teacher, recurrent, text = json.loads(done.stdout.splitlines()[-1])

@@ -1,5 +1,6 @@
 """The same text on every machine, from whatever moment a run goes on, and held-out text that stays out."""
 
+import gzip
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from program import forked
 
 from scavenger import data, loading
@@ -354,10 +356,111 @@ def test_splits_by_the_names_of_files(tmp_path):
     assert sorted(names(Data(path=str(text)))) == sorted(texts_of(120) + texts_of(10, 500) + ["held out twice"])
     (text / "valid.jsonl").unlink()
     (text / "README.md").unlink()
-    with pytest.raises(RecipeError, match="found files of two splits; expected validation.jsonl as well"):
+    with pytest.raises(RecipeError, match="test: test.jsonl; expected files of all three splits"):
         names(Data(path=str(text)))
-    write(text / "more.jsonl", ["more"])  # names that are no splits: all by hash
-    assert "more" in names(Data(path=str(text)))
+
+
+def shard_names(folder):
+    """The files of each split, as the tokeniser takes them."""
+    parts = data.text_parts(Data(path=str(folder)), 0)
+    return {part.split: [os.path.relpath(name, folder) for name in part.shards] for part in parts}
+
+
+def layout(folder, files):
+    for name in files.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, [f"the text of {name}"], "txt")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        "train/a.txt train/b.txt validation/a.txt test/a.txt",
+        "Train/a.txt VAL/a.txt Test/a.txt",
+        "data/train/a.txt data/dev/a.txt data/test/a.txt README.md",
+        "en/train/a.txt de/train/a.txt en/valid/a.txt en/test/unit-train.txt",
+        "train/deep/a.txt train/deeper/b.txt valid.txt test.txt",
+        "wiki.train.txt wiki.valid.txt wiki.test.txt",
+        "corpus-train.jsonl corpus-dev.jsonl corpus-test.jsonl",
+        "wiki_train.TXT news_val.txt books_test.txt",
+        "data/train-00000-of-00002-a09b74b3ef9c3b56.parquet data/train-00001-of-00002-a09b74b3ef9c3b56.parquet "
+        "data/validation-00000-of-00001.parquet data/test-00000-of-00001.parquet README.md dataset_infos.json",
+        "train1.txt train2.txt valid1.txt test1.txt",
+        "train.en.txt valid.en.txt test.en.txt",
+        "train_clean.jsonl validation_clean.jsonl test_clean.jsonl",
+        "wiki.train.raw.txt wiki.valid.raw.txt wiki.test.raw.txt LICENSE.md",
+        "train.txt evaluation.txt dev.txt",
+    ],
+)
+def test_splits_are_known_by_names(tmp_path, files):
+    layout(tmp_path, files)
+    found = shard_names(tmp_path)
+    assert list(found) == ["validation", "test", "train"]
+    assert all("train" in name.lower() for name in found["train"])
+    assert not any("train" in name.lower().removesuffix("unit-train.txt") for name in found["test"])
+    assert all(any(word in name.lower() for word in ("val", "dev")) for name in found["validation"])
+    text = {name for name in files.split() if not name.startswith(("README", "LICENSE", "dataset_infos"))}
+    assert {name for group in found.values() for name in group} == text
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        "latest.txt training_manual.txt contest.txt",
+        "the-last-train.txt notes.txt",
+        "test_results.txt dev_notes.txt train_times.txt",
+        "train.py test.py model.py val/a.py",
+        "training.md testing.md evaluation.md install.md",
+        "train-00000-of-00002.parquet train-00001-of-00002.parquet",
+        "train/a.txt train/b.txt",
+    ],
+)
+def test_a_word_is_no_split_by_accident(tmp_path, files):
+    layout(tmp_path, files)
+    assert shard_names(tmp_path) == {None: sorted(files.split())}
+
+
+@pytest.mark.parametrize(
+    ("files", "mapping"),
+    [
+        ("train.jsonl test.jsonl", "train: train.jsonl; test: test.jsonl; expected files of all three splits"),
+        ("train/a.txt val/a.txt", "train: train/a.txt; validation: val/a.txt; expected"),
+        ("validation.jsonl", "by their names, validation: validation.jsonl; expected"),
+        ("test/a.txt test/b.txt", "by their names, test: test/a.txt, test/b.txt; expected"),
+        ("train.txt dev.txt test.txt more.txt", "test: test.txt; in no split: more.txt; expected"),
+        (
+            "wiki.train.txt wiki.test.txt notes.txt",
+            "test: wiki.test.txt; in no split: notes.txt; expected",
+        ),
+        ("train/a.txt test/a.txt b.txt", "train: train/a.txt; test: test/a.txt; in no split: b.txt; expected"),
+        ("a.txt b.txt c.txt d.txt train/e.txt valid.txt", "in no split: a.txt, b.txt, c.txt and 1 more; expected"),
+    ],
+)
+def test_what_may_be_splits_is_refused_with_the_mapping(tmp_path, files, mapping):
+    layout(tmp_path, files)
+    with pytest.raises(RecipeError, match=mapping):
+        shard_names(tmp_path)
+
+
+def test_what_is_read_as_which_split_is_said_and_written(tmp_path, capsys):
+    for split, start in [("train", 0), ("valid", 500), ("test", 600)]:
+        (tmp_path / "own" / split).mkdir(parents=True)
+        for number in range(2):
+            write(tmp_path / "own" / split / f"{number}.jsonl", texts_of(40, start + 40 * number))
+    data.run(recipe(path=str(tmp_path / "own")), tmp_path / "a", Letters())
+    line, _ = capsys.readouterr().out.splitlines()
+    found = "train train/0.jsonl and 1 more; validation valid/0.jsonl and 1 more; test test/0.jsonl and 1 more"
+    assert line == f"data: {tmp_path}/own, its own splits: {found}"
+    written = checkpoint.read_json(tmp_path / "a/data/source.json")
+    assert written["splits"] == "its own" and written["files"]["test"] == ["test/0.jsonl", "test/1.jsonl"]
+    (tmp_path / "plain").mkdir()
+    for number in range(2):
+        write(tmp_path / "plain" / f"{number}.jsonl", texts_of(200, 200 * number))
+    data.run(recipe(path=str(tmp_path / "plain")), tmp_path / "b", Letters())
+    line = f"data: {tmp_path}/plain (2 files), split 90/5/5 by a hash of each document\n"
+    assert capsys.readouterr().out.startswith(line)
+    written = checkpoint.read_json(tmp_path / "b/data/source.json")
+    assert written["splits"].startswith("90/5/5") and written["files"] == {"all": ["0.jsonl", "1.jsonl"]}
 
 
 @pytest.fixture
@@ -428,8 +531,9 @@ def test_documents_begin_blocks(tmp_path):
     lengths = [3, 11, 12, 21, 40]  # with the end of text: part of a block, a block and one more than that among them
     texts = [chr(65 + index % 26) * (lengths[index % 5] - 1) for index in range(60)]
     for split, some in [("train", texts), ("validation", texts_of(20)), ("test", texts_of(20, 20))]:
-        write(tmp_path / f"{split}.jsonl", some)
-    asked = recipe(60 * 8, path=str(tmp_path), packing="documents")
+        (tmp_path / "text").mkdir(exist_ok=True)
+        write(tmp_path / "text" / f"{split}.jsonl", some)
+    asked = recipe(60 * 8, path=str(tmp_path / "text"), packing="documents")
     folder = data.run(asked, tmp_path, Letters())
     found = data.blocks(folder, "train")
     order = [document.text for document in data.text_parts(asked.data, asked.seed)[-1].read(None)]
@@ -481,10 +585,10 @@ def test_one_line_says_what_was_made(tmp_path, capsys):
         write(tmp_path / f"{split}.jsonl", texts_of(60, start))
     with pytest.raises(RecipeError, match="the train split has 0 tokens.*expected more text in it"):
         data.run(recipe(path=str(tmp_path), evaluation_tokens=9000), tmp_path, Letters())  # all of it is held out
-    assert not (tmp_path / "data.partial").exists() and capsys.readouterr().out == ""
+    assert not (tmp_path / "data.partial").exists() and "tokens" not in capsys.readouterr().out
     write(tmp_path / "train.jsonl", [text + "again" for text in texts_of(60)])
     data.run(recipe(path=str(tmp_path)), tmp_path, Letters())
-    (line,) = capsys.readouterr().out.splitlines()
+    *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("data: tokens train 110, validation 198, test 198; 13-token windows that are in train too: ")
 
 
@@ -529,6 +633,111 @@ def test_data_that_cannot_be_read(tmp_path):
         names(Data(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "txt"])
+def test_an_empty_shard_is_passed_over(tmp_path, kind):
+    write(tmp_path / f"a.{kind}", texts_of(30))
+    before = sorted(names(Data(path=str(tmp_path))))
+    (tmp_path / f"b.{kind}").touch()
+    assert sorted(names(Data(path=str(tmp_path)))) == before
+    (tmp_path / f"a.{kind}").write_bytes(b"")
+    with pytest.raises(RecipeError, match=f"data.path: {tmp_path}: all files are empty; expected text"):
+        names(Data(path=str(tmp_path)))
+
+
+def test_text_without_line_ends_is_cut_by_characters(tmp_path):
+    text = "".join(chr(0x4E00 + index % 999) for index in range(40_000))
+    (tmp_path / "a.txt").write_text(text)
+    (part,) = data.text_parts(Data(path=str(tmp_path)), 0)
+    pieces = [document.text for document in data._streamed([data._file_shard(tmp_path / "a.txt", "text", "")], 0, None)]
+    assert sorted(pieces) == sorted(document.text for document in part.read(None))
+    assert "".join(pieces) == text and [len(piece) for piece in pieces] == [16_385, 16_385, 7_230]
+
+
+def test_what_datasets_saves_is_read(tmp_path):
+    rows = Dataset.from_dict({"text": texts_of(30), "n": list(range(30))})
+    rows.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    assert sorted(names(Data(path=str(tmp_path / "one")))) == sorted(texts_of(30))
+    DatasetDict({"train": rows, "validation": rows, "test": rows}).save_to_disk(str(tmp_path / "three"))
+    assert list(shard_names(tmp_path / "three")) == ["validation", "test", "train"]
+    assert sorted(names(Data(path=str(tmp_path / "three")))) == sorted(texts_of(30))
+    (tmp_path / "one" / "cache-1f.arrow").write_bytes(b"of map()")
+    assert shard_names(tmp_path / "one") == {None: [f"data-0000{number}-of-00002.arrow" for number in range(2)]}
+
+
+def test_a_snapshot_of_the_hub_is_read(tmp_path):
+    """Links to blobs, with a card and other files beside the text."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot/data").mkdir(parents=True)
+    (tmp_path / "snapshot/.cache").mkdir()
+    for number in range(2):
+        write(tmp_path / "blobs" / f"{number}", texts_of(20, 20 * number), "parquet")
+        (tmp_path / f"snapshot/data/train-0000{number}-of-00002.parquet").symlink_to(tmp_path / f"blobs/{number}")
+    for name in ("README.md", "LICENSE.txt", ".gitattributes", ".cache/a.json", "dataset_infos.json", "logo.png"):
+        (tmp_path / "snapshot" / name).write_text("{}")
+    assert sorted(names(Data(path=str(tmp_path / "snapshot")))) == sorted(texts_of(40))
+    # Such names are text where they are not beside a table, or have another suffix.
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "guide.md", "license.md"):
+        write(tmp_path / "docs" / name, [name])
+    assert sorted(names(Data(path=str(tmp_path / "docs")))) == ["README.md", "guide.md", "license.md"]
+    (tmp_path / "tables").mkdir()
+    for name in ("state.jsonl", "a.jsonl"):
+        write(tmp_path / "tables" / name, [name])
+    assert sorted(names(Data(path=str(tmp_path / "tables")))) == ["a.jsonl", "state.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("null", "line 2: found null; expected an object with the column text"),
+        ("3", "line 2: found 3; expected an object"),
+        ('["a"]', r'line 2: found \["a"\]; expected an object'),
+        ("{}", r"line 2: found columns \(none\); expected data.text_column"),
+        ('{"text": 5}', "line 2: found int values in text"),
+        ('{"text": {"a": 1}}', "line 2: found dict values in text"),
+        ('{"text": "\\ud800"}', "line 2: found half a surrogate pair in text"),
+        ('{"text": "a', r"cannot be read as json \(line 2: Invalid control character"),
+        ("[" * 99_999, r"cannot be read as json \(line 2: maximum recursion depth"),
+        ('{"text": ' + "9" * 9999 + "}", r"cannot be read as json \(line 2: Exceeds the limit"),
+    ],
+    ids=range(10),
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    (tmp_path / "b.jsonl").write_text(f'{{"text": "a"}}\n{row}\n')
+    with pytest.raises(RecipeError, match=f"{tmp_path}/b.jsonl(, |: ){message}"):
+        names(Data(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_compressed_text_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b'{"text": "a"}'))
+    with pytest.raises(RecipeError, match=f"{name}: cannot be read as .* .it is a gzip file, expected it unpacked"):
+        names(Data(path=str(tmp_path)))
+    (tmp_path / name).rename(tmp_path / f"{name}.gz")
+    for path in (tmp_path, tmp_path / f"{name}.gz"):
+        with pytest.raises(RecipeError, match=f"{name}.gz is compressed; expected it unpacked"):
+            names(Data(path=str(path)))
+
+
+def test_links_to_nothing_and_closed_files(tmp_path):
+    write(tmp_path / "a.txt", texts_of(9))
+    (tmp_path / "b.txt").symlink_to("nothing.txt")
+    with pytest.raises(RecipeError, match=f"{tmp_path}/b.txt is a link to a file that is not there; expected text"):
+        names(Data(path=str(tmp_path)))
+    with pytest.raises(RecipeError, match=f"{tmp_path}/b.txt: found neither a file nor a folder"):
+        names(Data(path=str(tmp_path / "b.txt")))
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "around").symlink_to(tmp_path)  # a folder within itself is read once
+    assert names(Data(path=str(tmp_path))) == ["".join(texts_of(9))]
+    if os.geteuid():  # root may read all
+        (tmp_path / "a.txt").chmod(0)
+        with pytest.raises(RecipeError, match="a.txt: cannot be read as text .*Permission denied"):
+            names(Data(path=str(tmp_path)))
+        (tmp_path / "closed").mkdir(mode=0)
+        with pytest.raises(RecipeError, match="closed cannot be read .Permission denied"):
+            names(Data(path=str(tmp_path)))
+
+
 BROKEN = {
     "jsonl": lambda whole: whole.replace(b'"text": "text 3', b'"text": "text \n3', 1),
     "json": lambda whole: whole[:-40],
@@ -553,22 +762,19 @@ def test_a_damaged_file_is_named_and_mended(tmp_path, monkeypatch, capfd, kind, 
         RecipeError, match=f"{last}.*cannot be read as .*run the same command again to resume"
     ) as caught:
         data.run(asked, tmp_path / "run", Letters())
-    assert "\n" not in str(caught.value) and not capfd.readouterr().out
+    assert "\n" not in str(caught.value) and capfd.readouterr().out.startswith(f"data: {text} (4 files)")
     if kind == "jsonl":
         number = 1 + sound[: sound.index(b'"text": "text 3')].count(b"\n")
-        assert f"{last}, line {number}: " in str(caught.value)
+        assert f"{last}: cannot be read as json (line {number}: " in str(caught.value)
     if not shuffled:
         state = checkpoint.read_json(tmp_path / "run" / "data.partial" / "state.json")
         documents = sum(json.loads(whole["source.json"])["documents"].values())
         assert sum(state["documents"].values()) > 0.7 * documents  # the other three files
-    last.unlink()
     if not shuffled:
-        with pytest.raises(RecipeError, match=f"{last} is gone.*expected the same text"):
-            data.run(asked, tmp_path / "run", Letters())
-    last.touch()
-    if kind != "txt":
-        with pytest.raises(RecipeError, match=f"{last} is empty"):
-            data.run(asked, tmp_path / "run", Letters())
+        for change in (last.unlink, last.touch):
+            change()
+            with pytest.raises(RecipeError, match=f"{last} is gone.*expected the same text"):
+                data.run(asked, tmp_path / "run", Letters())
     last.write_bytes(sound)
     assert files_of(data.run(asked, tmp_path / "run", Letters())) == whole
 

@@ -169,19 +169,36 @@ def test_text_has_splits_of_its_own_or_none(workshop, tmp_path):
         (tmp_path / "own" / f"{split}.jsonl").write_text("\n".join(lines))
     assert sorted(text.read(str(tmp_path / "own")).documents) == ["test 0", "test 1", "test 2"]
     assert len(text.read(str(tmp_path / "own"), split="validation").documents) == 2
-    whole = text.read(str(tmp_path / "own" / "train.jsonl"))
-    some = text.read(str(tmp_path / "own" / "train.jsonl"), limit=2)
+    assert len(text.read(str(tmp_path / "own"), split="all").documents) == 10
+    whole = text.read(str(tmp_path / "own" / "train.jsonl"), split="all")
+    some = text.read(str(tmp_path / "own" / "train.jsonl"), split="all", limit=2)
     assert len(whole.documents) == 5 and whole.documents[:2] == some.documents and whole.digest != some.digest
     library = text.read(limit=3)
     assert len(library.documents) == 3 and "standard library, test split" in library.name
     splits = {data.split_of(name) for name, code in data.documents(data.Data(), 0) if code in library.documents}
     assert splits == {"test"}
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(200)]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines))
+    read = {split: text.read(str(tmp_path / "some.jsonl"), split=split) for split in ("validation", "test", "all")}
+    assert {data.split_of(document) for document in read["test"].documents} == {"test"}
+    assert {data.split_of(document) for document in read["validation"].documents} == {"validation"}
+    assert len(read["all"].documents) == 200 and read["all"].name == str(tmp_path / "some.jsonl")
+    assert read["test"].name.endswith("some.jsonl, test split") and len(read["test"].documents) < 25
+    (tmp_path / "some.jsonl").write_text(
+        "\n".join(line for line in lines if data.split_of(json.loads(line)["text"]) == "train")
+    )
+    with pytest.raises(ValueError, match="no document in the test split; expected more documents, or --split all$"):
+        text.read(str(tmp_path / "some.jsonl"))
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="blank.txt: found no text; expected one document at least"):
+        text.read(str(tmp_path / "blank.txt"), split="all")
 
 
 def test_command_and_metric(finished, workshop, tmp_path):
     lines = [json.loads(line)["text"] for line in (workshop / "text.jsonl").read_text().splitlines()[:3]]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    words = ["--text", tmp_path / "text.jsonl", "--context-length", 48, "--results", tmp_path / "kept"]
+    words = ["--text", tmp_path / "text.jsonl", "--split", "all", "--context-length", 48]
+    words += ["--results", tmp_path / "kept"]
     done = command("eval/perplexity.py", f"long={finished / 'transfer'}", finished / "recurrence", *words)
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout.splitlines()[-1])

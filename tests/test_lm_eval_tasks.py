@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import AutoTokenizer
 
-from scavenger.report import lm_eval_tasks, metrics
+from scavenger.report import lm_eval_tasks, metrics, text
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.lm_eval_tasks import Settings
 from scavenger.report.metrics import Metric
@@ -300,11 +300,12 @@ def values(result):
 
 def test_scores_are_the_harness_own(recurrent, documents, tmp_path):
     names = ("arc_easy", "winogrande", "piqa", "lambada_openai", "text_perplexity")
-    settings = asked(documents, *names, text=str(documents / "text.txt"), seed=3)
+    file = str(documents / "text.txt")
+    settings = asked(documents, *names, text=text.read(file, split="all"), seed=3)
     model = Evaluated.parsed(f"ours={recurrent}")
     (result,) = lm_eval_tasks.of_models([model], settings, Results(None))
     found, scores = values(result), {}
-    metadata = {"local": settings.local, "text": settings.text}
+    metadata = {"local": settings.local, "text": file}
     manager = TaskManager(include_defaults=False, include_path=OWN, metadata=metadata)
     simple = lm_eval.simple_evaluate(
         lm_eval_tasks.language_model(model, settings), tasks=list(names), task_manager=manager, bootstrap_iters=0
@@ -350,6 +351,29 @@ def test_scores_are_the_harness_own(recurrent, documents, tmp_path):
     assert made.returncode == 0, made.stderr
     stock = json.loads(next(tmp_path.glob("stock*.json")).read_text())["results"]
     assert found == pytest.approx({name: stock[name.split()[0]][f"{name.split()[1]},none"] for name in found}, rel=1e-5)
+
+
+def test_tasks_of_a_text_read_its_documents(workshop, tmp_path, command):
+    """By the column, of the split: the documents of eval/perplexity.py, and never the syntax of JSON."""
+    records = [{"body": f'one\ntwo {number} of "these"', "id": number} for number in range(200)]
+    write(tmp_path, {"text.jsonl": lines(*records)})
+    words = ["--tasks", "text_perplexity", "--text", tmp_path / "text.jsonl", "--text-column", "body"]
+    code, out, err = command(workshop / "teacher", *words)
+    assert code == 0, err
+    (result,) = json.loads(out.splitlines()[-1])
+    read = text.read(str(tmp_path / "text.jsonl"), column="body")
+    score = result["metrics"]["text_perplexity bits_per_byte"]
+    assert score["items"] == len(read.documents) < 25 and result["settings"]["documents"] == read.name
+    settings = Settings(48, ("text_perplexity",), include=(OWN,), text=read)
+    asked = lm_eval_tasks.questions_of(settings).tasks["text_perplexity"]
+    assert [asked.doc_to_target(document) for document in asked.eval_docs] == read.documents
+    # The stock lm_eval reads plain text only.
+    manager = TaskManager(include_defaults=False, include_path=OWN, metadata={"text": str(tmp_path / "text.jsonl")})
+    for task in lm_eval_tasks.TEXT_TASKS:
+        with pytest.raises(ValueError, match="found a table; expected a file of plain text"):
+            manager.load([task])
+    with pytest.raises(ValueError, match="found no text; expected --text"):
+        TaskManager(include_defaults=False, include_path=OWN).load(["text_perplexity"])
 
 
 def test_an_evaluation_goes_on_with_the_task_it_lacks(workshop, documents, tmp_path, monkeypatch):
@@ -516,9 +540,13 @@ def documents(**metadata):
         (["--tasks", "lambada_openai", "--local", "data"], "Lambada_Test.jsonl; expected one lambada_test.jsonl"),
         (["--tasks", "arc_challenge", "--local", "data"], "line 1: found answer 4 of 3 options; expected 0 to 2"),
         (["--tasks", "hellaswag", "--local", "data"], "line 2: found bytes that are not UTF-8; expected text"),
-        (["--tasks", "text_perplexity"], "no text file is named"),
-        (["--tasks", "text_last_word", "--text", "nothing.txt"], "nothing.txt"),
-        (["--tasks", "text_last_word", "--text", "data/word"], "no paragraph of more than 10 words"),
+        (["--tasks", "text_last_word", "--text", "nothing.txt"], "--text: nothing.txt is not there"),
+        (["--tasks", "text_perplexity", "--text", "data/word.txt"], "found no document in the test split"),
+        (["--tasks", "text_perplexity", "--text", "data/wsc_val.jsonl", "--text-column", "body"], "found columns text"),
+        (
+            ["--tasks", "text_last_word", "--text", "data/word.txt", "--split", "all"],
+            "no paragraph of more than 10 words",
+        ),
         (["--limit", "0"], "--limit: found 0; expected 1 or more"),
         (["--context-length", "1"], "found a context of 1 tokens; expected 2 or more"),
     ],
@@ -527,7 +555,7 @@ def test_the_command_refuses_in_a_line(words, message, workshop, tmp_path, monke
     write(
         tmp_path / "data",
         {
-            "word": "word",
+            "word.txt": "word",
             "arc_easy.jsonl": f"{lines(SKY)}\nsky\n",
             "arc_challenge.jsonl": lines({"query": "Question: a", "choices": ["b", "c", "d"], "gold": 4}),
             "winogrande.jsonl": lines(SURGEON[0] | {"answer": "3"}),

@@ -95,8 +95,8 @@ LESS = {
     "generation": "--new-tokens 9",
     "harness": "",
     "speed": "--rounds 1 --seconds 0.02",
-    "compare": "--examples 3 --text README.md",
-    "recur": "--method balanced --max-state-size 5 --text README.md",
+    "compare": "--examples 3 --text README.md --split all",
+    "recur": "--method balanced --max-state-size 5 --text README.md --split all",
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, command_line, tiny_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scavenger import measure, plan
+from scavenger import data, measure, plan
 from scavenger.model import HyenaNeoXForCausalLM
 from scavenger.recipe import RecipeError, Recurrence, load_recipe
 from scavenger.recurrence import allocation, certificate, preview, recurrence
@@ -378,6 +378,12 @@ def test_recur(folder, workshop, tmp_path, monkeypatch):
     found = checkpoint.read_json(made / "certificate.json")
     assert code == 0 and found["verdict"] in out and f"recurrence: {made}" in out
     assert found["text"] == "text.jsonl" and found["model"]["tokens"] == 20 * (LENGTH - 1)
+    other = [*words[:-1], tmp_path / "other.jsonl", "--to", tmp_path / "other"]  # the same validation split, else other
+    documents = [json.loads(line)["text"] for line in (workshop / "text.jsonl").read_text().splitlines()]
+    kept = [text if data.split_of(text) == "validation" else "x" for text in documents]
+    (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in kept))
+    assert recur(*other)[0] == 0
+    assert checkpoint.read_json(tmp_path / "other/certificate.json")["text_sha256"] == found["text_sha256"]
     assert AutoTokenizer.from_pretrained(made).eos_token == "<|endoftext|>"
     model = AutoModelForCausalLM.from_pretrained(made)
     assert model.config.filter == "modal" and len(model.generate(torch.ones(1, 3, dtype=int), max_new_tokens=4)[0]) == 7
@@ -395,7 +401,7 @@ def test_recur(folder, workshop, tmp_path, monkeypatch):
 
     less = tmp_path / "less"
     budget = found["state_bytes"] - 2000
-    code, out, err = recur(made, "--state-bytes", budget, "--to", less, "--text", ROOT / "README.md")
+    code, out, err = recur(made, "--state-bytes", budget, "--to", less, "--text", ROOT / "README.md", "--split", "all")
     again = checkpoint.read_json(less / "certificate.json")
     assert code == 0 and again["state_bytes"] <= budget and "predicted" in again["verdict"] and "predicted KL" in out
 
@@ -479,7 +485,7 @@ def test_mistakes_end_in_one_line(folder, workshop, tmp_path):
         ([folder, "--text", tmp_path / "nix"], ["--text:", "is not there"]),
         (
             [folder, "--text", tmp_path / "little.txt", "--to", tmp_path / "x"],
-            ["--text: found", "a context of the student"],
+            ["--text: found", "in the validation split", "a context of the student", "or --split all"],
         ),
         ([folder, "--to", tmp_path / "file"], ["is there already"]),
         ([folder, "--state-bytes", "9", "--to", tmp_path / "x"], ["recurrence.state_bytes: found 9"]),

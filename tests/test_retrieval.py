@@ -305,7 +305,8 @@ def test_result_has_every_part_and_its_chance(workshop):
 def test_recall_command(finished, workshop, tmp_path, monkeypatch, capsys):
     lines = (workshop / "text.jsonl").read_text().splitlines()[:3]
     (tmp_path / "text.txt").write_text("\n".join(json.loads(line)["text"] for line in lines))
-    words = ["eval/recall.py", workshop / "teacher", finished / "recurrence", "--text", tmp_path / "text.txt"]
+    words = ["eval/recall.py", workshop / "teacher", finished / "recurrence", "--split", "all"]
+    words += ["--text", tmp_path / "text.txt"]
     longer = ["--context-length", 70, "--distances", 64, 19]
     done = command(*words, *longer, "--examples", 5)
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ def run(run: Run) -> Path:
     return distil(student, run.recipe.recurrence, folder, run.accelerator, run.tokenizer, run.blocks("validation"))
 
 
-def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, accelerator) -> Path:
+def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, split: str, accelerator) -> Path:
     """Make `to`, the recurrent student of any folder with long filters, and its certificate; prints what was found.
 
     A folder that is there already is only accepted as this very result.
@@ -51,7 +51,7 @@ def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, a
     logging.disable_progress_bar()  # one bar is ours
     student, tokenizer = opened(source)
     horizon = settings.horizon or student.config.context_length
-    blocks = None if tokenizer is None else held_out_text(text, tokenizer, student.config.context_length)
+    blocks = None if tokenizer is None else held_out_text(text, split, tokenizer, student.config.context_length)
     asked = {
         "settings": certificate.described(settings, horizon),
         "student_sha256": _digest(student.config.to_json_string(), student.state_dict()),
@@ -100,18 +100,20 @@ def opened(source: Path):
     return student, tokenizer
 
 
-def held_out_text(text: Path | None, tokenizer, length: int) -> np.ndarray:
-    """HELD_OUT_TOKENS or fewer in blocks of a length: all of a given text, else the library's validation split."""
+def held_out_text(text: Path | None, split: str, tokenizer, length: int) -> np.ndarray:
+    """HELD_OUT_TOKENS or fewer, in blocks of a length, of a split of a given text or of the standard library."""
     ids = []
-    for name, words in data.documents(Data(path=None if text is None else str(text)), seed=0):
-        if text is None and data.split_of(name) != "validation":
-            continue
+    for words in data.in_split(Data(path=None if text is None else str(text)), 0, split):
         ids += data.framed(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
         if len(ids) >= HELD_OUT_TOKENS:
             break
     count = min(len(ids), max(length, HELD_OUT_TOKENS)) // length
     if count == 0:
-        raise RecipeError(f"--text: found {len(ids)} tokens; expected a context of the student ({length}) or more")
+        more = "" if split == "all" else ", or --split all"
+        raise RecipeError(
+            f"--text: found {len(ids)} tokens in the {split} split; expected a context of the student ({length}) or "
+            f"more{more}"
+        )
     return np.array(ids[: count * length]).reshape(count, length)
 
 

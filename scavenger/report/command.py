@@ -29,25 +29,30 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
-def add_text(made: argparse.ArgumentParser):
-    """Add the options that select the held-out text."""
+def add_text(made: argparse.ArgumentParser, limit: str = "read only the first N documents (all)"):
+    """Add the options that select the held-out text, and --limit, whose help is given where it limits another thing."""
     made.add_argument("--text", metavar="PATH", help=".txt, .jsonl or .parquet, file or folder (the standard library)")
     made.add_argument("--dataset", metavar="NAME", help="or a data set on the Hub")
     made.add_argument("--subset", help="subset of the data set")
     made.add_argument("--revision", help="revision of the data set")
-    made.add_argument("--split", choices=["validation", "test"], default="test", help="split, if there are any (test)")
+    made.add_argument(
+        "--split",
+        choices=["validation", "test", "all"],
+        default="test",
+        help="the documents that a run on this text holds out, by file names or a hash; or all (test)",
+    )
     made.add_argument("--text-column", default="text", help="column of tables that holds the text (text)")
-    made.add_argument("--limit", type=int, metavar="N", help="read only the first N documents (all)")
+    made.add_argument("--limit", type=int, metavar="N", help=limit)
 
 
-def text_of(args: argparse.Namespace) -> text.Text:
-    """The text selected by the options of `add_text`."""
+def text_of(args: argparse.Namespace, limit: int | None) -> text.Text:
+    """The text selected by the options of `add_text`, its first `limit` documents."""
     positive(args, "limit")
     if args.text is not None and not Path(args.text).exists():
         raise ValueError(f"--text: {args.text} is not there; expected a file or folder of text")
     if args.text is not None and args.dataset is not None:
         raise ValueError("found --text and --dataset; expected one of them")
-    return text.read(args.text, args.dataset, args.subset, args.revision, args.split, args.text_column, args.limit)
+    return text.read(args.text, args.dataset, args.subset, args.revision, args.split, args.text_column, limit)
 
 
 def models_of(args: argparse.Namespace) -> list[Evaluated]:

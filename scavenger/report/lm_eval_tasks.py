@@ -28,6 +28,7 @@ from scavenger.report import metrics
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.metrics import Metric
 from scavenger.report.results import Results
+from scavenger.report.text import Text
 
 
 # The tasks of the Hyena distillation paper (arXiv:2401.17574) and of Pythia (arXiv:2304.01373), and what is quoted of
@@ -44,6 +45,7 @@ HEADLINES = {
     "hellaswag": "acc_norm",
 }
 TASKS = tuple(HEADLINES)
+TEXT_TASKS = {"text_perplexity", "text_last_word"}  # in eval/tasks
 SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets")
 PYTHIA = Path(__file__).with_name("pythia.json")
@@ -54,7 +56,8 @@ class Settings:
     """What is asked, and how.
 
     Without `tasks` it is TASKS, less those whose documents are not there. Documents come from the Hub, or where
-    `include` has task files that read them from files, from below the folder `local` (or of the file `text`).
+    `include` has task files that read them from files, from below the folder `local`. `text` is for the tasks that read
+    a text (TEXT_TASKS).
     """
 
     context_length: int  # tokens; what is longer loses its beginning
@@ -62,7 +65,7 @@ class Settings:
     limit: int | None = None  # questions of each task, the first ones
     seed: int = 0
     local: str | None = None
-    text: str | None = None
+    text: Text | None = None
     include: tuple[str, ...] = ()  # folders of task files, which come before the harness' own
 
     def __post_init__(self):
@@ -76,7 +79,7 @@ class Settings:
     def shown(self) -> dict:
         """What the tables say."""
         names = ("limit", "context_length", "seed")
-        sources = [source for source in (self.local, self.text) if source is not None]
+        sources = [source for source in (self.local, self.text and self.text.name) if source is not None]
         return {name: getattr(self, name) for name in names} | {"documents": " and ".join(sources) or "Hub"}
 
 
@@ -234,7 +237,8 @@ def _manager(settings):
     TaskManager = _imported("lm_eval.tasks").TaskManager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = settings.tasks or TASKS
-    sources = {"include_path": list(settings.include), "metadata": {"text": settings.text, "local": settings.local}}
+    metadata = {"local": settings.local, "documents": settings.text and settings.text.documents}
+    sources = {"include_path": list(settings.include), "metadata": metadata}
     manager = TaskManager(include_defaults=False, **sources)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(**sources)

@@ -48,23 +48,19 @@ def read(
 ) -> Text:
     """The documents of a split in a fixed shuffled order, only the first `limit` if it is given.
 
-    Files named train, validation and test are those splits, as are a data set's own splits. Other local text is read
-    whole; other text on the Hub and the standard library are split by a hash of each document, as in a recipe. Plain
-    text has no documents and is cut into pieces of about 16,000 characters.
+    The split is what a run on this text has in it, so that nothing it trained on is among a held-out one: by the names
+    of files and folders, or by a hash of each document. The split "all" is the whole text. Plain text has no documents
+    and is cut into pieces of about 16,000 characters.
     """
     source = Data(name=dataset, subset=subset, revision=revision, path=path, text_column=column)
-    parts = data.text_parts(source, seed=0)
-    named = parts[0].split is not None
-    stream = itertools.chain.from_iterable(part.read(None) for part in parts if part.split in (None, split))
-    whole = named or path is not None
-    texts = (document.text for document in stream if whole or data.split_of(document.name) == split)
-    documents = [text for text in itertools.islice(texts, limit) if text.strip()]
+    documents = [text for text in itertools.islice(data.in_split(source, 0, split), limit) if text.strip()]
     where = path or dataset or "the standard library"
     if not documents:
-        raise ValueError(f"{where}: found no text in the {split} split; expected at least one document")
+        if split == "all":
+            raise ValueError(f"{where}: found no text; expected one document at least")
+        raise ValueError(f"{where}: found no document in the {split} split; expected more documents, or --split all")
     digest = hashlib.sha256("\0".join(documents).encode(errors="surrogatepass")).hexdigest()[:16]
-    name = where if path and not named else f"{where}, {split} split"
-    return Text(name, digest, documents, limit)
+    return Text(where if split == "all" else f"{where}, {split} split", digest, documents, limit)
 
 
 @dataclass(frozen=True)
