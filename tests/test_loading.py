@@ -164,7 +164,7 @@ def test_no_evaluation_of_it_either(teacher, damage, said):
     damage(teacher)
     text = teacher.parent / "text.txt"
     text.write_text("Ordinary text of several lines.\n" * 40)
-    done = command("eval/perplexity.py", teacher, "--text", text, "--longest", 32)
+    done = command("eval/perplexity.py", teacher, "--text", text, "--split", "all", "--longest", 32)
     is_one_line(done, str(teacher), said)
 
 
@@ -205,7 +205,7 @@ def test_nothing_asks_on_the_terminal(teacher, monkeypatch):
     change_json(teacher / "config.json", model_type="of_their_own", auto_map={"AutoConfig": "own.OwnConfig"})
     text = teacher.parent / "text.txt"
     text.write_text("Ordinary text of several lines.\n" * 40)
-    words = ["eval/perplexity.py", teacher, "--text", text]
+    words = ["eval/perplexity.py", teacher, "--text", text, "--split", "all"]
     is_one_line(command(*words), "trust_remote_code")
     assert "ran" in str(command(*words, "--trust-remote-code").returncode)
 

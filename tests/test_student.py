@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import tiny_student, tiny_teacher
 from reference import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from scavenger import student, teacher
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
-from scavenger.recipe import RecipeError, Student
+from scavenger.recipe import Student
 
 
 LENGTH = 63  # tokens of a context
