@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-BATCH_TOKENS = 8192  # tokens per evaluation batch; limits the memory of the logits
+BATCH_TOKENS = 8192  # tokens per evaluation batch, fewer where the vocabulary is large
+LOGITS_BYTES = 2**29  # of a batch's logits in float32, unless a single sequence has more
+CHUNK_BYTES = 2**26  # of log-probabilities in float32: several such tensors are held at once
 
 
 @dataclass(frozen=True)
@@ -45,37 +47,60 @@ def held_out(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = N
 class ByPosition:
     """Means over blocks at each predicting position, (length - 1,) float64; the first is a block's first token."""
 
-    loss: torch.Tensor
-    agreement: torch.Tensor | None
-    divergence: torch.Tensor | None
-    teacher_loss: torch.Tensor | None
+    loss: Tensor
+    agreement: Tensor | None
+    divergence: Tensor | None
+    teacher_loss: Tensor | None
 
 
 @torch.inference_mode()
 def by_position(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None) -> ByPosition:
     """The quantities of `held_out` at each position, averaged over blocks only."""
     device = next(model.parameters()).device
-    rows = max(1, BATCH_TOKENS // blocks.shape[1])
     sums = torch.zeros(4, blocks.shape[1] - 1, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
+    rows = batch_rows(model.config.vocab_size, blocks.shape[1])
     for start in range(0, len(blocks), rows):
         ids = torch.from_numpy(blocks[start : start + rows].astype(np.int64)).to(device)
-        targets = ids[:, 1:, None]
-        log_p = F.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
-        sums[0] -= log_p.gather(-1, targets)[..., 0].sum(0)
-        if teacher is not None:
-            log_q = F.log_softmax(teacher(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
-            sums[1] += (log_p.argmax(-1) == log_q.argmax(-1)).sum(0)
-            sums[2] += (log_q.exp() * (log_q - log_p)).sum((0, 2))
-            sums[3] -= log_q.gather(-1, targets)[..., 0].sum(0)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        others = None if teacher is None else teacher(input_ids=ids, use_cache=False).logits[:, :-1]
+        found = compared(logits, ids[:, 1:], others)
+        sums[: len(found)] += found.sum(1)
     model.train(was_training)
-    loss, *compared = sums.cpu() / len(blocks)
-    return ByPosition(loss, *(compared if teacher is not None else (None, None, None)))
+    loss, *rest = sums.cpu() / len(blocks)
+    return ByPosition(loss, *(rest if teacher is not None else (None, None, None)))
+
+
+def batch_rows(vocabulary: int, length: int) -> int:
+    """Sequences of a length that are evaluated at once, for a model with so many logits a position."""
+    return max(1, min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary)) // length)
+
+
+def compared(logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> Tensor:
+    """-log p of each target, (1, batch, position) float64, nats, from logits (batch, position, vocabulary).
+
+    With a teacher's logits, (4, …): also whether the most likely token is the teacher's, KL(teacher || model), and the
+    teacher's own -log p. In chunks of positions, so that no more than CHUNK_BYTES are held beside the logits.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    found = torch.zeros(1 if teacher is None else 4, *targets.shape, dtype=torch.float64, device=logits.device)
+    count = max(1, CHUNK_BYTES // (4 * len(logits) * logits.shape[-1]))
+    for start in range(0, targets.shape[1], count):
+        part = slice(start, start + count)
+        target = targets[:, part, None]
+        log_p = F.log_softmax(logits[:, part].to(wide), dim=-1)
+        found[0, :, part] = -log_p.gather(-1, target)[..., 0]
+        if teacher is not None:
+            log_q = F.log_softmax(teacher[:, part].to(wide), dim=-1)
+            found[1, :, part] = log_p.argmax(-1) == log_q.argmax(-1)
+            found[2, :, part] = (log_q.exp() * (log_q - log_p)).sum(-1)
+            found[3, :, part] = -log_q.gather(-1, target)[..., 0]
+    return found
 
 
 @torch.no_grad()
-def filter_taps(filter: nn.Module, length: int) -> torch.Tensor:
+def filter_taps(filter: nn.Module, length: int) -> Tensor:
     """The first taps of a filter module in float64, (filter, length)."""
     return copy.deepcopy(filter).double()(length)
 

@@ -67,6 +67,8 @@ def stages(recipe: Recipe, processes: int = 1) -> list[PlannedStage]:
                 parts = stage.sequences / phase.batch_size * recipe.training.accumulate
                 stage = dataclasses.replace(stage, seconds=parts * part + stage.steps * update)
         found.append(stage)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # NCCL takes its buffers from the device, not from torch's allocator
     return found
 
 

@@ -226,7 +226,7 @@ def test_sequences_follow_from_the_seed(monkeypatch):
         assert first == [metric.numerators for metric in measured(model)]
         assert first != [metric.numerators for metric in measured(model, seed=4)]
         with monkeypatch.context() as patch:
-            patch.setattr(retrieval, "BATCH_TOKENS", 150)  # one or two sequences at once
+            patch.setattr(measure, "BATCH_TOKENS", 150)  # one or two sequences at once
             for numerators, metric in zip(first, measured(model), strict=True):
                 assert metric.numerators == pytest.approx(numerators, rel=1e-6, abs=1e-6)
 

@@ -169,7 +169,7 @@ def along(
     Both models read prompt and text, each (prompt, length); both results are (prompt, length of the text).
     """
     divergence, same = [], []
-    for ids in _batches(prompts, text, model.device):
+    for ids in _batches(prompts, text, model):
         log_p, log_q = (_log_probabilities(each, ids, text.shape[1]) for each in (reference, model))
         divergence.append(losses.divergence(log_q, log_p))
         same.append(log_p.argmax(-1) == log_q.argmax(-1))
@@ -179,7 +179,7 @@ def along(
 def losses_of(model: nn.Module, prompts: np.ndarray, text: np.ndarray) -> np.ndarray:
     """-log p of each token of texts that follow prompts, (prompt, length of the text), nats."""
     found = []
-    for ids in _batches(prompts, text, model.device):
+    for ids in _batches(prompts, text, model):
         log_p = _log_probabilities(model, ids, text.shape[1])
         found.append(-log_p.gather(2, ids[:, -text.shape[1] :, None])[..., 0])
     return torch.cat(found).double().cpu().numpy()
@@ -219,11 +219,11 @@ def side_by_side(results: list[dict]) -> str:
     return "\n\n".join(blocks)
 
 
-def _batches(prompts, text, device):
+def _batches(prompts, text, model):
     """Batches of prompts with texts, a quarter of an evaluation batch each: several tensors of logits are alive."""
     ids = torch.from_numpy(np.concatenate([prompts, text], axis=1).astype(np.int64))
-    rows = max(1, measure.BATCH_TOKENS // 4 // ids.shape[1])
-    return (batch.to(device) for batch in ids.split(rows))
+    rows = measure.batch_rows(model.config.vocab_size, 4 * ids.shape[1])
+    return (batch.to(model.device) for batch in ids.split(rows))
 
 
 @torch.inference_mode()

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from scavenger import data
-from scavenger.measure import BATCH_TOKENS
+from scavenger import data, measure
 from scavenger.report import metrics
 from scavenger.report.evaluated import Evaluated, numbers
 from scavenger.report.metrics import Metric
@@ -145,7 +143,7 @@ def sliding(
     ]
     windows.sort(key=lambda window: window[1] - window[3])  # longest first: equal lengths share a batch
     sums = np.zeros((3 if reference else 1, len(documents)))
-    rows = max(1, BATCH_TOKENS // (length + 1))
+    rows = measure.batch_rows(model.config.vocab_size, length + 1)
     for start in tqdm(range(0, len(windows), rows), desc="perplexity", unit="batch", leave=False, dynamic_ncols=True):
         batch = windows[start : start + rows]
         width = batch[0][3] - batch[0][1]
@@ -166,21 +164,14 @@ def predictions(model: nn.Module, blocks: np.ndarray, reference: nn.Module | Non
     With a reference, (3, …): also whether the most likely token is the reference's, and KL(reference || model).
     """
     device = next(model.parameters()).device
-    rows, found = max(1, BATCH_TOKENS // blocks.shape[1]), []
+    rows, found = measure.batch_rows(model.config.vocab_size, blocks.shape[1]), []
     for start in range(0, len(blocks), rows):
         ids = torch.from_numpy(blocks[start : start + rows].astype(np.int64)).to(device)
-        log_p = _log_probabilities(model, ids)
-        own = [-log_p.gather(2, ids[:, 1:, None])[..., 0]]
-        if reference is not None:
-            log_q = _log_probabilities(reference, ids)
-            own += [log_p.argmax(-1) == log_q.argmax(-1), (log_q.exp() * (log_q - log_p)).sum(-1)]
-        found.append(torch.stack([each.double() for each in own]).cpu())
+        logits, *others = (
+            numbers(each(input_ids=ids[:, :-1], use_cache=False).logits) for each in (model, reference) if each
+        )
+        found.append(measure.compared(logits, ids[:, 1:], *others)[:3].cpu())
     return torch.cat(found, dim=1).numpy()
-
-
-def _log_probabilities(model, ids):
-    logits = numbers(model(input_ids=ids[:, :-1], use_cache=False).logits)
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
 def _bytes(text):

@@ -188,7 +188,7 @@ def language_model(model: Evaluated, settings: Settings):
         backend="causal",
         max_length=settings.context_length,
         softmax_dtype=torch.promote_types(model.model.dtype, torch.float32),
-        batch_size=max(1, measure.BATCH_TOKENS // settings.context_length),
+        batch_size=measure.batch_rows(model.model.config.vocab_size, settings.context_length),
     )
 
 

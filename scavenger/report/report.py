@@ -83,7 +83,7 @@ def work(recipe: Recipe, config) -> dict:
         "tokens_read": read,
         "tokens_generated": generated,
         "timing_seconds": 2 * asked.speed.seconds * rows,  # steps, and prompts
-        "logit_bytes": LOGIT_COPIES * 4 * max(measure.BATCH_TOKENS, length) * config.vocab_size,
+        "logit_bytes": LOGIT_COPIES * 4 * config.vocab_size * length * measure.batch_rows(config.vocab_size, length),
     }
 
 

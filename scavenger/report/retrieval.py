@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from scavenger.measure import BATCH_TOKENS
+from scavenger import measure
 from scavenger.report import metrics
 from scavenger.report.evaluated import Evaluated, numbers
 from scavenger.report.metrics import Metric
@@ -369,7 +369,8 @@ def _predictions(model, ids, places, what):
 def _log_probabilities(model: nn.Module, ids: np.ndarray, places, what: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ids (example, length) and log-probabilities after these positions (example, place, vocabulary)."""
     device = next(model.parameters()).device
-    batches = torch.from_numpy(ids.astype(np.int64)).split(max(1, BATCH_TOKENS // ids.shape[1]))
+    rows = measure.batch_rows(model.config.vocab_size, ids.shape[1])
+    batches = torch.from_numpy(ids.astype(np.int64)).split(rows)
     kept = torch.tensor(list(places), device=device)
     for rows in tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True):
         rows = rows.to(device)
