@@ -300,7 +300,7 @@ def page(found: dict) -> str:
   mean over these distances, nats per token; also positive for a model that remembers tokens but not their order.
 - state: the recurrent student's cache for one sequence in float32 after a prompt of
   {PROMPT_TOKENS:,} tokens, or of its window where that is longer.
-- break-even: the length at which the teacher's KV cache has as many bytes.
+- break-even: the length at which the teacher's KV cache has as many bytes, both in float32.
 
 {reduction_section(found)}## The rows
 

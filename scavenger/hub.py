@@ -394,9 +394,8 @@ def _licence(recipe, run_dir):
     except Exception:  # no card, one that is no YAML, a Hub out of reach: all the same to the reader
         return None
     found = {key: card.get(key) for key in ("license", "license_name", "license_link")} if card else {}
-    if found.get("license_link") and not found["license_link"].startswith(
-        ("https://", "http://")
-    ):  # a file beside the teacher, not beside this
+    # A link that is none is a file beside the teacher, not beside this model.
+    if found.get("license_link") and not found["license_link"].startswith(("https://", "http://")):
         found["license_link"] = (
             f"https://huggingface.co/{teacher['name']}/blob/{teacher['revision'] or 'main'}/{found['license_link']}"
             if teacher["path"] is None and teacher["name"]

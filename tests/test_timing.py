@@ -160,16 +160,18 @@ def test_break_even_of_measured_bytes_is_the_configurations(trio):
     assert found["recurrent"]["longest"] == 70
     lines = timing.break_even_lines(results)
     assert lines[0].startswith("distilled: keeps more with every token")
-    assert f"no more than teacher's dynamic cache from {config.break_even_length:,} tokens on" in lines[1]
+    float32, half = config.break_even_length, config.break_even_length_of(2)
+    assert f"teacher's dynamic cache in float32 from {float32:,} tokens on, in 16 bits from {half:,}" in lines[1]
 
 
-def made(model, speeds, contexts, constant=True, state=1000, cache="Decoder"):
+def made(model, speeds, contexts, constant=True, state=1000, cache="Decoder", dtype="float32"):
     """A result by hand; speeds: {case: (low, median, high)}, contexts: {length: seconds of a step}."""
     empty = dict.fromkeys(timing.ROW) | {"rounds": 5, "timed": 9, "cache": cache}
     keys = ("tokens_per_second_low", "tokens_per_second", "tokens_per_second_high")
     return {
         "model": model,
         "settings": {"memory_gib": 16.0},
+        "machine": {"dtype": dtype},
         "constant_state": constant,
         "rows": [
             empty | {"case": case, "prompt": 10, "state_bytes": state} | dict(zip(keys, own, strict=True))
@@ -230,6 +232,10 @@ def test_break_even():
     student["contexts"] = student["contexts"][:2]
     (line,) = timing.break_even_lines([teacher, student])
     assert "from 128 tokens on (up to 128 measured)" in line
+    assert "dynamic cache in float32 from 16 tokens on, in 16 bits from 32" in line
+    halves = made("teacher", {"c": (1, 1, 1)}, slow, constant=False, state=320, cache="dynamic cache", dtype="bfloat16")
+    (line,) = timing.break_even_lines([halves, student])
+    assert "dynamic cache in bfloat16 from 32 tokens on" in line and "16 bits" not in line
 
 
 def test_what_was_not_measured_is_a_dash(trio, monkeypatch):

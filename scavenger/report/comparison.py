@@ -92,13 +92,15 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
 
 def facts(model: Evaluated) -> dict:
     """Properties of the model itself, shown in tables."""
+    itemsize = model.model.dtype.itemsize
     return {
         "metrics": [],
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
         "kind": "recurrent" if model.is_recurrent else "convolution" if model.is_student else model.config.model_type,
         "training_context": model.stated_context,
-        "state_bytes": model.config.state_bytes if model.is_recurrent else None,
-        "break_even_length": model.config.break_even_length if model.is_student else None,
+        "state_bytes": model.config.state_bytes_of(itemsize) if model.is_recurrent else None,
+        "break_even_length": model.config.break_even_length_of(4, itemsize) if model.is_student else None,  # float32
+        "break_even_length_16_bit": model.config.break_even_length_of(2, itemsize) if model.is_student else None,
     }
 
 

@@ -185,6 +185,8 @@ def rows(found: dict, recipe: Recipe, run_dir: Path) -> dict[str, dict]:
             "divergence": nearness(likelihood.DIVERGENCE, name, 0.0),
             "generation": [_quickest(timings, length) for length in recipe.report.context_lengths],
             "break_even_length": found["models"][name]["break_even_length"],
+            # Results that an interrupted report of an earlier version kept have none.
+            "break_even_length_16_bit": found["models"][name].get("break_even_length_16_bit"),
         }
     return made
 
@@ -280,12 +282,14 @@ def verdict(figures: dict) -> str:
     if "recurrent" in models:
         change = models["recurrent"]["perplexity"] / distilled["perplexity"] - 1
         row = models["recurrent"]
-        length = row.get("break_even_length")  # a report made by an earlier version has none
+        length = row.get("break_even_length")  # a report made by an earlier version has none, or only the first
+        half = row.get("break_even_length_16_bit")
         parts.append(
             f"As a recurrence its perplexity changes by {100 * change:+.2f} %; it keeps "
             f"{_bytes(row['generation'][0]['state_bytes'])} between tokens"
             + (
-                f" at any context length, no more than the teacher's KV cache from {length:,} tokens on"
+                f" at any context length, no more than the teacher's KV cache in float32 from {length:,} tokens on"
+                + (f", in 16 bits from {half:,}" if half else "")
                 if length
                 else ", and more with every token in its kept attention layers"
                 if "break_even_length" in row

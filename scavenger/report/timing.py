@@ -170,13 +170,14 @@ def break_even(results: list[dict]) -> dict:
     """For each student, the lengths from which its state is smaller and its step faster than the reference's.
 
     bytes: tokens from which the reference's dynamic cache is at least as large as the student's constant state.
+    bytes_16_bit: the same for that cache in 16 bits, where it was measured in float32.
     tokens: the shortest measured context at which, and at all longer ones, a step is faster, each model with its best
     cache. None where there is no such length among those measured.
     """
     reference, *others = results
     dynamic = [row for row in reference["rows"] + reference["contexts"] if row["cache"] == Dynamic.name]
     per_token = next((row["state_bytes"] // row["prompt"] for row in dynamic if row["state_bytes"] is not None), None)
-    own = _step_seconds(reference)
+    own, dtype = _step_seconds(reference), reference["machine"]["dtype"]
     found = {}
     for result in others:
         states = [row["state_bytes"] for row in result["rows"] + result["contexts"] if row["state_bytes"] is not None]
@@ -191,6 +192,8 @@ def break_even(results: list[dict]) -> dict:
             "state_bytes": state,
             "grows": bool(states) and not result["constant_state"],
             "bytes": None if state is None or per_token is None else -(-state // per_token),
+            "bytes_16_bit": None if None in (state, per_token) or dtype != "float32" else -(-2 * state // per_token),
+            "dtype": dtype,
             "tokens": tokens,
             "shortest": lengths[0] if lengths else None,
             "longest": lengths[-1] if lengths else None,
@@ -206,7 +209,8 @@ def break_even_lines(results: list[dict]) -> list[str]:
         if found["bytes"] is not None:
             said.append(
                 f"keeps {found['state_bytes']:,} bytes for a sequence of any length, no more than {reference}'s "
-                f"dynamic cache from {found['bytes']:,} tokens on"
+                f"dynamic cache in {found['dtype']} from {found['bytes']:,} tokens on"
+                + (f", in 16 bits from {found['bytes_16_bit']:,}" if found["bytes_16_bit"] is not None else "")
             )
         elif found["grows"]:
             said.append("keeps more with every token")
