@@ -65,7 +65,7 @@ def test_a_model_beside_itself_differs_in_nothing(compared):
             own, other = row["models"]["again"], row["models"]["teacher"]
             assert own == other, row["metric"]
             difference = row["differences"]["again"]
-            assert difference["value"] == (1 if row["exponential"] else 0) and difference["verdict"] is None
+            assert difference["value"] == (1 if row["ratio"] else 0) and difference["verdict"] is None
     by_name = {row["metric"]: row["models"] for row in rows}
     assert by_name[likelihood.AGREEMENT]["again"]["value"] == by_name["greedy agreement"]["again"]["value"] == 1
     assert abs(by_name[likelihood.DIVERGENCE]["again"]["value"]) < 1e-6

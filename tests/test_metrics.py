@@ -82,7 +82,7 @@ def test_perplexities_are_compared_by_their_ratio():
     assert metrics.separates(found, mine)
     same = metrics.difference(mine, mine)
     assert same.value == 1 and not metrics.separates(same, mine)
-    assert metrics.show(found, "", signed=True, exponential=True).startswith("× 1.649 [")
+    assert metrics.show(found, "", signed=True, ratio=True).startswith("× 1.649 [")
     assert metrics.show(metrics.Estimate(-0.05, -0.1, 0.0, 9), "share", signed=True) == "-5.0 points [-10.0, 0.0]"
 
 

@@ -211,6 +211,7 @@ def _row(measurement, name, own, reference, seed, comparable):
         "unit": any_metric.unit,
         "better": any_metric.better,
         "exponential": any_metric.exponential,
+        "ratio": any_metric.by_ratio,
         "group": any_metric.group,
         "x": any_metric.x,
         "headline": any_metric.headline,
@@ -234,7 +235,8 @@ def _state_row(results):
 
 def _plain_row(measurement, name, unit, values):
     """A row without intervals; `values` is empty if nothing was measured."""
-    shared = {"unit": unit, "better": "", "exponential": False, "group": "", "x": None, "headline": True}
+    shared = {"unit": unit, "better": "", "exponential": False, "ratio": False, "group": "", "x": None}
+    shared["headline"] = True
     return {"measurement": measurement, "metric": name, **shared, "models": values, "differences": {}}
 
 
@@ -242,7 +244,7 @@ def _judged(found, metric):
     """better, worse, or None if the difference is not significant."""
     if not metric.better or not metrics.separates(found, metric):
         return None
-    larger = found.value > (1.0 if metric.exponential else 0.0)
+    larger = found.value > (1.0 if metric.by_ratio else 0.0)
     return "better" if larger == (metric.better == "higher") else "worse"
 
 
@@ -262,7 +264,8 @@ def shown_difference(row: dict, label: str) -> str:
     if label not in row["differences"]:
         return "–"
     found = {key: value for key, value in row["differences"][label].items() if key != "verdict"}
-    return metrics.show(Estimate(**found), row["unit"], signed=True, exponential=row["exponential"])
+    ratio = row.get("ratio", row["exponential"])  # in a comparison made by an earlier version, speeds are subtracted
+    return metrics.show(Estimate(**found), row["unit"], signed=True, ratio=ratio)
 
 
 def _limited(measurement, settings):

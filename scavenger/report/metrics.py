@@ -34,6 +34,11 @@ class Metric:
     headline: bool = False  # whether the table of a comparison has a row for it
     relative: bool = False  # nearness to a reference, meaningless for the reference itself
 
+    @property
+    def by_ratio(self) -> bool:
+        """Whether models are compared by the ratio of their values: perplexities and speeds."""
+        return self.exponential or self.unit == "rate"
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -63,9 +68,10 @@ def estimate(metric: Metric, seed: int = 0) -> Estimate:
 
 
 def difference(metric: Metric, reference: Metric, seed: int = 0) -> Estimate:
-    """metric - reference, or metric / reference for perplexities; the same items are resampled for both.
+    """metric - reference, or metric / reference for perplexities and speeds; the same items are resampled for both.
 
-    Raises ValueError if the metrics do not have the same items.
+    The items of speeds are rounds, few and equal: their ratio is the geometric mean over rounds, with the t interval
+    of its logarithm. Raises ValueError if the metrics do not have the same items.
     """
     pairs = [*_sums(metric), *_sums(reference)]
     if metric.name != reference.name or len(pairs[0]) != len(pairs[2]):
@@ -73,6 +79,9 @@ def difference(metric: Metric, reference: Metric, seed: int = 0) -> Estimate:
             f"found {metric.name} of {len(pairs[0])} items and {reference.name} of {len(pairs[2])}; "
             "expected one metric of the same items"
         )
+
+    if metric.unit == "rate":
+        return _ratio_of_rates(*pairs)
 
     def apart(n, d, reference_n, reference_d, axis=-1):
         mine, other = _ratio(n, d, axis), _ratio(reference_n, reference_d, axis)
@@ -85,8 +94,8 @@ def difference(metric: Metric, reference: Metric, seed: int = 0) -> Estimate:
 
 
 def separates(found: Estimate, metric: Metric) -> bool:
-    """Whether a difference's interval excludes the value of equal models (0, or 1 for perplexities)."""
-    equal = 1.0 if metric.exponential else 0.0
+    """Whether a difference's interval excludes the value of equal models (0, or 1 for ratios)."""
+    equal = 1.0 if metric.by_ratio else 0.0
     return found.low is not None and (found.low > equal or found.high < equal)  # False for NaN
 
 
@@ -97,16 +106,21 @@ def packed(metric: Metric) -> dict:
     return short | {key: [float(f"{x:.8g}") for x in short[key]] for key in ("numerators", "denominators")}
 
 
-def show(found: Estimate, unit: str, signed: bool = False, exponential: bool = False) -> str:
-    """An estimate as text, e.g. 19.29 [18.90, 19.71]; shares in percent, differences of shares in points."""
+def show(found: Estimate, unit: str, signed: bool = False, ratio: bool = False) -> str:
+    """An estimate as text, e.g. 19.29 [18.90, 19.71]; shares in percent, differences of shares in points.
+
+    `signed` is for differences; `ratio` for those that are ratios.
+    """
     if not math.isfinite(found.value):
         return "∞" if found.value > 0 else "not a number"
-    scale, digits = (100, 1) if unit == "share" else (1, 1 if unit == "rate" or abs(found.value) >= 100 else 3)
+    scale, digits = (
+        (100, 1) if unit == "share" else (1, 1 if abs(found.value) >= 100 or (unit == "rate" and not ratio) else 3)
+    )
     if 0 < scale * abs(found.value) < 0.01:
         digits = 5  # e.g. the KL between a student and its recurrence
-    ratio = signed and exponential
     of = "" if unit != "share" else " points" if signed else " %"
-    shown = f"{'× ' if ratio else ''}{scale * found.value:{'+' if signed and not ratio else ''},.{digits}f}{of}"
+    sign = "" if ratio or not signed else "+"
+    shown = f"{'× ' if ratio else ''}{scale * found.value:{sign},.{digits}f}{of}"
     if found.low is None:
         return shown
     return f"{shown} [{', '.join(f'{scale * end:,.{digits}f}' for end in (found.low, found.high))}]"
@@ -119,6 +133,15 @@ def _sums(metric):
 def _ratio(numerators, denominators, axis=-1, exponential=False):
     ratio = numerators.sum(axis) / denominators.sum(axis)
     return np.exp(ratio) if exponential else ratio
+
+
+def _ratio_of_rates(numerators, denominators, other_numerators, other_denominators):
+    logs = np.log(numerators / denominators) - np.log(other_numerators / other_denominators)
+    value, count = logs.mean(), len(logs)
+    if count < LEAST_ITEMS:
+        return Estimate(float(np.exp(value)), None, None, count)
+    half = stats.t.ppf((1 + LEVEL) / 2, count - 1) * logs.std(ddof=1) / math.sqrt(count)
+    return Estimate(*(float(np.exp(end)) for end in (value, value - half, value + half)), count)
 
 
 def _expanded(weights):

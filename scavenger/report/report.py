@@ -464,11 +464,11 @@ def _facts_section(figures):
 def _quickest(contexts, length):
     """Speed after a context with the model's fastest cache, and state of its smallest cache."""
     own = [row for row in contexts if row["prompt"] == length and row["step_seconds"] is not None]
-    if not own:  # out of memory
+    best = timing.quickest_step(own)
+    if best is None:  # out of memory
         return {"context_length": length} | dict.fromkeys(
             ("cache", "prefill_seconds", "tokens_per_second", "state_bytes")
         )
-    best = min(own, key=lambda row: row["step_seconds"])
     return {
         "context_length": length,
         "cache": best["cache"],

@@ -44,9 +44,9 @@ def sections(found: dict) -> list[Section]:
     reference = found["reference"]
     note = page.paragraph(
         f"▲ and ▼: significantly better and worse than {reference}; the interval of the difference is paired by "
-        "document, question, sequence, prompt or round (bootstrap, wider if they are few or unequal, none for fewer "
-        f"than {metrics.LEAST_ITEMS}). For equal models one mark in twenty, or a few more, appears by chance. A dash "
-        "means not measured.",
+        "document, question, sequence, prompt or round (bootstrap, wider if they are few or unequal; of speeds the t "
+        f"interval of the logarithm of their ratio; none for fewer than {metrics.LEAST_ITEMS}). For equal models one "
+        "mark in twenty, or a few more, appears by chance. A dash means not measured.",
         "note",
     )
     differing = [row for row in found["rows"] if row["headline"] and row["differences"]]
