@@ -11,7 +11,7 @@ import torch
 from conftest import ARC, command, shared
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from scavenger.report import comparison, likelihood, metrics
+from scavenger.report import comparison, likelihood, metrics, sections
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.metrics import Metric
 from scavenger.report.results import Results
@@ -213,3 +213,44 @@ def test_what_has_no_interval_is_not_called_alike():
     few = {"value": 7.39, "low": None, "high": None, "items": 4, "verdict": None}
     found = {"reference": "a", "labels": ["a", "b"], "rows": [row | {"differences": {"b": few}}]}
     assert comparison.verdict(found) == "Compared with a, b is not judged (too few items) at perplexity (× 7.390)."
+
+
+@pytest.mark.parametrize(
+    "window, beyond, all_inside", [(128, None, True), (0, None, True), (128, 208, False), (64, None, False)]
+)
+def test_recall_within_the_window_of_kept_attention_is_said(window, beyond, all_inside):
+    value = {"value": 0.5, "low": 0.4, "high": 0.6, "items": 9}
+    rows = [
+        {"measurement": "recall", "metric": f"{group} at {x}", "group": group, "x": x, "unit": "share"}
+        | {"exponential": False, "headline": False, "models": {"teacher": value, "student": value}, "differences": {}}
+        for group, x in (("pairs", 16.0), ("pairs", 128.0), ("copying", 128.0), ("passages", beyond or 128.0))
+    ]
+    found = {
+        "reference": "teacher",
+        "labels": ["teacher", "student"],
+        "level": 0.95,
+        "models": {
+            "teacher": {"training_context": 256, "attention_window": None},
+            "student": {"training_context": 256, "attention_window": window},
+        },
+        "settings": {"recall": {"distances": [16, 128], "beyond_window": beyond}},
+        "rows": rows,
+        "details": {"recall": {}},
+        "published": {},
+    }
+    (section,) = [section for section in sections.sections(found) if section.title == "Recall"]
+    for text in (comparison.verdict(found), html.unescape(section.body)):
+        assert ("All distances of recall, up to 128 tokens, are within" in text) == all_inside
+    assert ("sees, of student: all tokens" if window == 0 else f"student: the last {window} tokens") in section.body
+    first, last = (sections.curves(found, "pairs").rows[place][0] for place in (0, 1))
+    assert first == "16, within the window"
+    assert last == ("128, partly beyond the window" if window == 64 else "128, within the window")
+    copying, passages = (sections.curves(found, group) for group in ("copying", "passages"))
+    assert copying.rows[0][0] == ("128, beyond the window" if window == 64 else "128, within the window")
+    assert "beyond the window" in passages.rows[0][0] or all_inside
+    assert f"{copying.rows[0][0].replace('128', 'copying at 128.0', 1)}" in section.body
+    assert ("window of kept attention" in copying.svg) == (window > 0)
+    for facts in found["models"].values():
+        del facts["attention_window"]  # a comparison made by an earlier version
+    (section,) = [section for section in sections.sections(found) if section.title == "Recall"]
+    assert "window" not in section.body and sections.curves(found, "pairs").rows[0][0] == "16"

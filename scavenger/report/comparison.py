@@ -1,6 +1,7 @@
 """Compare models on all measurements: one table with intervals, one page, one JSON; differences are paired."""
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 
@@ -98,6 +99,7 @@ def facts(model: Evaluated) -> dict:
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
         "kind": "recurrent" if model.is_recurrent else "convolution" if model.is_student else model.config.model_type,
         "training_context": model.stated_context,
+        "attention_window": model.attention_window,
         "state_bytes": model.config.state_bytes_of(itemsize) if model.is_recurrent else None,
         "break_even_length": model.config.break_even_length_of(4, itemsize) if model.is_student else None,  # float32
         "break_even_length_16_bit": model.config.break_even_length_of(2, itemsize) if model.is_student else None,
@@ -164,7 +166,30 @@ def verdict(found: dict, labels: list[str] | None = None) -> str:
             parts.append(f"not judged (too few items) at {', '.join(said['unsure'])}")
         if parts:
             sentences.append(f"Compared with {found['reference']}, {label} is {'; '.join(parts)}.")
+    sentences += recall_within_window(found, labels or found["labels"][1:])
     return " ".join(sentences) or "One model was measured; nothing was compared."
+
+
+def recall_within_window(found: dict, labels: list[str]) -> list[str]:
+    """A sentence if no distance of recall is beyond what the kept attention of these models sees, else nothing."""
+    asked = found.get("settings", {}).get("recall")
+    if asked is None:
+        return []
+    furthest = max(*asked["distances"], asked.get("beyond_window") or 0)
+    windows = {label: window for label in labels if (window := attention_window(found, label)) is not None}
+    inside = [label for label, window in windows.items() if furthest <= window]
+    if not inside:
+        return []
+    return [
+        f"All distances of recall, up to {furthest:,} tokens, are within what the kept attention of "
+        f"{' and '.join(inside)} sees: they say nothing of the filters."
+    ]
+
+
+def attention_window(found: dict, label: str) -> float | None:
+    """Tokens that a model's kept attention sees; None if it keeps none, or in figures of an earlier version."""
+    window = found.get("models", {}).get(label, {}).get("attention_window")
+    return math.inf if window == 0 else window
 
 
 def text_table(found: dict) -> str:
