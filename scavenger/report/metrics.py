@@ -12,6 +12,7 @@ from scipy import stats
 LEVEL = 0.95  # of every interval
 RESAMPLES = 2000  # the ends of an interval are then accurate to about a fiftieth of its width
 LEAST_ITEMS = 5  # with four items even their full range misses the population's median 1 time in 8
+LEAST_EFFECTIVE = 2.5  # (Σ w)² / Σ w²: with less one or two items have nearly all of the weight and decide alone
 BATCH = 100  # resamples drawn at once: 5,000 items take 8 MB
 
 
@@ -42,7 +43,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its interval at LEVEL, which is None for too few items."""
+    """A value and its interval at LEVEL, which is None for too few items or too unequal ones."""
 
     value: float
     low: float | None
@@ -51,14 +52,14 @@ class Estimate:
 
 
 def estimate(metric: Metric, seed: int = 0) -> Estimate:
-    """The metric and its percentile interval over items; no interval for fewer than LEAST_ITEMS items.
+    """The metric and its percentile interval over items; no interval for items that are `_too_few`.
 
     A share of 0 or 1 would have an interval of width 0 from resampling; it has Wilson's interval instead.
     """
     sums = _sums(metric)
     value = float(_ratio(*sums, exponential=metric.exponential))
     count = int((sums[1] > 0).sum())
-    if count < LEAST_ITEMS:
+    if _too_few(sums[1]):
         return Estimate(value, None, None, count)
     if metric.unit == "share" and value in (0.0, 1.0):
         wilson = stats.binomtest(int(value) * count, count).proportion_ci(LEVEL, "wilson")
@@ -88,7 +89,7 @@ def difference(metric: Metric, reference: Metric, seed: int = 0) -> Estimate:
         return np.exp(mine - other) if metric.exponential else mine - other
 
     value, count = float(apart(*pairs)), int((pairs[1] > 0).sum())
-    if count < LEAST_ITEMS:
+    if _too_few(pairs[1]):
         return Estimate(value, None, None, count)
     return Estimate(value, *_bootstrap(pairs, apart, seed), count)
 
@@ -144,14 +145,24 @@ def _ratio_of_rates(numerators, denominators, other_numerators, other_denominato
     return Estimate(*(float(np.exp(end)) for end in (value, value - half, value + half)), count)
 
 
+def _too_few(weights):
+    """Whether items with these weights have no interval: fewer than LEAST_ITEMS, or effectively LEAST_EFFECTIVE."""
+    return int((weights > 0).sum()) < LEAST_ITEMS or _effective(weights) < LEAST_EFFECTIVE
+
+
+def _effective(weights):
+    """The number of equal items that would tell as much: (Σ w)² / Σ w²."""
+    return weights.sum() ** 2 / (weights**2).sum()
+
+
 def _expanded(weights):
     """The nominal level at which a percentile interval over few items has the coverage LEVEL.
 
     `1 - 2 Φ(-sqrt(n / (n - 1)) t)`, t the quantile of Student's distribution with n - 1 degrees of freedom: Hesterberg,
-    arXiv:1411.5279, "expanded percentile". n is the effective number of items, `(Σ w)² / Σ w²`: nine documents of which
-    two have four fifths of the tokens count as fewer than nine.
+    arXiv:1411.5279, "expanded percentile". n is the effective number of items: nine documents of which two have four
+    fifths of the tokens count as fewer than nine.
     """
-    freedom = max(0.1, weights.sum() ** 2 / (weights**2).sum() - 1)
+    freedom = _effective(weights) - 1
     quantile = stats.t.ppf((1 + LEVEL) / 2, freedom)
     return 1 - 2 * stats.norm.cdf(-math.sqrt((freedom + 1) / freedom) * quantile)
 
