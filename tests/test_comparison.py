@@ -11,7 +11,7 @@ import torch
 from conftest import ARC, command, shared
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from scavenger.report import comparison, likelihood, metrics, sections
+from scavenger.report import comparison, likelihood, metrics, retrieval, sections, timing
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.metrics import Metric
 from scavenger.report.results import Results
@@ -254,3 +254,42 @@ def test_recall_within_the_window_of_kept_attention_is_said(window, beyond, all_
         del facts["attention_window"]  # a comparison made by an earlier version
     (section,) = [section for section in sections.sections(found) if section.title == "Recall"]
     assert "window" not in section.body and sections.curves(found, "pairs").rows[0][0] == "16"
+
+
+def test_a_measurement_that_fails_does_not_lose_the_others(workshop, finished, tmp_path, monkeypatch):
+    recall, models = retrieval.run, [f"teacher={workshop / 'teacher'}", f"student={finished / 'transfer'}"]
+
+    def fails(model, stream, settings):
+        if model.label == "student":
+            raise torch.OutOfMemoryError("out of memory\nin many lines")
+        return recall(model, stream, settings)
+
+    monkeypatch.setattr(retrieval, "run", fails)
+    words = [*models, "--text", workshop / "text.jsonl", "--limit", "3", *SMALL, "--to", tmp_path / "out"]
+    done = command("eval/compare.py", *words, "--measure", "perplexity", "recall")
+    assert done.returncode == 0 and "recall failed and is left out: student: out of memory\n" in done.stderr
+    found = read_json(tmp_path / "out/compare.json")
+    rows = {row["metric"]: row for row in found["rows"]}
+    assert len(rows["perplexity"]["models"]) == 2 and "recall of pairs" not in rows and "recall" not in found["details"]
+    said = "recall: not measured (student: out of memory)"
+    assert not rows[said]["models"] and said in done.stdout and said in (tmp_path / "out/index.html").read_text()
+    done = command("eval/compare.py", *words, "--measure", "recall")
+    assert done.returncode == 2 and done.stderr.endswith("compare: error: recall: student: out of memory\n")
+
+
+@pytest.mark.parametrize("required", [(), ("speed",), ("perplexity",)])
+def test_a_required_measurement_that_fails_is_an_error(evaluated, monkeypatch, required):
+    """The table of a run's report is of perplexity and speed."""
+
+    def fails(*args):
+        raise ValueError("no text")
+
+    monkeypatch.setattr(comparison.likelihood, "of", fails)
+    monkeypatch.setattr(comparison.timing, "kept", fails)
+    monkeypatch.setattr(comparison, "same_outputs", lambda models: False)
+    settings = comparison.Settings(perplexity=likelihood.Settings(32, 32, 32), speed=timing.Settings())
+    text = SimpleNamespace(settings={}, stream=lambda tokenizer: None)
+    with pytest.raises(
+        ValueError, match="^no text$" if required else "^perplexity: teacher: no text; speed: all models"
+    ):
+        comparison.run(evaluated[:1], text, settings, Results(None), required)

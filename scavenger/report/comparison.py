@@ -17,6 +17,7 @@ from scavenger.report.text import Blocks, Text
 
 # Per unit of text, with documents or questions as items: comparable between models with different tokenizers.
 OF_TEXT = ("bits per byte",)
+FAILURES = (ValueError, RuntimeError)  # of a measurement; running out of memory is a RuntimeError
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,14 @@ class Settings:
     speed: "speed.Settings | None" = None
 
 
-def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, results: Results) -> dict:
-    """All measurements of all models, and their differences to the first model, the reference."""
-    reference = models[0]
+def run(
+    models: list[Evaluated], text: Text | Blocks, settings: Settings, results: Results, required: tuple[str, ...] = ()
+) -> dict:
+    """All measurements of all models, and their differences to the first model, the reference.
+
+    A measurement that fails for one of the models has only a row with the reason, unless it is a required one.
+    """
+    reference, failed = models[0], {}
     record = text.settings
 
     @functools.cache
@@ -54,15 +60,25 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
     if settings.generation and outputs:
         continuations()
     elif settings.generation:
+        failed["generation"] = "the tokens of the models are not the same"
         print("generation is not compared: the tokens of the models are not the same", file=sys.stderr)
-    found, bar = {}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
+    found, bar = {"model": []}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
     for model in bar:
         bar.set_postfix_str(model.label)
 
-        def measured(name, own, measure, model=model):
-            found.setdefault(name, []).append(results.of(name, model, own, measure))
+        def attempt(name, measure, model=model):
+            if name in failed:
+                return
+            try:
+                found.setdefault(name, []).append(measure())
+            except FAILURES as error:
+                _failed(name, model.label, error, failed, required)
+                found.pop(name)
 
-        measured("model", {}, functools.partial(facts, model))
+        def measured(name, own, measure, model=model):
+            attempt(name, lambda: results.of(name, model, own, measure))
+
+        found["model"].append(results.of("model", model, {}, functools.partial(facts, model)))
         if settings.perplexity:
             beside = reference if outputs and model is not reference else None
             own = likelihood.described(settings.perplexity) | record
@@ -81,14 +97,19 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
                 ),
             )
         if settings.tasks:
-            found.setdefault("harness", []).append(lm_eval_tasks.of_model(model, questions(), settings.tasks, results))
+            attempt("harness", lambda model=model: lm_eval_tasks.of_model(model, questions(), settings.tasks, results))
         if model is not reference:
             model.close()
     if settings.speed:
-        found["speed"] = timing.kept(models, settings.speed, results, stream(reference) if alike else None)
+        try:
+            found["speed"] = timing.kept(models, settings.speed, results, stream(reference) if alike else None)
+        except FAILURES as error:
+            _failed("speed", "all models", error, failed, required)
     for model in models:
         model.close()
-    return summary(models, found, settings, alike)
+    if failed and not found.keys() - {"model"}:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    return summary(models, found, settings, alike, failed)
 
 
 def facts(model: Evaluated) -> dict:
@@ -106,7 +127,9 @@ def facts(model: Evaluated) -> dict:
     }
 
 
-def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Settings, alike: bool) -> dict:
+def summary(
+    models: list[Evaluated], found: dict[str, list[dict]], settings: Settings, alike: bool, failed: dict[str, str]
+) -> dict:
     """The comparison: for each metric, every model's value, interval and difference to the reference."""
     labels = [model.label for model in models]
     rows = []
@@ -123,6 +146,7 @@ def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Set
         rows += [_plain_row(name, metric_name, "share", {}) for metric_name in results[0].get("unmeasured", [])]
     if "speed" in found:
         rows.append(_state_row(found["speed"]))
+    rows += [_plain_row(name, f"{name}: not measured ({reason})", "", {}) for name, reason in failed.items()]
     return {
         "reference": labels[0],
         "labels": labels,
@@ -220,6 +244,14 @@ def headline(found: dict) -> tuple[list[str], list[list[str]], dict[tuple[int, i
     return header, rows, classes
 
 
+def _failed(name, label, error, failed, required):
+    """Note why a measurement failed; a required one fails the whole comparison."""
+    if name in required:
+        raise error
+    failed[name] = f"{label}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    print(f"{name} failed and is left out: {failed[name]}", file=sys.stderr)
+
+
 def _row(measurement, name, own, reference, seed, comparable):
     """A row of the comparison: values, and differences between models measured on the same items."""
     any_metric = next(iter(own.values()))
@@ -295,7 +327,7 @@ def shown_difference(row: dict, label: str) -> str:
 
 def _limited(measurement, settings):
     """A note for measurements that read only the first documents or questions."""
-    limit = settings[measurement].get("limit") if measurement in ("perplexity", "harness") else None
+    limit = settings.get(measurement, {}).get("limit") if measurement in ("perplexity", "harness") else None
     return f" (first {limit})" if limit else ""
 
 

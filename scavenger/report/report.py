@@ -95,7 +95,7 @@ def measure_run(run: Run, results: Results) -> dict:
     text = Blocks(f"test split of {folder.name}", test)
     asked = settings(recipe, models, test.size)
     try:
-        found = comparison.run(models, text, asked, results)
+        found = comparison.run(models, text, asked, results, required=("perplexity", "speed"))
     except ValueError as error:  # e.g. missing documents of a task, or text that is too short
         raise RecipeError(f"report: {error}; what is measured is kept: run the same command again to resume") from error
     read = checkpoint.read_json
