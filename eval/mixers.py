@@ -298,9 +298,11 @@ def page(found: dict) -> str:
   {asked["pairs"]} shown; by chance {100 / asked["pairs"]:.1f} % over all distances.
 - passages: how much lower the loss is when a passage is repeated after {distances} tokens,
   mean over these distances, nats per token; also positive for a model that remembers tokens but not their order.
+- a row that keeps attention recalls by it what is no further back than its window; only from beyond do its filters
+  recall.
 - state: the recurrent student's cache for one sequence in float32 after a prompt of
   {PROMPT_TOKENS:,} tokens, or of its window where that is longer.
-- break-even: the length at which the teacher's KV cache has as many bytes.
+- break-even: the length at which the teacher's KV cache has as many bytes, both in float32.
 
 {reduction_section(found)}## The rows
 

@@ -53,7 +53,8 @@ def taken(figures: dict) -> dict:
         "test_tokens": figures["test_tokens"],
         "models": figures["models"],
         "comparison": {key: found[key] for key in ("reference", "labels", "level", "settings", "versions", "published")}
-        | {"rows": [row for row in found["rows"] if row["headline"]]},
+        | {"rows": [row for row in found["rows"] if row["headline"]]}
+        | {"models": {label: {"attention_window": own["attention_window"]} for label, own in found["models"].items()}},
         "speed": [*timing.verdicts(timings), *timing.break_even_lines([timings[0], timings[-1]])],
         "data": {key: value for key, value in figures["data"].items() if not isinstance(value, dict)},
         "minutes": sum(row["seconds"] for row in figures["trainings"]) / 60,

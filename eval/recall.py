@@ -19,7 +19,7 @@ The text is the test split of the standard library if none is given. The last li
 
 import sys
 
-from scavenger.report import command, retrieval
+from scavenger.report import command, comparison, retrieval
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +57,10 @@ def measure(args, results) -> list[dict]:
             )
         )
         model.close()
+    facts = {"settings": {"recall": retrieval.described(settings)}}
+    facts["models"] = {model.label: {"attention_window": model.attention_window} for model in models}
+    for said in comparison.recall_within_window(facts, [model.label for model in models]):
+        print(f"recall: {said}", file=sys.stderr)
     return found
 
 

@@ -1,9 +1,12 @@
 """The finished student on the Hub: its folder and a card written from the run, in one commit."""
 
+import json
+import os
 import re
 import shlex
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import (
@@ -44,8 +47,12 @@ REPLACED = (
     "tokenizer.model",
     "vocab.json",
 )
-# Where a path of this machine stands in a recipe; of these only the last component is shown.
-PATHS = (("run_dir",), ("teacher", "path"), ("data", "path"))
+# Keys whose values are paths on this machine; of these, and of every other string that is one, only the last
+# component leaves it.
+PATH_KEYS = ("run_dir", "path", "folder", "tasks_path", "task_files")
+# Tokens may look like paths: these files, and in others these keys, are uploaded as they are.
+VOCABULARIES = ("added_tokens.json", "special_tokens_map.json", "tokenizer.json", "vocab.json")
+TOKEN_KEYS = ("_token", "_tokens", "_tokens_decoder")
 
 
 def run(run: Run):
@@ -64,7 +71,7 @@ def push(run_dir: Path, target: Hub):
     disable_progress_bars()  # a broken upload leaves them open, on the line of the message
     folder = student_folder(run_dir)
     student.load(folder)  # whole and finite, or nothing is sent
-    files = {path.name: path for path in sorted(folder.iterdir()) if _is_pushed(path)}
+    files = {path.name: _content(path) for path in sorted(folder.iterdir()) if _is_pushed(path)}
     files["README.md"] = str(model_card(run_dir, target)).encode()
     try:
         require_token()
@@ -322,7 +329,7 @@ def _how_it_was_made(recipe, run_dir):
             "<details><summary>The recipe, every default written out</summary>",
             "",
             "```yaml",
-            yaml.safe_dump(_without_paths(recipe), sort_keys=False) + "```",
+            yaml.safe_dump(_shown(recipe), sort_keys=False) + "```",
             "",
             "</details>",
             "",
@@ -340,18 +347,41 @@ def _recipe(run_dir):
         raise RecipeError(f"{run_dir / 'recipe.yaml'}: cannot be read; expected the recipe that a run wrote") from None
     for section in (made["teacher"], made["data"]):
         name = section["name"]
-        if name and (name[0] in "/.~" or name.count("/") > 1):  # a folder where a Hub name was meant
+        if name and (_is_path(name) or name.count("/") > 1):  # a folder where a Hub name was meant
             section |= {"path": name, "name": None}
     return made
 
 
-def _without_paths(recipe):
+def _shown(recipe):
     """The recipe as others may see it, and run it: no folder of this machine, and no repository to push to."""
-    shown = {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items() if key != "hub"}
-    for *sections, key in PATHS:
-        section = shown[sections[0]] if sections else shown
-        section[key] = section[key] and _last_component(section[key])
-    return shown
+    return _without_paths({key: value for key, value in recipe.items() if key != "hub"})
+
+
+def _without_paths(value, is_path=False):
+    """A value of a recipe or of a JSON file in which every path on this machine is its last component."""
+    if isinstance(value, dict):
+        return {
+            key: item if key.endswith(TOKEN_KEYS) else _without_paths(item, key in PATH_KEYS)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_without_paths(item, is_path) for item in value]
+    if isinstance(value, str) and value and (is_path or _is_path(value)):
+        return _last_component(value)
+    return value
+
+
+def _is_path(text):
+    return re.match(r"/.|~|\.\.?(/|$)|file:", text) is not None or ("/" in text and os.path.exists(text))
+
+
+def _content(path):
+    """The file as it is uploaded: itself, or without the paths that it names, as tokenizers' configurations do."""
+    if path.suffix != ".json" or path.name in VOCABULARIES:
+        return path
+    values = checkpoint.read_json(path)
+    shown = _without_paths(values)
+    return path if shown == values else (json.dumps(shown, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _licence(recipe, run_dir):
@@ -366,7 +396,8 @@ def _licence(recipe, run_dir):
     except Exception:  # no card, one that is no YAML, a Hub out of reach: all the same to the reader
         return None
     found = {key: card.get(key) for key in ("license", "license_name", "license_link")} if card else {}
-    if found.get("license_link") and "://" not in found["license_link"]:  # a file beside the teacher, not beside this
+    # A link that is none is a file beside the teacher, not beside this model.
+    if found.get("license_link") and not found["license_link"].startswith(("https://", "http://")):
         found["license_link"] = (
             f"https://huggingface.co/{teacher['name']}/blob/{teacher['revision'] or 'main'}/{found['license_link']}"
             if teacher["path"] is None and teacher["name"]
@@ -395,9 +426,9 @@ def _result(recipe, row):
 def _teacher_name(recipe):
     teacher = recipe["teacher"]
     if teacher["path"] is not None:
-        return f"`{_last_component(teacher['path'])}`"
+        return _code(_last_component(teacher["path"]))
     if teacher["name"] is not None:
-        return f"[{teacher['name']}](https://huggingface.co/{teacher['name']})"
+        return f"[{_code(teacher['name'])}](https://huggingface.co/{quote(teacher['name'])})"
     return (
         "a teacher that the same recipe trained" if teacher["train"] else f"scavenger's own `{EMBEDDED_TEACHER.name}`"
     )
@@ -406,13 +437,21 @@ def _teacher_name(recipe):
 def _text_name(recipe):
     data = recipe["data"]
     if data["path"] is not None:
-        return f"`{_last_component(data['path'])}`"
-    return data["name"] or "Python standard library"
+        return _code(_last_component(data["path"]))
+    return _code(data["name"]) if data["name"] else "Python standard library"
+
+
+def _code(name):
+    """A name as code: Markdown reads nothing in it."""
+    return f"`{' '.join(name.replace('`', '').split())}`"
 
 
 def _last_component(path):
-    """Of a folder on this machine no more than its own name, and nothing in it that Markdown reads."""
-    return Path(path).resolve().name.replace("`", "")
+    """Of a folder on this machine no more than its own name; the target of a link and a home folder stay unnamed."""
+    if path.startswith("~") and "/" not in path.rstrip("/"):
+        return "~"
+    path = os.path.abspath(os.path.expanduser(path))
+    return "~" if path == os.path.expanduser("~") else os.path.basename(path) or "/"
 
 
 def _kind(folder):

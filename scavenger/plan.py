@@ -111,7 +111,8 @@ def text(recipe: Recipe, planned: list[PlannedStage], processes: int = 1) -> str
         aim = (
             f"the fewest modes with a relative error of at most {settings.tolerance:g}"
             if settings.state_bytes is None
-            else f"{settings.state_bytes:,} bytes of state, spent where they lower the KL divergence most"
+            else f"{settings.state_bytes:,} bytes of state ({_as_cache(settings.state_bytes, config)}), spent where "
+            "they lower the KL divergence most"
         )
         most = f"at most {settings.max_state_size} modes"
         lines.append(f"Then each filter becomes a recurrence of {most} ({settings.method}): {aim}.")
@@ -365,6 +366,12 @@ def _student_line(recipe, config):
         f"student   {recipe.student.mixer}, {_size(_empty(recipe, config, None)):,} parameters, {made.num_filters} "
         f"filters a layer, each over {made.hidden_size // made.num_filters} channels{window}"
     )
+
+
+def _as_cache(state, config):
+    """The lengths from which on the teacher's KV cache holds as many bytes as a state."""
+    lengths = [-(-state // (2 * size * config.num_hidden_layers * config.hidden_size)) for size in (4, 2)]
+    return "the teacher's KV cache of {:,} tokens in float32, of {:,} in 16 bits".format(*lengths)
 
 
 def _cache_line(recipe, config):

@@ -11,7 +11,7 @@ import torch
 from conftest import ARC, command, shared
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from scavenger.report import comparison, likelihood, metrics
+from scavenger.report import comparison, likelihood, metrics, retrieval, sections, timing
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.metrics import Metric
 from scavenger.report.results import Results
@@ -66,7 +66,7 @@ def test_a_model_beside_itself_differs_in_nothing(compared):
             own, other = row["models"]["again"], row["models"]["teacher"]
             assert own == other, row["metric"]
             difference = row["differences"]["again"]
-            assert difference["value"] == (1 if row["exponential"] else 0) and difference["verdict"] is None
+            assert difference["value"] == (1 if row["ratio"] else 0) and difference["verdict"] is None
     by_name = {row["metric"]: row["models"] for row in rows}
     assert by_name[likelihood.AGREEMENT]["again"]["value"] == by_name["greedy agreement"]["again"]["value"] == 1
     assert abs(by_name[likelihood.DIVERGENCE]["again"]["value"]) < 1e-6
@@ -216,3 +216,83 @@ def test_what_has_no_interval_is_not_called_alike():
     few = {"value": 7.39, "low": None, "high": None, "items": 4, "verdict": None}
     found = {"reference": "a", "labels": ["a", "b"], "rows": [row | {"differences": {"b": few}}]}
     assert comparison.verdict(found) == "Compared with a, b is not judged (too few items) at perplexity (× 7.390)."
+
+
+@pytest.mark.parametrize(
+    "window, beyond, all_inside", [(128, None, True), (0, None, True), (128, 208, False), (64, None, False)]
+)
+def test_recall_within_the_window_of_kept_attention_is_said(window, beyond, all_inside):
+    value = {"value": 0.5, "low": 0.4, "high": 0.6, "items": 9}
+    rows = [
+        {"measurement": "recall", "metric": f"{group} at {x}", "group": group, "x": x, "unit": "share"}
+        | {"exponential": False, "headline": False, "models": {"teacher": value, "student": value}, "differences": {}}
+        for group, x in (("pairs", 16.0), ("pairs", 128.0), ("copying", 128.0), ("passages", beyond or 128.0))
+    ]
+    found = {
+        "reference": "teacher",
+        "labels": ["teacher", "student"],
+        "level": 0.95,
+        "models": {
+            "teacher": {"training_context": 256, "attention_window": None},
+            "student": {"training_context": 256, "attention_window": window},
+        },
+        "settings": {"recall": {"distances": [16, 128], "beyond_window": beyond}},
+        "rows": rows,
+        "details": {"recall": {}},
+        "published": {},
+    }
+    (section,) = [section for section in sections.sections(found) if section.title == "Recall"]
+    for text in (comparison.verdict(found), html.unescape(section.body)):
+        assert ("All distances of recall, up to 128 tokens, are within" in text) == all_inside
+    assert ("sees, of student: all tokens" if window == 0 else f"student: the last {window} tokens") in section.body
+    first, last = (sections.curves(found, "pairs").rows[place][0] for place in (0, 1))
+    assert first == "16, within the window"
+    assert last == ("128, partly beyond the window" if window == 64 else "128, within the window")
+    copying, passages = (sections.curves(found, group) for group in ("copying", "passages"))
+    assert copying.rows[0][0] == ("128, beyond the window" if window == 64 else "128, within the window")
+    assert "beyond the window" in passages.rows[0][0] or all_inside
+    assert f"{copying.rows[0][0].replace('128', 'copying at 128.0', 1)}" in section.body
+    assert ("window of kept attention" in copying.svg) == (window > 0)
+    for facts in found["models"].values():
+        del facts["attention_window"]  # a comparison made by an earlier version
+    (section,) = [section for section in sections.sections(found) if section.title == "Recall"]
+    assert "window" not in section.body and sections.curves(found, "pairs").rows[0][0] == "16"
+
+
+def test_a_measurement_that_fails_does_not_lose_the_others(workshop, finished, tmp_path, monkeypatch):
+    recall, models = retrieval.run, [f"teacher={workshop / 'teacher'}", f"student={finished / 'transfer'}"]
+
+    def fails(model, stream, settings):
+        if model.label == "student":
+            raise torch.OutOfMemoryError("out of memory\nin many lines")
+        return recall(model, stream, settings)
+
+    monkeypatch.setattr(retrieval, "run", fails)
+    words = [*models, "--text", workshop / "text.jsonl", "--limit", "3", *SMALL, "--to", tmp_path / "out"]
+    done = command("eval/compare.py", *words, "--measure", "perplexity", "recall")
+    assert done.returncode == 0 and "recall failed and is left out: student: out of memory\n" in done.stderr
+    found = read_json(tmp_path / "out/compare.json")
+    rows = {row["metric"]: row for row in found["rows"]}
+    assert len(rows["perplexity"]["models"]) == 2 and "recall of pairs" not in rows and "recall" not in found["details"]
+    said = "recall: not measured (student: out of memory)"
+    assert not rows[said]["models"] and said in done.stdout and said in (tmp_path / "out/index.html").read_text()
+    done = command("eval/compare.py", *words, "--measure", "recall")
+    assert done.returncode == 2 and done.stderr.endswith("compare: error: recall: student: out of memory\n")
+
+
+@pytest.mark.parametrize("required", [(), ("speed",), ("perplexity",)])
+def test_a_required_measurement_that_fails_is_an_error(evaluated, monkeypatch, required):
+    """The table of a run's report is of perplexity and speed."""
+
+    def fails(*args):
+        raise ValueError("no text")
+
+    monkeypatch.setattr(comparison.likelihood, "of", fails)
+    monkeypatch.setattr(comparison.timing, "kept", fails)
+    monkeypatch.setattr(comparison, "same_outputs", lambda models: False)
+    settings = comparison.Settings(perplexity=likelihood.Settings(32, 32, 32), speed=timing.Settings())
+    text = SimpleNamespace(settings={}, stream=lambda tokenizer: None)
+    with pytest.raises(
+        ValueError, match="^no text$" if required else "^perplexity: teacher: no text; speed: all models"
+    ):
+        comparison.run(evaluated[:1], text, settings, Results(None), required)

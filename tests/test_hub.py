@@ -374,6 +374,63 @@ def test_the_card_of_an_older_run(own_run):
     assert not model_card(own_run, Target("tester/model")).data.eval_results
 
 
+def test_nothing_that_is_pushed_names_a_private_folder(hub, scavenger, own_run, finished, tmp_path):
+    secret = tmp_path / "secret-client"
+    (secret / "tasks").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(secret)
+    values = yaml.safe_load((own_run / "recipe.yaml").read_text())
+    values["cache"] = {"folder": "~/secret-client/cache", "activations": True, "logits": None}
+    values["teacher"] |= {"path": str(secret / "teacher"), "revision": f"{secret}/revision"}
+    values["data"] |= {"path": str(tmp_path / "link"), "text_column": "../secret-client/column"}
+    values["report"] |= {
+        "tasks_path": "secret-client/questions",
+        "task_files": [str(secret / "tasks"), "secret-client/a"],
+    }
+    values["training"]["tracker"] = f"file://{secret}/log"
+    values["run_dir"] = "runs/secret-client/mine"
+    values["transfer"]["logits"] = [{"steps": 3, "notes": [{"deep": "./secret-client/deep"}]}]
+    (own_run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    folder = own_run / "recurrence"
+    tokens = {"pad_token": "/pad", "added_tokens_decoder": {"0": {"content": "~/token"}}}
+    for name, keys in (
+        (
+            "tokenizer_config.json",
+            {"name_or_path": f"{secret}/tokenizer", "files": [{"vocab_file": f"{secret}/v.json"}]},
+        ),
+        ("config.json", {"_name_or_path": "~/secret-client/model"}),
+        ("generation_config.json", {"_name_or_path": str(secret / "model")}),
+        ("certificate.json", {"text": f"{secret}/text.txt"}),
+        ("training.json", {"teacher": {"path": "secret-client/teacher"}}),
+        ("history.json", [{"where": f"{secret}/history"}]),
+    ):
+        before = read_json(folder / name) if (folder / name).is_file() else {}
+        changed = before | tokens | keys if isinstance(keys, dict) else keys
+        (folder / name).write_text(json.dumps(changed))
+    vocabulary = (folder / "tokenizer.json").read_bytes()
+    assert scavenger("push", own_run, "--to", "tester/private-paths")[0] == 0
+    files = hub.repositories["tester/private-paths"].files()
+    assert {"history.json", "training.json", "README.md"} <= set(files) and files["tokenizer.json"] == vocabulary
+    for name, content in files.items():
+        for private in ("secret-client", tmp_path, finished.parent):  # the last is where the run was made
+            assert str(private).encode() not in content, name
+    configuration = json.loads(files["tokenizer_config.json"])
+    assert configuration["name_or_path"] == "tokenizer" and configuration["files"] == [{"vocab_file": "v.json"}]
+    assert configuration["pad_token"] == "/pad" and configuration["added_tokens_decoder"]["0"]["content"] == "~/token"
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", files["README.md"].decode(), flags=re.S)[1])
+    assert shown["cache"]["folder"] == "cache" and shown["report"]["task_files"] == ["tasks", "a"]
+    assert shown["data"]["path"] == "link" and shown["run_dir"] == "mine"
+    assert shown["student"] == values["student"] and shown["recurrence"] == values["recurrence"]
+
+
+def test_names_are_code_in_the_card(own_run):
+    values = yaml.safe_load((own_run / "recipe.yaml").read_text())
+    values["teacher"] |= {"path": "/models/a`__b__\n<i>", "name": None}
+    values["data"] |= {"path": None, "name": "some_body/_text_"}
+    (own_run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    text = model_card(own_run, Target("tester/model")).text
+    assert "from `a__b__ <i>`, a GPT-NeoX" in text and "tokens of `some_body/_text_`" in text
+
+
 def test_the_card_of_less(hub, scavenger, own_run):
     """No report, no recurrence; a teacher of the Hub, whose licence is asked for there; text of the Hub."""
     shutil.rmtree(own_run / "report")

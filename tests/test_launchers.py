@@ -305,6 +305,9 @@ def test_accelerate_reads_its_configurations(path):
     """Every key of them; those of several processes are launched by the tests above, but for GPUs of one kind."""
     read = load_config_from_file(str(path))
     assert read.distributed_type and read.mixed_precision in ("no", "bf16")
+    said = " ".join(path.read_text().replace("\n#", " ").split())
+    # What mixers round: test_model.py, test_what_a_mixer_rounds_in_half_precision.
+    assert "float32" not in said or "its taps are rounded to bfloat16" in said
 
 
 def test_float16_is_refused(workshop, monkeypatch):

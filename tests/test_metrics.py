@@ -82,7 +82,7 @@ def test_perplexities_are_compared_by_their_ratio():
     assert metrics.separates(found, mine)
     same = metrics.difference(mine, mine)
     assert same.value == 1 and not metrics.separates(same, mine)
-    assert metrics.show(found, "", signed=True, exponential=True).startswith("× 1.649 [")
+    assert metrics.show(found, "", signed=True, ratio=True).startswith("× 1.649 [")
     assert metrics.show(metrics.Estimate(-0.05, -0.1, 0.0, 9), "share", signed=True) == "-5.0 points [-10.0, 0.0]"
 
 
@@ -132,3 +132,16 @@ def test_through_json():
 def test_what_is_no_number_is_not_better():
     none = metrics.Estimate(math.nan, math.nan, math.nan, 9)
     assert not metrics.separates(none, metric([1.0])) and not metrics.separates(none, metric([1.0], exponential=True))
+
+
+def test_two_of_nearly_all_the_weight_have_no_interval():
+    for weights, judged in (
+        ([49.5, 49.5, 0.3, 0.3, 0.4], False),
+        ([95.0, *[0.5] * 10], False),
+        ([5.0] * 5, True),
+        (UNEQUAL.tolist(), True),  # the test split of the quickstart
+    ):
+        weights = np.array(weights)
+        mine, other = (metric(weights * drawn(seed, len(weights)), weights) for seed in (1, 2))
+        for found in (metrics.estimate(mine), metrics.difference(mine, other)):
+            assert (found.low is not None) == judged and found.items == len(weights)

@@ -9,7 +9,7 @@ from conftest import normal, random_ids, tiny_student
 from reference import assert_close, relative_error
 from transformers import DynamicCache
 
-from scavenger.model import HyenaCache, HyenaNeoXConfig, convolution
+from scavenger.model import HyenaCache, HyenaNeoXConfig, HyenaNeoXForCausalLM, convolution
 from scavenger.model.attention import AttentionCacheLayer, WindowedAttention
 from scavenger.model.convolution import (
     ToeplitzProduct,
@@ -313,6 +313,21 @@ def test_state_is_as_large_as_the_configuration_says_at_any_length(shape, device
     per_token = 2 * 4 * 3 * 30  # keys and values of the teacher's three layers
     length = model.config.break_even_length
     assert (length - 1) * per_token < model.config.state_bytes <= length * per_token
+
+
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+def test_state_and_break_even_length_are_of_the_dtype_that_is_kept(shape, tmp_path):
+    """In bfloat16, inputs of short convolutions and the window take half as much; modes stay in float32."""
+    tiny_student(modal=True, **shape).float().save_pretrained(tmp_path)
+    model = HyenaNeoXForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = model(input_ids=torch.randint(1, 97, (2, 9)), use_cache=True).cache.nbytes // 2
+    config = model.config
+    assert config.state_bytes_of(model.dtype.itemsize) == kept < config.state_bytes == config.state_bytes_of(4)
+    per_token = 2 * 2 * 3 * 30  # the teacher's keys and values in 16 bits
+    for itemsize, state in ((2, kept), (4, config.state_bytes)):
+        length = config.break_even_length_of(2, itemsize)
+        assert (length - 1) * per_token < state <= length * per_token
+    assert config.break_even_length_of(2) - 2 * config.break_even_length in (-1, 0)
 
 
 def test_a_state_that_grows_or_is_not_there_has_no_size():

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import scavenger.model as _registered  # noqa: F401  (AutoModel knows the studen
 from scavenger import data, measure, teacher, training
 from scavenger.__main__ import main
 from scavenger.recipe import RecipeError, load_recipe
-from scavenger.report import report
+from scavenger.report import drawing, report
 from scavenger.run import launch as hook
 from scavenger.run.checkpoint import read_json
 
@@ -264,9 +265,68 @@ def test_full_recurrence_with_a_layer_of_whole_attention(workshop, tmp_path):
 
 def test_the_verdict_on_a_state_that_grows(finished):
     figures = read_json(finished / "report/report.json")
-    assert "between tokens at any context length, no more than" in report.verdict(figures)
+    row = figures["models"]["recurrent"]
+    float32, half = row["break_even_length"], row["break_even_length_16_bit"]
+    said = f"no more than the teacher's KV cache in float32 from {float32} tokens on"
+    assert f"between tokens at any context length, {said}, in 16 bits from {half}." in report.verdict(figures)
+    row.pop("break_even_length_16_bit")  # a report made by an earlier version
+    assert f"{said}." in report.verdict(figures)
     figures["models"]["recurrent"]["break_even_length"] = None
     assert "between tokens, and more with every token in its kept attention layers" in report.verdict(figures)
+
+
+def test_what_sharded_launches_do_not_watch_is_said(finished):
+    figures = read_json(finished / "report/report.json")
+    whole = [section.html for section in report.sections(finished, figures)]
+    assert not any("not measured: under sharded launches" in text for text in whole)
+    for name in ("logits", "baseline"):
+        for entry in figures["history"][name]:
+            for key in [key for key in entry if key == "held_out_loss" or key.startswith("floor_")]:
+                del entry[key]
+    result, transfer = (
+        next(section for section in report.sections(finished, figures) if section.title == title)
+        for title in ("Result", "Transfer")
+    )
+    (quality,) = result.figures
+    assert "logits, baseline: not measured: under sharded launches (FSDP, ZeRO-3)" in quality.caption
+    assert ["baseline", "–", "not measured"] in quality.rows and "during training: not measured: under" in transfer.body
+    for entry in figures["history"]["activations"]:
+        entry.pop("held_out_loss", None)
+    assert "activations, logits, baseline: not measured" in drawing.quality(figures).caption, "nothing was watched"
+
+
+def test_what_the_report_leaves_out_is_said(finished, workshop):
+    figures = read_json(finished / "report/report.json")
+    assert figures["left_out"] == ["Recall is not measured: it needs contexts of 64 tokens or more."]
+    assert figures["left_out"][0] in (finished / "report/index.html").read_text()
+    recipe = load_recipe(str(workshop / "recipe.yaml"), ["report.prompts=9", "data.context_length=64"])
+    for tokens, said in {
+        9 * 53: [],
+        9 * 53 - 1: ["Generation is measured with 8 of 9 prompts: the test split has 476 tokens"],
+        52: ["Generation is not measured: the test split has 52 tokens"],
+    }.items():
+        asked = report.settings(recipe, [], tokens)
+        found = report.left_out(recipe, asked, tokens)
+        assert [len(said)] == [len(found)] and all(map(str.startswith, found, said))
+        assert all(text.endswith("takes 53.") for text in found)
+
+
+@pytest.mark.parametrize(
+    "written, tokens",
+    [
+        ('{"tokens": 12}', 12),
+        ("{}", None),
+        ('{"tokens": "many"}', None),
+        ("[1]", None),
+        ("no JSON", None),
+        (None, None),
+    ],
+)
+def test_a_teacher_that_does_not_record_its_tokens(tmp_path, written, tokens):
+    if written is not None:
+        (tmp_path / "training.json").write_text(written)
+    recipe = SimpleNamespace(teacher=SimpleNamespace(folder=tmp_path))
+    assert report._teacher_tokens(recipe, tmp_path) == tokens
 
 
 PLAN = ("transfer.logits.steps=123", "--plan")

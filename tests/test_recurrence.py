@@ -521,7 +521,7 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path, monkeypatch):
     config = recurrence.recurrent_configuration(exact.config, sizes)
     row = totals[0.02]
     assert int(row[3]) == sum(map(sum, sizes)) and row[5] == f"{config.state_bytes / 1024:,.1f}"
-    assert int(row[-2]) == config.break_even_length
+    assert (int(row[-4]), int(row[-2])) == (config.break_even_length, config.break_even_length_of(2))
 
     assert "% of the filters" not in preview.show(recipe)
     monkeypatch.setattr(preview, "FILTERS", 2)
@@ -535,3 +535,7 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path, monkeypatch):
     assert len(rows) == 3 and all(float(row[5]) * 1024 <= float(row[0].replace(",", "")) + 60 for row in rows)
     assert [path.name for path in sorted(run.iterdir())] == ["data", "transfer"]
     assert "Then each filter becomes a recurrence of at most 9 modes (balanced)" in plan.show(recipe)
+    # The teacher has 2 · 3 · 30 keys and values a token.
+    recipe = load_recipe(str(workshop / "recipe.yaml"), [*overrides, "recurrence.state_bytes=72_001"])
+    said = "72,001 bytes of state (the teacher's KV cache of 101 tokens in float32, of 201 in 16 bits), spent"
+    assert said in plan.show(recipe)

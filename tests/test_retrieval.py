@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,12 +286,34 @@ def test_distances_double_as_far_as_they_fit(context, distances):
     assert retrieval.settings_for([], [300, 31, 16], context).distances == ((16,) if context == 64 else (16, 31))
 
 
+@pytest.mark.parametrize(
+    ("window", "context", "beyond"),
+    [(128, 256, 208), (100, 255, 207), (63, 256, None), (256, 256, None), (0, 256, None), (None, 256, None)],
+)
+def test_passages_are_repeated_beyond_the_window_where_the_context_has_room(window, context, beyond):
+    models = [SimpleNamespace(attention_window=each, training_context=context) for each in (None, window)]
+    settings = retrieval.settings_for(models)
+    assert settings.beyond_window == beyond
+    assert retrieval.settings_for(models, [16]).beyond_window is None, "these distances were asked for"
+    read = retrieval.tokens_read(settings) - retrieval.tokens_read(retrieval.settings_for([], context_length=context))
+    assert read == (settings.examples * context if beyond else 0)
+
+
+def test_what_lies_beyond_the_window_is_in_no_mean():
+    model = SimpleNamespace(model=Oracle(), tokenizer=SimpleNamespace(all_special_ids=[]))
+    near = retrieval.run(model, TEXT, retrieval.Settings((16, 32), 80, examples=5))["metrics"]
+    both = retrieval.run(model, TEXT, retrieval.Settings((16, 32), 100, examples=5, beyond_window=52))["metrics"]
+    assert both[: len(near)] == near
+    assert [metric["name"] for metric in both[len(near) :]] == ["passages at 52", "loss of passages read again at 52"]
+
+
 def test_result_has_every_part_and_its_chance(workshop):
     model = Evaluated.parsed(f"teacher={workshop / 'teacher'}")
     stream = np.tile(np.arange(320), 9)
     settings = retrieval.settings_for([model], [16, 40], context_length=100, examples=3)  # past its 63 positions
     found = retrieval.run(model, stream, settings)
-    assert retrieval.described(settings) == {"distances": (16, 40), "context_length": 100, "examples": 3, "seed": 0}
+    described = {"distances": (16, 40), "context_length": 100, "examples": 3, "seed": 0, "beyond_window": None}
+    assert retrieval.described(settings) == described
     headlines = [metric["name"] for metric in found["metrics"] if metric.get("headline")]
     assert headlines == ["recall of pairs", "copying", "passkey", "gain on repeated passages"]
     assert found["pairs_shown"] == 10 and found["tokens_drawn_from"] == 80

@@ -84,16 +84,20 @@ class HyenaNeoXConfig(PreTrainedConfig):
 
     @property
     def state_bytes(self) -> int | None:
-        """Bytes kept between tokens for one sequence, in float32; None where they grow or there is no state."""
+        """Bytes kept between tokens for one sequence by a float32 model; None where they grow or there is no state."""
+        return self.state_bytes_of(4)
+
+    def state_bytes_of(self, itemsize: int) -> int | None:
+        """`state_bytes` of a model whose numbers have `itemsize` bytes, 2 for bfloat16; its modes stay in float32."""
         if self.filter != "modal" or (self.attention_layers and not self.attention_window):
             return None
         streams = 3 + max(0, self.hyena_order - 2)
-        convolution = 4 * (self.short_filter_length - 1) * streams * self.hidden_size
+        convolution = itemsize * (self.short_filter_length - 1) * streams * self.hidden_size
         width = self.hidden_size // self.num_filters
         modes = 8 * width**2
-        # Keys and values that wait, in 4 bytes a channel, and the age of each slice of the modes, in 8.
+        # Keys and values that wait, in float32, and the age of each slice of the modes, in 8.
         waiting = 8 * (self.hidden_size + 1) * ring_places(width) if width > 1 else 0
-        window = self.attention_window * (2 * 4 * self.hidden_size + 1)  # keys, values, and which are real
+        window = self.attention_window * (2 * itemsize * self.hidden_size + 1)  # keys, values, and which are real
         return sum(
             window if layer in self.attention_layers else convolution + waiting + modes * sum(self.state_sizes[layer])
             for layer in range(self.num_hidden_layers)
@@ -101,10 +105,18 @@ class HyenaNeoXConfig(PreTrainedConfig):
 
     @property
     def break_even_length(self) -> int | None:
-        """Tokens from which on the teacher's keys and values, 2 · layers · hidden_size floats a token, are larger."""
-        if self.state_bytes is None:
+        """Tokens from which on the teacher's KV cache in float32 is at least as large as this model's state."""
+        return self.break_even_length_of(4)
+
+    def break_even_length_of(self, cache_itemsize: int, itemsize: int = 4) -> int | None:
+        """The same for a KV cache whose numbers have `cache_itemsize` bytes, and a model whose numbers have `itemsize`.
+
+        The cache has 2 · layers · hidden_size numbers a token.
+        """
+        state = self.state_bytes_of(itemsize)
+        if state is None:
             return None
-        return -(-self.state_bytes // (2 * 4 * self.num_hidden_layers * self.hidden_size))
+        return -(-state // (2 * cache_itemsize * self.num_hidden_layers * self.hidden_size))
 
     @property
     def rotary_channels(self) -> int:

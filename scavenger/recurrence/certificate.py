@@ -57,7 +57,8 @@ def measure_all(
         "incompressible": sum(not f["compressible"] for f in filters) if settings.state_bytes is None else None,
         "largest_radius": max(f["largest_radius"] for f in filters),
         "state_bytes": config.state_bytes,
-        "break_even_length": config.break_even_length,
+        "break_even_length": config.break_even_length,  # of a KV cache in float32
+        "break_even_length_16_bit": config.break_even_length_of(2),
         "layers": layers,
         "model": model_facts(student, recurrent, blocks, horizon, predicted) if blocks is not None else None,
     }

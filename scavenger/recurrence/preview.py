@@ -58,7 +58,7 @@ def show(recipe: Recipe) -> str:
     ]
     what = "state bytes" if settings.state_bytes is not None else "tolerance"
     header = [what, "layer", "filters", "modes", "most", "real states", "KiB", "worst error", "its floor", "KL"]
-    header.append("cache is larger from")
+    header += ["float32 cache is larger from", "16-bit cache from"]
     asked = "" if share == 1 else f" {100 * share:.0f} % of the filters were reduced."
     return (
         "\n"
@@ -94,13 +94,14 @@ def _choice(config, name, found, chosen, divergences, layers):
                 f"{worst.floor:.1e}",
                 f"{divergence:.1e}",
                 "",
+                "",
             ]
         )
     whole = recurrence.recurrent_configuration(config, sizes)
-    held, even = whole.state_bytes, whole.break_even_length
+    held, even = whole.state_bytes, (whole.break_even_length, whole.break_even_length_of(2))
     lines.append(
         [name, "all", str(count * len(lines)), f"{sum(map(sum, sizes)):,}", str(max(map(max, filter(None, sizes)))), ""]
         + ["grows" if held is None else f"{held / 1024:,.1f}", "", "", f"{total:.1e}"]
-        + ["never" if even is None else f"{even:,} tokens"]
+        + ["never" if length is None else f"{length:,} tokens" for length in even]
     )
     return lines

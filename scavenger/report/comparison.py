@@ -1,6 +1,7 @@
 """Compare models on all measurements: one table with intervals, one page, one JSON; differences are paired."""
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from scavenger.report.text import Blocks, Text
 
 # Per unit of text, with documents or questions as items: comparable between models with different tokenizers.
 OF_TEXT = ("bits per byte",)
+FAILURES = (ValueError, RuntimeError)  # of a measurement; running out of memory is a RuntimeError
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,14 @@ class Settings:
     speed: "speed.Settings | None" = None
 
 
-def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, results: Results) -> dict:
-    """All measurements of all models, and their differences to the first model, the reference."""
-    reference = models[0]
+def run(
+    models: list[Evaluated], text: Text | Blocks, settings: Settings, results: Results, required: tuple[str, ...] = ()
+) -> dict:
+    """All measurements of all models, and their differences to the first model, the reference.
+
+    A measurement that fails for one of the models has only a row with the reason, unless it is a required one.
+    """
+    reference, failed = models[0], {}
     record = text.settings
 
     @functools.cache
@@ -53,15 +60,25 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
     if settings.generation and outputs:
         continuations()
     elif settings.generation:
+        failed["generation"] = "the tokens of the models are not the same"
         print("generation is not compared: the tokens of the models are not the same", file=sys.stderr)
-    found, bar = {}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
+    found, bar = {"model": []}, tqdm(models, desc="measured", unit="model", dynamic_ncols=True)
     for model in bar:
         bar.set_postfix_str(model.label)
 
-        def measured(name, own, measure, model=model):
-            found.setdefault(name, []).append(results.of(name, model, own, measure))
+        def attempt(name, measure, model=model):
+            if name in failed:
+                return
+            try:
+                found.setdefault(name, []).append(measure())
+            except FAILURES as error:
+                _failed(name, model.label, error, failed, required)
+                found.pop(name)
 
-        measured("model", {}, functools.partial(facts, model))
+        def measured(name, own, measure, model=model):
+            attempt(name, lambda: results.of(name, model, own, measure))
+
+        found["model"].append(results.of("model", model, {}, functools.partial(facts, model)))
         if settings.perplexity:
             beside = reference if outputs and model is not reference else None
             own = likelihood.described(settings.perplexity) | record
@@ -80,29 +97,39 @@ def run(models: list[Evaluated], text: Text | Blocks, settings: Settings, result
                 ),
             )
         if settings.tasks:
-            found.setdefault("harness", []).append(lm_eval_tasks.of_model(model, questions(), settings.tasks, results))
+            attempt("harness", lambda model=model: lm_eval_tasks.of_model(model, questions(), settings.tasks, results))
         if model is not reference:
             model.close()
     if settings.speed:
-        found["speed"] = timing.kept(models, settings.speed, results, stream(reference) if alike else None)
+        try:
+            found["speed"] = timing.kept(models, settings.speed, results, stream(reference) if alike else None)
+        except FAILURES as error:
+            _failed("speed", "all models", error, failed, required)
     for model in models:
         model.close()
-    return summary(models, found, settings, alike)
+    if failed and not found.keys() - {"model"}:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    return summary(models, found, settings, alike, failed)
 
 
 def facts(model: Evaluated) -> dict:
     """Properties of the model itself, shown in tables."""
+    itemsize = model.model.dtype.itemsize
     return {
         "metrics": [],
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
         "kind": "recurrent" if model.is_recurrent else "convolution" if model.is_student else model.config.model_type,
         "training_context": model.stated_context,
-        "state_bytes": model.config.state_bytes if model.is_recurrent else None,
-        "break_even_length": model.config.break_even_length if model.is_student else None,
+        "attention_window": model.attention_window,
+        "state_bytes": model.config.state_bytes_of(itemsize) if model.is_recurrent else None,
+        "break_even_length": model.config.break_even_length_of(4, itemsize) if model.is_student else None,  # float32
+        "break_even_length_16_bit": model.config.break_even_length_of(2, itemsize) if model.is_student else None,
     }
 
 
-def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Settings, alike: bool) -> dict:
+def summary(
+    models: list[Evaluated], found: dict[str, list[dict]], settings: Settings, alike: bool, failed: dict[str, str]
+) -> dict:
     """The comparison: for each metric, every model's value, interval and difference to the reference."""
     labels = [model.label for model in models]
     rows = []
@@ -119,6 +146,7 @@ def summary(models: list[Evaluated], found: dict[str, list[dict]], settings: Set
         rows += [_plain_row(name, metric_name, "share", {}) for metric_name in results[0].get("unmeasured", [])]
     if "speed" in found:
         rows.append(_state_row(found["speed"]))
+    rows += [_plain_row(name, f"{name}: not measured ({reason})", "", {}) for name, reason in failed.items()]
     return {
         "reference": labels[0],
         "labels": labels,
@@ -162,7 +190,30 @@ def verdict(found: dict, labels: list[str] | None = None) -> str:
             parts.append(f"not judged (too few items) at {', '.join(said['unsure'])}")
         if parts:
             sentences.append(f"Compared with {found['reference']}, {label} is {'; '.join(parts)}.")
+    sentences += recall_within_window(found, labels or found["labels"][1:])
     return " ".join(sentences) or "One model was measured; nothing was compared."
+
+
+def recall_within_window(found: dict, labels: list[str]) -> list[str]:
+    """A sentence if no distance of recall is beyond what the kept attention of these models sees, else nothing."""
+    asked = found.get("settings", {}).get("recall")
+    if asked is None:
+        return []
+    furthest = max(*asked["distances"], asked.get("beyond_window") or 0)
+    windows = {label: window for label in labels if (window := attention_window(found, label)) is not None}
+    inside = [label for label, window in windows.items() if furthest <= window]
+    if not inside:
+        return []
+    return [
+        f"All distances of recall, up to {furthest:,} tokens, are within what the kept attention of "
+        f"{' and '.join(inside)} sees: they say nothing of the filters."
+    ]
+
+
+def attention_window(found: dict, label: str) -> float | None:
+    """Tokens that a model's kept attention sees; None if it keeps none, or in figures of an earlier version."""
+    window = found.get("models", {}).get(label, {}).get("attention_window")
+    return math.inf if window == 0 else window
 
 
 def text_table(found: dict) -> str:
@@ -193,6 +244,14 @@ def headline(found: dict) -> tuple[list[str], list[list[str]], dict[tuple[int, i
     return header, rows, classes
 
 
+def _failed(name, label, error, failed, required):
+    """Note why a measurement failed; a required one fails the whole comparison."""
+    if name in required:
+        raise error
+    failed[name] = f"{label}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    print(f"{name} failed and is left out: {failed[name]}", file=sys.stderr)
+
+
 def _row(measurement, name, own, reference, seed, comparable):
     """A row of the comparison: values, and differences between models measured on the same items."""
     any_metric = next(iter(own.values()))
@@ -209,6 +268,7 @@ def _row(measurement, name, own, reference, seed, comparable):
         "unit": any_metric.unit,
         "better": any_metric.better,
         "exponential": any_metric.exponential,
+        "ratio": any_metric.by_ratio,
         "group": any_metric.group,
         "x": any_metric.x,
         "headline": any_metric.headline,
@@ -232,7 +292,8 @@ def _state_row(results):
 
 def _plain_row(measurement, name, unit, values):
     """A row without intervals; `values` is empty if nothing was measured."""
-    shared = {"unit": unit, "better": "", "exponential": False, "group": "", "x": None, "headline": True}
+    shared = {"unit": unit, "better": "", "exponential": False, "ratio": False, "group": "", "x": None}
+    shared["headline"] = True
     return {"measurement": measurement, "metric": name, **shared, "models": values, "differences": {}}
 
 
@@ -240,7 +301,7 @@ def _judged(found, metric):
     """better, worse, or None if the difference is not significant."""
     if not metric.better or not metrics.separates(found, metric):
         return None
-    larger = found.value > (1.0 if metric.exponential else 0.0)
+    larger = found.value > (1.0 if metric.by_ratio else 0.0)
     return "better" if larger == (metric.better == "higher") else "worse"
 
 
@@ -260,12 +321,13 @@ def shown_difference(row: dict, label: str) -> str:
     if label not in row["differences"]:
         return "–"
     found = {key: value for key, value in row["differences"][label].items() if key != "verdict"}
-    return metrics.show(Estimate(**found), row["unit"], signed=True, exponential=row["exponential"])
+    ratio = row.get("ratio", row["exponential"])  # in a comparison made by an earlier version, speeds are subtracted
+    return metrics.show(Estimate(**found), row["unit"], signed=True, ratio=ratio)
 
 
 def _limited(measurement, settings):
     """A note for measurements that read only the first documents or questions."""
-    limit = settings[measurement].get("limit") if measurement in ("perplexity", "harness") else None
+    limit = settings.get(measurement, {}).get("limit") if measurement in ("perplexity", "harness") else None
     return f" (first {limit})" if limit else ""
 
 

@@ -12,6 +12,7 @@ from scavenger.report.page import Figure
 from scavenger.transfer import transfer
 
 
+NOT_WATCHED = "not measured: under sharded launches (FSDP, ZeRO-3) no process has the whole student"
 NAMES = ("teacher", "pre-trained", "distilled", "recurrent")
 COLOURS = dict(zip(NAMES, page.PALETTE, strict=False))
 
@@ -34,6 +35,7 @@ def quality(figures: dict) -> Figure:
             for entry in figures["history"].get(name, [])
             if "held_out_loss" in entry
         ]
+    unseen = [name for name, own in figures["history"].items() if not any("held_out_loss" in entry for entry in own)]
     figure, axes = page.plot(6.4, 3.2)
     for label in dict.fromkeys(label for label, _, _ in points):
         own = [(tokens, value) for name, tokens, value in points if name == label]
@@ -45,12 +47,14 @@ def quality(figures: dict) -> Figure:
     page.plain_ticks(axes.yaxis)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(fontsize=7)
+    said = f" {', '.join(unseen)}: {NOT_WATCHED}." if unseen else ""
     return page.drawn(
         figure,
         "quality",
-        f"Quality against tokens: perplexity on {transfer.HELD_OUT} sequences of the validation split.",
+        f"Quality against tokens: perplexity on {transfer.HELD_OUT} sequences of the validation split.{said}",
         ["", "tokens", "perplexity"],
         [["teacher", "–", f"{teachers:.3f}"]]
+        + [[name, "–", "not measured"] for name in unseen]
         + [[label, f"{tokens:,.0f}", f"{value:.3f}"] for label, tokens, value in points],
     )
 

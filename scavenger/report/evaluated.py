@@ -81,6 +81,11 @@ class Evaluated:
         return self.is_student and self.config.filter == "modal"
 
     @property
+    def attention_window(self) -> int | None:
+        """Tokens that a student's kept attention sees, 0: all; None without kept attention, and for other models."""
+        return self.config.attention_window if self.is_student and self.config.attention_layers else None
+
+    @property
     def stated_context(self) -> int | None:
         """The context length of its training in tokens, if its configuration has it."""
         stated = (getattr(self.config, key, None) for key in ("context_length", "max_position_embeddings"))

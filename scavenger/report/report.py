@@ -93,8 +93,9 @@ def measure_run(run: Run, results: Results) -> dict:
     models = evaluated(recipe, folder)
     test = run.blocks("test")
     text = Blocks(f"test split of {folder.name}", test)
+    asked = settings(recipe, models, test.size)
     try:
-        found = comparison.run(models, text, settings(recipe, models, test.size), results)
+        found = comparison.run(models, text, asked, results, required=("perplexity", "speed"))
     except ValueError as error:  # e.g. missing documents of a task, or text that is too short
         raise RecipeError(f"report: {error}; what is measured is kept: run the same command again to resume") from error
     read = checkpoint.read_json
@@ -107,6 +108,7 @@ def measure_run(run: Run, results: Results) -> dict:
         "models": rows(found, recipe, folder),
         "teacher_held_out_loss": transfer.held_out_loss(models[0].model, run.blocks("validation"))["held_out_loss"],
         "comparison": found,
+        "left_out": left_out(recipe, asked, test.size),
         "history": {
             name: read(path)
             for name, path in {
@@ -161,6 +163,25 @@ def settings(recipe: Recipe, models: list[Evaluated], test_tokens: int) -> compa
     )
 
 
+def left_out(recipe: Recipe, asked: comparison.Settings, test_tokens: int) -> list[str]:
+    """A sentence for each measurement that `settings` leaves out or shortens."""
+    said, own, each = [], recipe.report, PROMPT_TOKENS + recipe.report.sample_tokens
+    if asked.recall is None:
+        least = retrieval.LEAD + 2 * retrieval.PASSAGE
+        said.append(f"Recall is not measured: it needs contexts of {least} tokens or more.")
+    if asked.generation is None:
+        said.append(
+            f"Generation is not measured: the test split has {test_tokens:,} tokens, and a prompt with its "
+            f"continuation takes {each:,}."
+        )
+    elif asked.generation.prompts < own.prompts:
+        said.append(
+            f"Generation is measured with {asked.generation.prompts:,} of {own.prompts:,} prompts: the test split has "
+            f"{test_tokens:,} tokens, and a prompt with its continuation takes {each:,}."
+        )
+    return said
+
+
 def rows(found: dict, recipe: Recipe, run_dir: Path) -> dict[str, dict]:
     """The figures of each model for the table."""
     by_metric = {row["metric"]: row for row in found["rows"]}
@@ -186,6 +207,8 @@ def rows(found: dict, recipe: Recipe, run_dir: Path) -> dict[str, dict]:
             "divergence": nearness(likelihood.DIVERGENCE, name, 0.0),
             "generation": [_quickest(timings, length) for length in recipe.report.context_lengths],
             "break_even_length": found["models"][name]["break_even_length"],
+            # Results that an interrupted report of an earlier version kept have none.
+            "break_even_length_16_bit": found["models"][name].get("break_even_length_16_bit"),
         }
     return made
 
@@ -255,7 +278,11 @@ def sections(run_dir: Path, figures: dict) -> list[Section]:
     found = figures["comparison"]
     comparison, *measured = parts.sections(found)
     made = [
-        Section("Result", page.table(*cells(figures)) + _quality_note(figures), (drawing.quality(figures),)),
+        Section(
+            "Result",
+            page.table(*cells(figures)) + _quality_note(figures) + page.points(figures["left_out"]),
+            (drawing.quality(figures),),
+        ),
         comparison,
         *measured,
         _transfer_section(figures),
@@ -281,12 +308,14 @@ def verdict(figures: dict) -> str:
     if "recurrent" in models:
         change = models["recurrent"]["perplexity"] / distilled["perplexity"] - 1
         row = models["recurrent"]
-        length = row.get("break_even_length")  # a report made by an earlier version has none
+        length = row.get("break_even_length")  # a report made by an earlier version has none, or only the first
+        half = row.get("break_even_length_16_bit")
         parts.append(
             f"As a recurrence its perplexity changes by {100 * change:+.2f} %; it keeps "
             f"{_bytes(row['generation'][0]['state_bytes'])} between tokens"
             + (
-                f" at any context length, no more than the teacher's KV cache from {length:,} tokens on"
+                f" at any context length, no more than the teacher's KV cache in float32 from {length:,} tokens on"
+                + (f", in 16 bits from {half:,}" if half else "")
                 if length
                 else ", and more with every token in its kept attention layers"
                 if "break_even_length" in row
@@ -350,10 +379,12 @@ def _quality_note(figures):
 
 def _transfer_section(figures):
     plots = [drawing.activations(figures), drawing.logits(figures)]
-    last = figures["history"]["logits"][-1]
-    if any(key.startswith("floor_") for key in last):  # missing if the parameters were sharded
+    last, body = figures["history"]["logits"][-1], ""
+    if any(key.startswith("floor_") for key in last):
         plots.append(drawing.floors(figures))
-    return Section("Transfer", "", tuple(plots))
+    else:
+        body = page.paragraph(f"Floors of the filters during training: {drawing.NOT_WATCHED}.", "note")
+    return Section("Transfer", body, tuple(plots))
 
 
 def _trainings_section(figures):
@@ -461,11 +492,11 @@ def _facts_section(figures):
 def _quickest(contexts, length):
     """Speed after a context with the model's fastest cache, and state of its smallest cache."""
     own = [row for row in contexts if row["prompt"] == length and row["step_seconds"] is not None]
-    if not own:  # out of memory
+    best = timing.quickest_step(own)
+    if best is None:  # out of memory
         return {"context_length": length} | dict.fromkeys(
             ("cache", "prefill_seconds", "tokens_per_second", "state_bytes")
         )
-    best = min(own, key=lambda row: row["step_seconds"])
     return {
         "context_length": length,
         "cache": best["cache"],
@@ -482,5 +513,9 @@ def _student_tokens(recipe, run_dir):
 def _teacher_tokens(recipe, run_dir):
     """Tokens that the teacher was trained on, if its folder records them."""
     folder = recipe.teacher.folder or run_dir / "teacher"
-    facts = folder / "training.json"
-    return checkpoint.read_json(facts)["tokens"] if facts.is_file() else None
+    try:
+        found = checkpoint.read_json(folder / "training.json")
+    except (OSError, ValueError):  # not there, or not of this project
+        return None
+    tokens = found.get("tokens") if isinstance(found, dict) else None
+    return tokens if isinstance(tokens, int) else None

@@ -54,12 +54,17 @@ KEY = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """Distances in tokens, the context length that they must fit, and the number of sequences at each distance."""
+    """Distances in tokens, the context length that they must fit, and the number of sequences at each distance.
+
+    beyond_window: one more distance, of repeated passages alone, beyond the attention window of students. It is not in
+    their mean, which is over the same distances for all models.
+    """
 
     distances: tuple[int, ...]
     context_length: int
     examples: int = EXAMPLES
     seed: int = 0
+    beyond_window: int | None = None
 
     def __post_init__(self):
         if self.examples < 1 or self.seed < 0:
@@ -79,14 +84,18 @@ def settings_for(
 ) -> Settings:
     """Defaults: the shortest training context, and distances that double from 16 as long as they fit it.
 
-    Given distances that do not fit are left out; a context longer than in training tests models beyond it.
+    Given distances that do not fit are left out; a context longer than in training tests models beyond it. Where all
+    of the default distances lie within a student's attention window, passages are also repeated as far apart as they
+    fit, if that is beyond the window.
     """
-    length = context_length or min(model.training_context for model in models)
+    length, beyond = context_length or min(model.training_context for model in models), None
     if distances is None:
         distances = [DISTANCES[0]]
         while _length(2 * distances[-1]) <= length:
             distances.append(2 * distances[-1])
-    return Settings(tuple(fitting(distances, length)), length, examples, seed)
+        window, furthest = max((model.attention_window or 0 for model in models), default=0), length - LEAD - PASSAGE
+        beyond = furthest if distances[-1] <= window < furthest else None
+    return Settings(tuple(fitting(distances, length)), length, examples, seed, beyond)
 
 
 def described(settings: Settings) -> dict:
@@ -103,6 +112,9 @@ def run(model: Evaluated, stream: np.ndarray, settings: Settings) -> dict:
         *passkeys(model.model, stream, special, *asked),
         *repeated_passages(model.model, stream, *asked),
     ]
+    if settings.beyond_window is not None:
+        far = repeated_passages(model.model, stream, (settings.beyond_window,), settings.examples, settings.seed)
+        found += [metric for metric in far if metric.group]
     pairs = pairs_shown(settings.distances)
     drawn_from = len(_frequent_tokens(stream, special, settings.distances))
     return {
@@ -139,6 +151,8 @@ def tokens_read(settings: Settings) -> int:
         each += 2 * distance  # copying
         each += 2 * (LEAD + distance + MARKER + KEY)  # passkeys, with the key and with another one
         each += LEAD + distance + PASSAGE  # passages
+    if settings.beyond_window is not None:
+        each += LEAD + settings.beyond_window + PASSAGE
     return settings.examples * each
 
 

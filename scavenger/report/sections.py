@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import math
 from pathlib import Path
 
 from scavenger.report import command, comparison, metrics, page, timing
@@ -44,9 +45,10 @@ def sections(found: dict) -> list[Section]:
     reference = found["reference"]
     note = page.paragraph(
         f"▲ and ▼: significantly better and worse than {reference}; the interval of the difference is paired by "
-        "document, question, sequence, prompt or round (bootstrap, wider if they are few or unequal, none for fewer "
-        f"than {metrics.LEAST_ITEMS}). For equal models one mark in twenty, or a few more, appears by chance. A dash "
-        "means not measured.",
+        "document, question, sequence, prompt or round (bootstrap, wider if they are few or unequal; of speeds the t "
+        f"interval of the logarithm of their ratio; none for fewer than {metrics.LEAST_ITEMS} or where two have nearly "
+        "all the weight). For equal models one mark in twenty, or a few more, appears by chance. A dash means not "
+        "measured.",
         "note",
     )
     differing = [row for row in found["rows"] if row["headline"] and row["differences"]]
@@ -76,7 +78,7 @@ def sections(found: dict) -> list[Section]:
         ("Generation", ["divergence"]),
     ):
         figures = tuple(figure for group in groups if (figure := curves(found, group)))
-        body = samples(found) if title == "Generation" else ""
+        body = samples(found) if title == "Generation" else window_note(found) if title == "Recall" and figures else ""
         if figures or body:
             made.append(Section(title, _all_figures(found, title.lower()) + body, figures))
     if "harness" in found["details"]:
@@ -84,6 +86,38 @@ def sections(found: dict) -> list[Section]:
     if "speed" in found["details"]:
         made.append(speed_section(found))
     return made
+
+
+def window_note(found: dict) -> str:
+    """On which side of the kept attention's window the distances of recall are."""
+    windows = {label: comparison.attention_window(found, label) for label in found["labels"]}
+    seen = [
+        f"{label}: {'all' if window == math.inf else f'the last {window:,}'} tokens"
+        for label, window in windows.items()
+        if window is not None
+    ]
+    if not seen:
+        return ""
+    said = f"Kept attention sees, of {'; '.join(seen)}. Only what is recalled from beyond is recalled by the filters."
+    return page.paragraph(" ".join([said, *comparison.recall_within_window(found, found["labels"])]), "note")
+
+
+def _side(found, row):
+    """Where a row of recall is measured at a distance: on which side of the (largest) window of kept attention."""
+    window = _window(found)
+    if row["measurement"] != "recall" or row["x"] is None or window is None:
+        return ""
+    if row["x"] <= window:
+        return ", within the window"
+    nearer = [x for x in found["settings"]["recall"]["distances"] if x < row["x"]]
+    # Pairs are binned, from the distance before to this one.
+    partly = row["group"].startswith("pairs") and max(nearer, default=0) < window
+    return ", partly beyond the window" if partly else ", beyond the window"
+
+
+def _window(found):
+    windows = [comparison.attention_window(found, label) for label in found["labels"]]
+    return max((window for window in windows if window is not None), default=None)
 
 
 def curves(found: dict, group: str) -> Figure | None:
@@ -114,9 +148,15 @@ def curves(found: dict, group: str) -> Figure | None:
     contexts = {found["models"][label]["training_context"] for label in found["labels"]}
     if len(contexts) == 1 and None not in contexts and max(row["x"] for row in rows) >= max(contexts):
         axes.axvline(max(contexts), color="#888888", linewidth=0.8, linestyle="--", label="training context")
+    window = _window(found) if rows[0]["measurement"] == "recall" else None
+    if window is not None and window < math.inf:
+        axes.axvline(window, color="#888888", linewidth=0.8, linestyle="-.", label="window of kept attention")
     axes.set_ylabel({"share": "%", "nats": "nats per token"}.get(rows[0]["unit"], "perplexity"))
     axes.legend(fontsize=7)
-    table = [[f"{row['x']:g}", *(comparison.shown(row, label) for label in found["labels"])] for row in rows]
+    table = [
+        [f"{row['x']:g}{_side(found, row)}", *(comparison.shown(row, label) for label in found["labels"])]
+        for row in rows
+    ]
     return page.drawn(figure, group, f"{title}.", [axis, *found["labels"]], table)
 
 
@@ -222,7 +262,7 @@ def _all_figures(found, measurement):
     reference = found["details"][name].get(found["reference"], {})
     follows = {entry["name"]: Metric(**entry) for entry in reference.get("held_out", [])}
     for row in rows:
-        cells.append([row["metric"], *(comparison.shown(row, label) for label in found["labels"])])
+        cells.append([row["metric"] + _side(found, row), *(comparison.shown(row, label) for label in found["labels"])])
         if follows:
             own = follows.get(row["metric"])
             cells[-1].append("–" if own is None else metrics.show(metrics.estimate(own, found["seed"]), own.unit))

@@ -1,8 +1,10 @@
 """Speed, memory and state of generation: every model with every cache it can have, side by side in one run.
 
 A case reads prompts and generates greedily after them, with all models loaded. Each round goes through all contenders,
-every second round in reverse, so that a machine that slows down does so for all of them. Speeds are over all rounds
-together; other times are medians over rounds. Ratios and break-even lengths hold for one run and for the given shapes.
+every second round in reverse, so that a machine that slows down does so for all of them. Where there are several
+rounds, one more comes before them: it chooses the best cache of each model and is not in any other figure, so that what
+is compared was not chosen for being quick in the same rounds. Speeds are over all rounds together; other times are
+medians over rounds. Ratios and break-even lengths hold for one run and for the given shapes.
 """
 
 import platform
@@ -29,6 +31,7 @@ class Settings:
     """What is timed, how often and how long.
 
     contexts: lengths after which LEAST steps of one sequence are timed.
+    rounds: those that are compared; from 2 on, one more chooses each model's best cache.
     seconds: about so long for all timed steps of a row, and again for all its prompts.
     memory: GiB for which the largest batch is computed.
     """
@@ -40,6 +43,11 @@ class Settings:
     seconds: float = 10.0
     memory: float = 16.0
     seed: int = 0
+
+    @property
+    def turns(self) -> int:
+        """Rounds with the one that chooses."""
+        return self.rounds + (self.rounds > 1)
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -67,7 +75,7 @@ def run(
     for model in models:  # memory-mapped weights are read from the file when they are first used
         _touch(model.model)
     cases = [*settings.cases, *(Case(1, length, LEAST) for length in sorted(set(settings.contexts)))]
-    total = len(cases) * len(contenders) * settings.rounds
+    total = len(cases) * len(contenders) * settings.turns
     with tqdm(
         total=total, desc="speed", unit="turn", leave=False, dynamic_ncols=True, disable=None if progress else True
     ) as bar:
@@ -161,7 +169,7 @@ def verdicts(results: list[dict]) -> list[str]:
         own = [(result["model"], row) for name, result, row in _by_case(results, "rows") if name == case]
         own = [(model, row) for model, row in own if row["tokens_per_second"] is not None]
         if len(results) > 1:  # models are compared by their best caches; the caches of a single model with each other
-            own = [max((pair for pair in own if pair[0] == model), key=_speed) for model in dict(own)]
+            own = [(model, _best([row for other, row in own if other == model])) for model in dict(own)]
         found.append(_verdict(case, sorted(own, key=_speed, reverse=True), results[0]["model"]))
     return found
 
@@ -170,13 +178,14 @@ def break_even(results: list[dict]) -> dict:
     """For each student, the lengths from which its state is smaller and its step faster than the reference's.
 
     bytes: tokens from which the reference's dynamic cache is at least as large as the student's constant state.
+    bytes_16_bit: the same for that cache in 16 bits, where it was measured in float32.
     tokens: the shortest measured context at which, and at all longer ones, a step is faster, each model with its best
     cache. None where there is no such length among those measured.
     """
     reference, *others = results
     dynamic = [row for row in reference["rows"] + reference["contexts"] if row["cache"] == Dynamic.name]
     per_token = next((row["state_bytes"] // row["prompt"] for row in dynamic if row["state_bytes"] is not None), None)
-    own = _step_seconds(reference)
+    own, dtype = _step_seconds(reference), reference["machine"]["dtype"]
     found = {}
     for result in others:
         states = [row["state_bytes"] for row in result["rows"] + result["contexts"] if row["state_bytes"] is not None]
@@ -191,6 +200,8 @@ def break_even(results: list[dict]) -> dict:
             "state_bytes": state,
             "grows": bool(states) and not result["constant_state"],
             "bytes": None if state is None or per_token is None else -(-state // per_token),
+            "bytes_16_bit": None if None in (state, per_token) or dtype != "float32" else -(-2 * state // per_token),
+            "dtype": dtype,
             "tokens": tokens,
             "shortest": lengths[0] if lengths else None,
             "longest": lengths[-1] if lengths else None,
@@ -206,7 +217,8 @@ def break_even_lines(results: list[dict]) -> list[str]:
         if found["bytes"] is not None:
             said.append(
                 f"keeps {found['state_bytes']:,} bytes for a sequence of any length, no more than {reference}'s "
-                f"dynamic cache from {found['bytes']:,} tokens on"
+                f"dynamic cache in {found['dtype']} from {found['bytes']:,} tokens on"
+                + (f", in 16 bits from {found['bytes_16_bit']:,}" if found["bytes_16_bit"] is not None else "")
             )
         elif found["grows"]:
             said.append("keeps more with every token")
@@ -274,7 +286,7 @@ def _touch(model):
 
 def _turns(contenders, case, ids, settings, bar):
     """The measurements of each contender, one a round; none of a contender that ran out of memory."""
-    found, done, rounds = [[] for _ in contenders], 0, settings.rounds
+    found, done, rounds = [[] for _ in contenders], 0, settings.turns
     while done < rounds:
         order = range(len(contenders))
         for index in order if done % 2 == 0 else reversed(order):
@@ -282,7 +294,7 @@ def _turns(contenders, case, ids, settings, bar):
             bar.set_postfix_str(f"{case}, {model.label}, {kind.name}")
             if len(found[index]) == done:
                 try:
-                    found[index].append(_turn(kind, model.model, case, ids, settings.seconds / settings.rounds))
+                    found[index].append(_turn(kind, model.model, case, ids, settings.seconds / settings.turns))
                 except torch.OutOfMemoryError:
                     found[index].clear()
                     torch.cuda.empty_cache()
@@ -291,7 +303,7 @@ def _turns(contenders, case, ids, settings, bar):
         if done == 1:  # fewer rounds where prompts take long
             slowest = max((turns[0]["first"] for turns in found if turns), default=settings.seconds)
             rounds = max(1, min(rounds, int(settings.seconds / slowest)))
-            bar.total -= (settings.rounds - rounds) * len(contenders)
+            bar.total -= (settings.turns - rounds) * len(contenders)
             bar.refresh()
     return found
 
@@ -326,6 +338,8 @@ ROW = (  # the measured values of a row, None where not measured
     "next_token_seconds",  # median over all timed steps
     "next_token_seconds_95",  # their 95th percentile
     "step_seconds",  # mean over steps, except the one after the prompt
+    "choice_seconds",  # of the generation in the round that chooses the best cache
+    "choice_step_seconds",  # of a step in that round
     "generation_seconds",  # of each round
     "tokens_per_second",  # new tokens of all sequences, over all rounds
     "tokens_per_second_low",
@@ -341,7 +355,8 @@ ROW = (  # the measured values of a row, None where not measured
 
 
 def _row(case, kind, turns, settings):
-    """A row from the measurements of all rounds."""
+    """A row from the measurements of all rounds; the first of several only chooses."""
+    first, turns = turns[:1], turns[1:] or turns
     row = {"case": str(case), "batch": case.batch, "prompt": case.prompt, "new": case.new, "cache": kind.name}
     row |= {"rounds": len(turns), "timed": min((len(turn["steps"]) for turn in turns), default=0)} | dict.fromkeys(ROW)
     if not turns:
@@ -360,6 +375,8 @@ def _row(case, kind, turns, settings):
         "next_token_seconds": statistics.median(steps),
         "next_token_seconds_95": float(np.quantile(steps, 0.95)),
         "step_seconds": statistics.median(_after_first(turn, case) for turn in turns),
+        "choice_seconds": first[0]["generation"],
+        "choice_step_seconds": _after_first(first[0], case),
         "generation_seconds": seconds,
         "tokens_per_second": len(seconds) * case.batch * case.new / sum(seconds),
         "tokens_per_second_low": min(rates),
@@ -388,19 +405,34 @@ def _compare(reference, rows):
     speeds = {row["cache"]: row["tokens_per_second"] for row in reference if row["tokens_per_second"] is not None}
     for row in rows:
         if row["tokens_per_second"] is not None and speeds:
-            row["to_best"] = row["tokens_per_second"] / max(speeds.values())
+            row["to_best"] = row["tokens_per_second"] / _best(reference)["tokens_per_second"]
             if Dynamic.name in speeds:
                 row["to_dynamic"] = row["tokens_per_second"] / speeds[Dynamic.name]
 
 
 def _metrics(case, rows):
     """New tokens a second of a model's best cache; the items are rounds."""
-    best = max((row for row in rows if row["rounds"]), key=lambda row: row["tokens_per_second"], default=None)
+    best = _best(rows)
     if best is None:
         return []
     seconds = best["generation_seconds"]
     tokens = [float(case.batch * case.new)] * len(seconds)
     return [Metric(f"new tokens/s at {case}", tokens, seconds, "rate", "higher", headline=True)]
+
+
+def quickest_step(rows: list[dict]) -> dict | None:
+    """The row of the cache with the quickest step in the round that chooses; None where nothing was measured."""
+    measured = [row for row in rows if row["step_seconds"] is not None]
+    return min(measured, key=lambda row: row.get("choice_step_seconds") or row["step_seconds"], default=None)
+
+
+def _best(rows):
+    """The row of the cache that was the quickest in the round that chooses; None where nothing was measured.
+
+    In results of an earlier version no round chooses: there it is the quickest of all rounds.
+    """
+    measured = [row for row in rows if row["tokens_per_second"] is not None]
+    return min(measured, key=lambda row: row.get("choice_seconds") or 1 / row["tokens_per_second"], default=None)
 
 
 def _by_case(results, key):
@@ -458,11 +490,9 @@ def _joined(words):
 
 def _step_seconds(result):
     """Seconds of a step with the best cache, by context length."""
-    found = {}
-    for row in result["contexts"]:
-        if row["step_seconds"] is not None:
-            found[row["prompt"]] = min(row["step_seconds"], found.get(row["prompt"], float("inf")))
-    return found
+    lengths = dict.fromkeys(row["prompt"] for row in result["contexts"])
+    best = [quickest_step([row for row in result["contexts"] if row["prompt"] == length]) for length in lengths]
+    return {row["prompt"]: row["step_seconds"] for row in best if row is not None}
 
 
 def _shown(value, form, scale=1):

@@ -132,7 +132,7 @@ def _fit_deepspeed(recipe, accelerator):
     # DeepSpeed requires the micro-batch size in advance, and uses it for a consistency check only.
     config["train_micro_batch_size_per_gpu"] = 1
     if accelerator.mixed_precision == "bf16":
-        # Its own half precision would cast all parameters, filters included; the other launches use autocast.
+        # Its own half precision would cast all parameters, those of filters included; the other launches use autocast.
         config["bf16"] = {"enabled": False}
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
@@ -143,5 +143,5 @@ def _fit_fsdp(accelerator):
         raise RecipeError(
             "launch: found FSDP of version 1; expected fsdp_version: 2, as in accelerate_configs/fsdp.yaml"
         )
-    # Its own half precision would cast filters too; the other launches use autocast.
+    # Its own half precision would cast the filters' parameters too; the other launches use autocast.
     accelerator.state.fsdp_plugin.mixed_precision_policy = None

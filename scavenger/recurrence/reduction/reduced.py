@@ -30,7 +30,7 @@ class ReducedFilter:
     real_states: int  # a complex mode counts two, a real one counts one
     relative_error: float  # l2 error of the taps over the horizon, relative to all taps
     floor: float  # proven lower bound on relative_error for as many real states
-    gain_error: float  # max over frequency of |E(e^{iω})| in units of the taps; the target is zero past the horizon
+    gain_error: float  # max of |E(e^{iω})| on a grid of 4 points per tap, in the taps' units; target 0 past the horizon
     gain_floor: float  # proven lower bound on gain_error for as many real states, if stable
     tail: float  # l2 norm of the recurrence from the horizon to infinity, relative to the taps
     hankel_values: NDArray  # leading singular values of the zero-padded Hankel matrix, largest first

@@ -93,10 +93,10 @@ def tails(taps: Tensor, poles: Tensor, amplitudes: Tensor) -> Tensor:
 
 
 def gain_errors(taps: Tensor, poles: Tensor, amplitudes: Tensor) -> Tensor:
-    """max over ω of |E(e^{iω})|, with the target zero past the horizon and the recurrence infinite, (filter,).
+    """max on a grid of |E(e^{iω})|, with the target zero past the horizon and the recurrence infinite, (filter,).
 
-    Evaluated on a grid of four points per tap, on a finer grid around the largest value, and at the angles of the
-    poles, where slow modes peak.
+    A lower estimate of the worst case over all ω: evaluated on a grid of four points per tap, on a finer grid around
+    the largest value, and at the angles of the poles, where slow modes peak.
     """
     g, size = taps[:, 1:], 4 * taps.shape[1]
     grid = -2 * torch.pi / size * torch.arange(size // 2 + 1, device=taps.device, dtype=taps.dtype)
