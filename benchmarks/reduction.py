@@ -6,8 +6,9 @@
 The filters are implicit ones as they are initialised, spread over the decays of layers of 512, in float64. Errors are
 geometric means over them: l2 relative to the taps; its ratio to the floor, which no recurrence of as many real states
 goes below; the gain error, the largest on a grid of four frequencies per tap, over its own floor. The tail is the
-largest l2 norm past the horizon, relative to the taps. Below stands the time for `--many` filters to `--tolerance`. Gradient modal interpolation is
-published with 30,000 steps; it is run on `--gradient-filters` filters for `--steps`. The last line is JSON.
+largest l2 norm past the horizon, relative to the taps. Below stands the time for `--many` filters to `--tolerance`.
+Gradient modal interpolation is published with 30,000 steps; it is run on `--gradient-filters` filters for `--steps`.
+The last line is JSON.
 """
 
 import argparse

@@ -115,13 +115,13 @@ def opened(recipe, accelerator):
 
     with checkpoint.open_run(recipe, accelerator) as folder:
         with accelerator.main_process_first():
-            tokenizer = teacher.tokenizer(recipe, folder)
             if accelerator.is_main_process:
-                if recipe.teacher.train is None and not checkpoint.complete(folder / "data"):
-                    teacher.load(recipe.teacher, folder)  # whole and finite, or nothing is tokenised
                 checkpoint.require_same_inputs(
                     folder, {"teacher": teacher.identities(recipe.teacher), "data": data.identities(recipe.data)}
                 )
+            tokenizer = teacher.tokenizer(recipe, folder)
+            if accelerator.is_main_process and recipe.teacher.train is None and not (folder / "data").is_dir():
+                teacher.load(recipe.teacher, folder)  # whole and finite, or nothing is tokenised
             data.run(recipe, folder, tokenizer)
         run = Run(recipe, folder, accelerator, tokenizer)
         names = {"wandb": {"name": folder.name, "dir": str(folder)}}
@@ -184,12 +184,12 @@ def recur(arguments) -> int:
         default="validation",
         help="the documents that a run on this text holds out, by file names or a hash; or all (validation)",
     )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with the tokenizer: read it first"
+    )
     args = parser.parse_args(arguments)
-    given = {
-        key: value
-        for key, value in vars(args).items()
-        if key not in ("folder", "to", "text", "split") and value is not None
-    }
+    names = ("tolerance", "state_bytes", "method", "max_state_size", "horizon")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = Recurrence.from_command_line(**given)
     if args.text is not None and not args.text.exists():
         raise RecipeError(f"--text: {args.text} is not there; expected a file or folder of text")
@@ -204,7 +204,7 @@ def recur(arguments) -> int:
     to = args.to or folder.with_name(folder.name + "-recurrent")
     patience = InitProcessGroupKwargs(timeout=processes.PATIENCE)  # the others wait while the first one measures
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
-    recurrence.of_folder(args.folder, settings, to, args.text, args.split, accelerator)
+    recurrence.of_folder(args.folder, settings, to, args.text, args.split, accelerator, args.trust_remote_code)
     return 0
 
 

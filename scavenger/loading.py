@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from scavenger.recipe import RecipeError
@@ -19,6 +20,7 @@ from scavenger.recipe import RecipeError
 
 # Weights that some checkpoints hold but no model of today uses: the causal mask and rotary tables of earlier versions.
 OBSOLETE = re.compile(r"\.(attention\.(bias|masked_bias)|(self_attn|attention)\.rotary_emb\.\w+)$")
+OWN_CODE = "has code of its own; expected trust_remote_code, once you have read that code"
 LINE = "The quick brown fox jumps over 13 lazy dogs; then it rests."
 LFS = b"version https://git-lfs.github.com/spec/"  # a file of Git LFS begins so until it is downloaded
 LFS_BYTES = 1024  # at most, by the specification
@@ -68,7 +70,13 @@ def tokenizer(
     """
     with _one_line(where):
         require_files(where)
-        found = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+        try:
+            found = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+        except Exception as error:
+            own = "AutoTokenizer" in (get_tokenizer_config(where, **options).get("auto_map") or ())
+            if own and not trust_remote_code:
+                raise RecipeError(f"the tokenizer {OWN_CODE}") from error
+            raise
         ids = found(LINE, add_special_tokens=False)["input_ids"]
         read = found.decode(ids)
         if _letters(read) != _letters(LINE):
@@ -143,8 +151,8 @@ def _one_line(where):
     except Exception as error:
         told = str(error).strip() or type(error).__name__
         if "trust_remote_code" in told:
-            reason, expected = "it has code of its own", "trust_remote_code, once you have read that code"
-        elif isinstance(error, ImportError) or "sentencepiece" in told or "tiktoken" in told:
+            raise RecipeError(f"{where}: {OWN_CODE}") from error
+        if isinstance(error, ImportError) or "sentencepiece" in told or "tiktoken" in told:
             reason, expected = " ".join(told.split())[:300], "that package to be installed"
         else:
             reason = told.splitlines()[0]

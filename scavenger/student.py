@@ -117,9 +117,9 @@ def load(folder: Path) -> HyenaNeoXForCausalLM:
     return loading.model(HyenaNeoXForCausalLM, folder, dtype=torch.float32, use_safetensors=True).eval()
 
 
-def load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, rows: int, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a student's folder, for so many embedding rows; RecipeError for one that is of no use."""
-    return loading.tokenizer(folder, rows)
+    return loading.tokenizer(folder, rows, trust_remote_code)
 
 
 def generation(teacher: GenerationConfig) -> GenerationConfig:

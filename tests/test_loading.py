@@ -210,6 +210,63 @@ def test_nothing_asks_on_the_terminal(teacher, monkeypatch):
     assert "ran" in str(command(*words, "--trust-remote-code").returncode)
 
 
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizer
+
+
+class OwnTokenizer(PreTrainedTokenizer):
+    vocab_files_names = {}
+
+    def __init__(self, **options):
+        super().__init__(**{"eos_token": "<|endoftext|>"} | options)
+
+    vocab_size = 128
+
+    def get_vocab(self):
+        return {chr(number): number for number in range(128)} | self.added_tokens_encoder
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return min(ord(token), 127)
+
+    def _convert_id_to_token(self, number):
+        return chr(number)
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+    def save_vocabulary(self, folder, filename_prefix=None):
+        return ()
+"""
+
+
+def test_a_tokenizer_with_code_of_its_own(workshop, teacher):
+    """One setting of the recipe serves the whole run, report included; every other command has a flag."""
+    no_tokenizer(teacher)
+    (teacher / "own_tokenizer.py").write_text(OWN_TOKENIZER)
+    auto = {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]}
+    facts = {"tokenizer_class": "OwnTokenizer", "auto_map": auto, "eos_token": "<|endoftext|>"}
+    (teacher / "tokenizer_config.json").write_text(json.dumps(facts))
+    whole = ["recurrence={tolerance: 0.1}"]
+    whole += ["report={context_lengths: [20], sample_tokens: 5, prompts: 2, examples: 3, rounds: 1}"]
+    refused = ["has code of its own; expected trust_remote_code"]
+    is_one_line(run(workshop, teacher, *whole)[0], str(teacher), *refused)
+    done, folder = run(workshop, teacher, *whole, "teacher.trust_remote_code=true")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "report/index.html").is_file() and (folder / "transfer/own_tokenizer.py").is_file()
+    words = ["recur", folder / "transfer", "--to", folder / "again", "--tolerance", "0.1", "--max-state-size", "2"]
+    is_one_line(command_line(*words), *refused)
+    assert not (folder / "again").exists()
+    assert command_line(*words, "--trust-remote-code").returncode == 0
+    text = teacher.parent / "text.txt"
+    text.write_text("Ordinary text of several lines.\n" * 40)
+    words = ["eval/perplexity.py", folder / "again", "--text", text, "--split", "all", "--longest", 32]
+    is_one_line(command(*words), *refused)
+    assert command(*words, "--trust-remote-code").returncode == 0
+
+
 @pytest.mark.parametrize("change", ["teacher", "tokenizer", "text"])
 def test_other_files_under_the_same_names_end_a_resumed_run(workshop, teacher, change):
     text = teacher.parent / "text.jsonl"
@@ -232,6 +289,27 @@ def test_other_files_under_the_same_names_end_a_resumed_run(workshop, teacher, c
     name = {"teacher": "model.safetensors", "tokenizer": "tokenizer.json", "text": "text.jsonl"}[change]
     is_one_line(done, f"{name} has changed since {folder} was begun")
     assert not (folder / "transfer").exists()
+
+
+def test_what_is_put_right_is_not_held_against_the_run(workshop, teacher):
+    """Before anything is made, recipe, teacher and text may still change; then the run goes through."""
+    good, text = (teacher / "config.json").read_text(), teacher.parent / "text.jsonl"
+    lines = (workshop / "text.jsonl").read_text().splitlines()
+    text.write_text("\n".join([*lines[:40], "not a row", *lines[40:]]))
+    change_json(teacher / "config.json", num_hidden_layers=2)
+    is_one_line(
+        run(workshop, teacher, f"data.path={text}", "data.evaluation_tokens=64")[0], "unknown to its config.json"
+    )
+    (teacher / "config.json").write_text(good)
+    is_one_line(run(workshop, teacher, f"data.path={text}")[0], "text.jsonl", "41")
+    text.write_text("\n".join(lines))
+    done, folder = run(workshop, teacher, f"data.path={text}")
+    assert done.returncode == 0, done.stderr
+    assert "another recipe" in run(workshop, teacher, f"data.path={text}", "seed=5")[0].stderr
+    whole, _ = run(workshop, teacher, f"data.path={text}", f"run_dir={folder}-2")
+    for split in data.SPLITS:
+        own, other = (np.load(f / f"data/{split}.npy") for f in (folder, Path(f"{folder}-2")))
+        assert np.array_equal(own, other)
 
 
 def test_a_document_begins_as_the_model_was_trained(teacher):

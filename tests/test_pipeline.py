@@ -1,5 +1,6 @@
 """The whole way, on a small teacher and real text: every folder, every launch."""
 
+import errno
 import fcntl
 import json
 import re
@@ -19,6 +20,7 @@ from scavenger import data, measure, teacher, training
 from scavenger.__main__ import main
 from scavenger.recipe import RecipeError, load_recipe
 from scavenger.report import drawing, report
+from scavenger.run import checkpoint
 from scavenger.run import launch as hook
 from scavenger.run.checkpoint import read_json
 
@@ -178,6 +180,37 @@ def test_a_run_in_use_is_refused(own_run, workshop):
         with pytest.raises(RecipeError, match="in use by another process"):
             scavenger(workshop / "recipe.yaml", f"run_dir={own_run}")
     scavenger(workshop / "recipe.yaml", f"run_dir={own_run}")
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(own_run, workshop, monkeypatch, capsys):
+    """As on some network file systems."""
+
+    def refused(*words):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refused)
+    scavenger(workshop / "recipe.yaml", f"run_dir={own_run}")
+    assert "cannot be locked (No locks available); make sure that only one run uses it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("theirs", [None, "another"])
+def test_machines_with_folders_of_their_own_are_refused(workshop, tmp_path, monkeypatch, theirs):
+    """Rank 1 sees no folder, or its own of the same name, and not what the main process has written."""
+    recipe = load_recipe(str(workshop / "recipe.yaml"), [f"run_dir={tmp_path}/run"])
+    if theirs is not None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/lock").write_text(theirs)
+    monkeypatch.setattr(checkpoint, "SHARED_SECONDS", 0.2)
+    monkeypatch.setattr(checkpoint, "broadcast_object_list", lambda sent: ["written by the main process"])
+    monkeypatch.setattr(checkpoint, "gather_object", lambda own: [True, *own])
+    second = SimpleNamespace(is_main_process=False)
+    with pytest.raises(RecipeError, match="processes 1 do not see what the main process writes to .*run; expected a"):
+        with checkpoint.open_run(recipe, second):
+            pytest.fail("it went on")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run/lock").write_text("written by the main process")
+    with checkpoint.open_run(recipe, second) as found:
+        assert found == tmp_path / "run"
 
 
 def test_progressive_schedule(workshop, tmp_path):

@@ -43,13 +43,21 @@ def run(run: Run) -> Path:
     return distil(student, run.recipe.recurrence, folder, run.accelerator, run.tokenizer, run.blocks("validation"))
 
 
-def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, split: str, accelerator) -> Path:
+def of_folder(
+    source: Path,
+    settings: Recurrence,
+    to: Path,
+    text: Path | None,
+    split: str,
+    accelerator,
+    trust_remote_code: bool = False,  # of the tokenizer
+) -> Path:
     """Make `to`, the recurrent student of any folder with long filters, and its certificate; prints what was found.
 
     A folder that is there already is only accepted as this very result.
     """
     logging.disable_progress_bar()  # one bar is ours
-    student, tokenizer = opened(source)
+    student, tokenizer = opened(source, trust_remote_code)
     horizon = settings.horizon or student.config.context_length
     blocks = None if tokenizer is None else held_out_text(text, split, tokenizer, student.config.context_length)
     asked = {
@@ -78,7 +86,7 @@ def of_folder(source: Path, settings: Recurrence, to: Path, text: Path | None, s
     return to
 
 
-def opened(source: Path):
+def opened(source: Path, trust_remote_code: bool = False):
     """The student of a folder and its tokenizer, None where there is none."""
     if not source.is_dir():
         raise RecipeError(f"{source}: no such folder; expected a student, as runs/quickstart/transfer")
@@ -94,7 +102,7 @@ def opened(source: Path):
         raise RecipeError(f"{source}: is a {kind}; expected a student of ours ({HyenaNeoXConfig.model_type})")
     student, tokenizer = students.load(source), None
     if (source / "tokenizer_config.json").is_file() or (source / "tokenizer.json").is_file():
-        tokenizer = students.load_tokenizer(source, student.config.vocab_size)
+        tokenizer = students.load_tokenizer(source, student.config.vocab_size, trust_remote_code)
     if all(not hasattr(layer.mixer, "filter") for layer in student.gpt_neox.layers):
         raise RecipeError(f"{source}: keeps attention in every layer; expected a student with long filters")
     return student, tokenizer

@@ -130,18 +130,21 @@ def measure_run(run: Run, results: Results) -> dict:
 
 def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
     """The models of the run, its teacher first."""
+    trusted = recipe.teacher.trust_remote_code  # the students have the teacher's tokenizer
     models = [
         Evaluated(
             "teacher",
             str(recipe.teacher.folder or (run_dir / "teacher" if recipe.teacher.train else recipe.teacher.name)),
             revision=recipe.teacher.revision,
             loader=lambda: teacher.load(recipe.teacher, run_dir).float(),  # the students' dtype, for comparable speeds
-            trust_remote_code=recipe.teacher.trust_remote_code,
+            trust_remote_code=trusted,
         )
     ]
     folders = {"pre-trained": "baseline", "distilled": "transfer", "recurrent": "recurrence"}
     return models + [
-        Evaluated(name, str(run_dir / folder)) for name, folder in folders.items() if (run_dir / folder).is_dir()
+        Evaluated(name, str(run_dir / folder), trust_remote_code=trusted)
+        for name, folder in folders.items()
+        if (run_dir / folder).is_dir()
     ]
 
 

@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,13 +28,15 @@ from scavenger.run.run import Run
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scipy", "safetensors")
 KEPT = 2  # step checkpoints: the newest, and the one before it in case the newest is damaged
 MANIFEST = "manifest.json"
+BESIDE_RECIPE = ("environment.json", "inputs.json", "lock")  # written before anything is made
+SHARED_SECONDS = 60.0  # a network file system shows a new file to other machines within this time
 
 
 def start_run(recipe: Recipe) -> Path:
-    """Make the run's folder with its resolved recipe; refuses a folder that was made by another recipe."""
+    """Make the run's folder with its resolved recipe; refuses a folder in which another recipe has made something."""
     run_dir = Path(recipe.run_dir)
     saved = run_dir / "recipe.yaml"
-    if saved.is_file():
+    if saved.is_file() and not {path.name for path in run_dir.iterdir()} <= {saved.name, *BESIDE_RECIPE}:
         differing = differences(saved.read_text(encoding="utf-8"), recipe)
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -58,41 +62,70 @@ def start_run(recipe: Recipe) -> Path:
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe, accelerator):
-    """The run's folder, locked until the context or the process ends; refuses a folder that another process uses."""
-    with accelerator.main_process_first():
-        run_dir = start_run(recipe)
+    """The run's folder, locked until the context or the process ends.
+
+    Raises RecipeError for a folder that another process uses, or that not all processes of the launch share.
+    """
+    run_dir = Path(recipe.run_dir)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            file = stack.enter_context(open(run_dir / "lock", "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RecipeError(
-                    f"run_dir: {run_dir} is in use by another process; expected one run at a time in a folder"
-                ) from None
+            file = stack.enter_context(open(start_run(recipe) / "lock", "a"))
+            _lock(file, run_dir)
+            file.truncate(0)
+            file.write(secrets.token_hex(8))
+            file.flush()
+        _require_shared(run_dir, accelerator)
         yield run_dir
+
+
+def _lock(file, run_dir):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecipeError(
+            f"run_dir: {run_dir} is in use by another process; expected one run at a time in a folder"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"run_dir: {run_dir} cannot be locked ({error.strerror}); make sure that only one run uses it")
+
+
+def _require_shared(run_dir, accelerator):
+    """RecipeError where a process does not find what the main one has written: machines with folders of their own."""
+    lock = run_dir / "lock"
+    (written,) = broadcast_object_list([lock.read_text() if accelerator.is_main_process else None])
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (found := lock.is_file() and lock.read_text() == written) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    lacking = [rank for rank, each in enumerate(gather_object([found])) if not each]
+    if lacking:
+        raise RecipeError(
+            f"run_dir: processes {', '.join(map(str, lacking))} do not see what the main process writes to {run_dir}; "
+            "expected a folder that all machines of the launch share, such as one on a network file system"
+        )
 
 
 def require_same_inputs(run_dir: Path, found: dict[str, dict[str, dict]]):
     """Compare the files that a run reads, {section: {file: identity}}, with those it began with, in `inputs.json`.
 
-    Raises RecipeError for a file that has changed since, is gone or is new.
+    Once the text is tokenised, a file that has changed, is gone or is new raises RecipeError. Before, tokenising begins
+    anew with the files as they are.
     """
     path = run_dir / "inputs.json"
-    if not path.is_file():  # the run begins, or an earlier version began it
-        write_json(path, found)
-        return
-    before = read_json(path)
+    before = read_json(path) if path.is_file() else found  # an earlier version began the run
     for section, files in found.items():
         then = before.get(section, {})
         for name in sorted(files.keys() | then.keys()):
             if files.get(name) == then.get(name):
                 continue
             how = "is gone" if name not in files else "is new" if name not in then else "has changed"
-            raise RecipeError(
-                f"{section}: {name} {how} since {run_dir} was begun; expected the same files: put them back as they "
-                "were, or choose another run_dir"
-            )
+            if (run_dir / "data").is_dir():
+                raise RecipeError(
+                    f"{section}: {name} {how} since {run_dir} was begun; expected the same files: put them back as "
+                    "they were, or choose another run_dir"
+                )
+            for made in ("data.partial", "tokenizer", "tokenizer.partial"):
+                shutil.rmtree(run_dir / made, ignore_errors=True)
+    write_json(path, found)
 
 
 def complete(folder: Path) -> bool:
