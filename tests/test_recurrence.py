@@ -177,6 +177,31 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize(("count", "read", "measured"), [(7, [0, 1, 2, 3], [4, 5, 6]), (2, [0], [1]), (1, [0], [0])])
+def test_a_budget_is_measured_on_other_text(student, blocks, tmp_path, monkeypatch, count, read, measured):
+    """Of what is held out, the sizes are chosen on one half, and the certificate measures on the other."""
+    seen = {}
+    spread, measure_all = allocation.spread, certificate.measure_all
+
+    def spreading(student, found, budget, text):
+        seen["read"] = text
+        return spread(student, found, budget, text)
+
+    def measuring(*words):
+        seen["measured"] = words[4]
+        return measure_all(*words)
+
+    monkeypatch.setattr(allocation, "spread", spreading)
+    monkeypatch.setattr(certificate, "measure_all", measuring)
+    least = allocation.state_bytes(student.config)
+    settings = Recurrence(state_bytes=least + 4000, max_state_size=4)
+    recurrence.distil(student, settings, tmp_path / "out", ALONE, None, blocks[:count])
+    assert np.array_equal(seen["read"], blocks[read]) and np.array_equal(seen["measured"], blocks[measured])
+    settings = Recurrence(tolerance=0.1, max_state_size=4)
+    recurrence.distil(student, settings, tmp_path / "all", ALONE, None, blocks[:count])
+    assert np.array_equal(seen["measured"], blocks[:count])
+
+
 def test_killed_and_resumed_is_uninterrupted(student, blocks, tmp_path, monkeypatch):
     """Killed in the second layer, then with a file gone and one of other settings: what is whole is not made again."""
     settings = Recurrence(method="balanced", state_bytes=9000, max_state_size=6)

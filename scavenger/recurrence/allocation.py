@@ -55,7 +55,8 @@ def spread(
 ) -> tuple[list[list[int]], dict]:
     """The size of each filter, by layer, and the predicted divergence, in total and by layer.
 
-    The sizes are chosen on the same draws, so the prediction is biased low; the certificate measures the divergence.
+    The sizes are chosen on the same draws, so the prediction is biased low; the certificate measures the divergence,
+    on other text.
     """
     changes, tokens = responses(student, found, blocks), blocks.shape[1] - 1
     for_modes = budget - state_bytes(student.config)

@@ -147,12 +147,15 @@ def distil(
     student.to(accelerator.device)
     horizon = settings.horizon or student.config.context_length
     beside = checkpoint.partial(folder)
-    made, predicted = reduced(student, settings, horizon, blocks, beside / "layers", accelerator)
+    read, measured = blocks, blocks
+    if settings.state_bytes is not None and len(blocks) > 1:  # a budget is not measured on the text it was spent on
+        read, measured = np.array_split(blocks, 2)
+    made, predicted = reduced(student, settings, horizon, read, beside / "layers", accelerator)
     recurrent = recurrent_student(student, made)
     there = list(beside.iterdir())
     with checkpoint.written(beside, beside / "steps", accelerator, keep=there):
         if accelerator.is_main_process:
-            facts = certificate.measure_all(student, recurrent, made, settings, blocks, predicted)
+            facts = certificate.measure_all(student, recurrent, made, settings, measured, predicted)
             recurrent.save_pretrained(beside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
