@@ -8,6 +8,7 @@ runs only where the caller trusts it.
 import contextlib
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,10 +55,10 @@ def model(kind, where: str | Path, **options) -> PreTrainedModel:
     return found
 
 
-def require_consistent(where: str | Path, kind, config: PreTrainedConfig):
-    """Raise RecipeError if `kind(config)` fails, as for sizes that do not fit each other; allocates no weights."""
+def skeleton(where: str | Path, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """`make()` without weights, on the meta device; RecipeError if it fails, as for sizes that do not fit."""
     with _one_line(where), torch.device("meta"):
-        kind(config)
+        return make()
 
 
 def tokenizer(

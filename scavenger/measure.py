@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 BATCH_TOKENS = 8192  # tokens per evaluation batch, fewer where the vocabulary is large
 LOGITS_BYTES = 2**29  # of a batch's logits in float32, unless a single sequence has more
+STATES = ("keys", "values", "conv_states", "recurrent_states")  # of a layer of transformers' caches
 CHUNK_BYTES = 2**26  # of log-probabilities in float32: several such tensors are held at once
 
 
@@ -106,7 +107,13 @@ def filter_taps(filter: nn.Module, length: int) -> Tensor:
 
 
 def state_bytes(cache) -> int:
-    """Bytes of a cache between tokens: a HyenaCache, or the keys and values of a transformers cache."""
+    """Bytes of a cache between tokens: a HyenaCache, transformers' caches of any layers, or tensors in lists."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
-    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
+    if hasattr(cache, "layers"):
+        return state_bytes(cache.layers)
+    if isinstance(cache, dict):
+        return state_bytes(list(cache.values()))
+    if isinstance(cache, list | tuple):
+        return sum(map(state_bytes, cache))
+    return state_bytes([getattr(cache, name) for name in STATES if getattr(cache, name, None) is not None])

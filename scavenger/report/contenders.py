@@ -6,6 +6,7 @@ found = generated(contender, ids, seconds=10.0)
 
 import ctypes
 import gc
+import inspect
 import re
 import statistics
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from scavenger.measure import state_bytes
 from scavenger.model.attention import AttentionCacheLayer
@@ -106,6 +107,19 @@ class Dynamic(Contender):
     def skip(self, count):
         for layer in self.cache.layers:
             layer.update(_repeated(layer.keys, 2, count), _repeated(layer.values, 2, count))
+
+
+class OwnState(Contender):
+    """A model with states of its own kind, as state-space models and their mixtures with attention."""
+
+    name = "its own state"
+    uneven = True  # how to fill an unknown state is not known
+
+    def _next(self, model, ids):
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "state"
+        out = model(input_ids=ids, use_cache=True, **{name: self.cache})
+        self.cache = getattr(out, name)
+        return out.logits[:, -1]
 
 
 class PackedDynamic(Dynamic):
@@ -226,12 +240,21 @@ class CompiledDecoded(Decoded):
 
 def kinds(model: Evaluated) -> list[type[Contender]]:
     """The contenders that a report times for a model."""
+    if not model.is_student and not _attends(model):
+        return [OwnState]
     if not model.is_student:
         packs = model.device.type == "cpu" and model.dtype == "float32" and torch.backends.mkldnn.is_available()
         return [Dynamic, Static, *([PackedStatic] if packs else [])]
     if not model.is_recurrent:
         return [Exact]
     return [ModelCalls] if model.config.state_bytes is None else [ModelCalls, Decoded]
+
+
+def _attends(model):
+    """Whether all that a model keeps is keys and values."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    own = any(hasattr(layer, "recurrent_states") for layer in layers)
+    return not own and "cache" in inspect.signature(model.skeleton.forward).parameters
 
 
 def generated(contender: Contender, ids: Tensor, seconds: float) -> dict:

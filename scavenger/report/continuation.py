@@ -102,13 +102,20 @@ def comparable(model: Evaluated, reference: Evaluated):
 def run(
     model: Evaluated, reference: Evaluated, stream: np.ndarray, settings: Settings, prepared: Prepared | None = None
 ) -> dict:
-    """Compare a model's generated text with a reference's; ValueError if their tokens differ.
+    """Compare a model's generated text with a reference's; ValueError if their tokens differ or one reads too few.
 
     KL and top-1 agreement are measured along the reference's greedy text, which both models read. `held_out` has the
     metrics of sampled text, under the same names, for the text that really follows; `samples` has the first prompts
     and their continuations. Pass the result of `prepare` to reuse it for several models.
     """
     comparable(model, reference)
+    length = settings.prompt_tokens + settings.new_tokens
+    for each in (reference, model):
+        if each.longest is not None and each.longest < length:
+            raise ValueError(
+                f"{each.label} has positions for {each.longest:,} tokens; expected {length:,} or more for a prompt and "
+                "its continuation, or shorter ones"
+            )
     prepared = prepared or prepare(reference, stream, settings)
     prompts = prepared.prompts
     greedy = continuations(model.model, prompts, settings, f"{model.label}, greedy")

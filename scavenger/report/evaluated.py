@@ -4,6 +4,8 @@ import functools
 import gc
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import scavenger.model  # registers the student with AutoModel
 from scavenger import loading
+
+
+POSITIONS = re.compile(r"(^|\.|_)(wpe|position\w*)(\.weight)?$")  # names of tables with a row for each position
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,22 @@ class Evaluated:
             )
         return model.eval().requires_grad_(False).to(self.device)
 
+    @functools.cached_property
+    def skeleton(self) -> nn.Module:
+        """The model without weights, on the meta device."""
+        trust = {"trust_remote_code": self.trust_remote_code}
+        return loading.skeleton(self.path, lambda: AutoModelForCausalLM.from_config(self.config, **trust))
+
+    @property
+    def longest(self) -> int | None:
+        """The tokens that the model can read at most: those of its table of positions; None where it has no table."""
+        model, stated = self.skeleton, self.stated_context
+        tables = [
+            table for name, table in [*model.named_parameters(), *model.named_buffers()] if POSITIONS.search(name)
+        ]
+        # OPT and its kin have two rows more, for padding.
+        return stated if any(t.dim() == 2 and len(t) in (stated, (stated or 0) + 2) for t in tables) else None
+
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,6 +136,14 @@ class Evaluated:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def readable(models: list[Evaluated], tokens: int, what: str) -> int:
+    """`tokens`, or what the models can read at most if that is less; a line on stderr says so."""
+    limit, label = min(((model.longest, model.label) for model in models if model.longest), default=(tokens, ""))
+    if limit < tokens:
+        print(f"{what}: {label} has positions for {limit:,} tokens, all models read no more", file=sys.stderr)
+    return min(limit, tokens)
 
 
 def numbers(logits: torch.Tensor) -> torch.Tensor:

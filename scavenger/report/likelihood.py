@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from scavenger import data, measure
 from scavenger.report import metrics
-from scavenger.report.evaluated import Evaluated, numbers
+from scavenger.report.evaluated import Evaluated, numbers, readable
 from scavenger.report.metrics import Metric
 from scavenger.report.text import Blocks, Text
 
@@ -45,7 +45,9 @@ class Settings:
 def settings_for(models: list[Evaluated], context_length=None, stride=None, longest=None) -> Settings:
     """Defaults: the shortest training context, half of it as stride, and four times it for positions."""
     length = context_length or min(model.training_context for model in models)
-    return Settings(length, stride or max(1, length // 2), longest or BEYOND * length)
+    length = readable(models, length, "perplexity")
+    longest = readable(models, longest or BEYOND * length, "perplexity by position")
+    return Settings(length, min(stride or max(1, length // 2), length), longest)
 
 
 def of(model: Evaluated, text: Text | Blocks, settings: Settings, reference: Evaluated | None = None) -> dict:

@@ -25,7 +25,7 @@ import torch
 
 from scavenger import measure
 from scavenger.report import metrics
-from scavenger.report.evaluated import Evaluated
+from scavenger.report.evaluated import Evaluated, readable
 from scavenger.report.metrics import Metric
 from scavenger.report.results import Results
 from scavenger.report.text import Text
@@ -97,7 +97,8 @@ class Questions:
 
 def settings_for(models: list[Evaluated], context_length: int | None = None, **others) -> Settings:
     """The context that is not given is the shortest that a model was trained on, for all of them."""
-    return Settings(context_length or min(model.training_context for model in models), **others)
+    length = context_length or min(model.training_context for model in models)
+    return Settings(readable(models, length, "tasks"), **others)
 
 
 def of_models(models: list[Evaluated], settings: Settings, results: Results) -> list[dict]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from scavenger import measure
 from scavenger.report import metrics
-from scavenger.report.evaluated import Evaluated, numbers
+from scavenger.report.evaluated import Evaluated, numbers, readable
 from scavenger.report.metrics import Metric
 
 
@@ -89,6 +89,7 @@ def settings_for(
     fit, if that is beyond the window.
     """
     length, beyond = context_length or min(model.training_context for model in models), None
+    length = readable(models, length, "recall")
     if distances is None:
         distances = [DISTANCES[0]]
         while _length(2 * distances[-1]) <= length:

@@ -7,8 +7,11 @@ is compared was not chosen for being quick in the same rounds. Speeds are over a
 medians over rounds. Ratios and break-even lengths hold for one run and for the given shapes.
 """
 
+import dataclasses
+import math
 import platform
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +73,7 @@ def run(
     Prompts are pieces of `stream`, token ids below every model's vocabulary size; without it they are random. `rows` of
     a result has one row for each case and cache, `contexts` one for each context length and cache.
     """
+    settings = fitting(models, settings)
     contenders = [(model, kind) for model in models for kind in kinds(model)]
     ids = _prompts(min(model.model.config.vocab_size for model in models), settings.seed, stream)
     for model in models:  # memory-mapped weights are read from the file when they are first used
@@ -92,6 +96,20 @@ def run(
             else:
                 result["contexts"] += own
     return results
+
+
+def fitting(models: list[Evaluated], settings: Settings) -> Settings:
+    """The cases and contexts that all models can read; ValueError if there are none, else a line on stderr."""
+    most = min((model.longest for model in models if model.longest), default=math.inf)
+    cases = tuple(case for case in settings.cases if case.prompt + case.new <= most)
+    contexts = tuple(length for length in settings.contexts if length + LEAST <= most)
+    lost = len(settings.cases) - len(cases) + len(settings.contexts) - len(contexts)
+    if lost:
+        said = f"{most:,} tokens, for which some model has positions"
+        if not cases and not contexts:
+            raise ValueError(f"found no case or context within {said}; expected shorter ones")
+        print(f"speed: {lost} of the cases and contexts are left out: they exceed the {said}", file=sys.stderr)
+    return dataclasses.replace(settings, cases=cases, contexts=contexts)
 
 
 def kept(models: list[Evaluated], settings: Settings, results: Results, stream: np.ndarray | None = None) -> list[dict]:
