@@ -15,8 +15,9 @@ from scavenger.recipe import Recipe, Section, describe
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Recipes
 
-A recipe is one YAML file, one experiment. Its first line is `#!/usr/bin/env scavenger`. Every key below can also be set
-on the command line, as `section.key=value`:
+A recipe is one YAML file, one experiment. Its first line is `#!/usr/bin/env scavenger`; without it, `accelerate launch`
+recognises a recipe by its keys `run_dir` and `teacher`. Every key below can also be set on the command line, as
+`section.key=value`:
 
     scavenger recipes/quickstart.yaml transfer.logits.steps=100 student.filter.form=modal
 

@@ -129,8 +129,24 @@ def random_ids(*shape, low=0, device):
 
 # What takes a second or more: tests of runs, launches, commands and timings. Others are marked where they stand.
 SLOW_MODULES = {
-    *("test_benchmarks", "test_comparison", "test_continuation", "test_eval_transfer", "test_faults", "test_hub"),
-    *("test_huggingface", "test_launchers", "test_likelihood", "test_lm_eval_tasks", "test_page", "test_pipeline"),
+    *(
+        "test_benchmarks",
+        "test_comparison",
+        "test_continuation",
+        "test_eval_transfer",
+        "test_faults",
+        "test_foreign",
+        "test_hub",
+    ),
+    *(
+        "test_huggingface",
+        "test_launchers",
+        "test_likelihood",
+        "test_lm_eval_tasks",
+        "test_loading",
+        "test_page",
+        "test_pipeline",
+    ),
     *("test_plan", "test_ranking", "test_readme", "test_recipes", "test_recurrence", "test_retrieval", "test_timing"),
 }
 SLOW_FIXTURES = {"workshop", "finished"}

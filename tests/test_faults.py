@@ -472,11 +472,11 @@ def test_many_steps_without_a_number_end_it(workshop, tmp_path):
     trained(workshop, tmp_path / "steps", {}, 20)  # the same command, the fault mended
 
 
-def test_a_teacher_of_nan(workshop, tmp_path):
-    """One line, the batch by name, from the program itself."""
+def test_a_teacher_whose_outputs_overflow(workshop, tmp_path):
+    """Its weights are finite. One line, the batch by name, from the program itself."""
     shutil.copytree(workshop / "teacher", tmp_path / "teacher")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
-    model.gpt_neox.layers[1].attention.dense.weight.data[3, 4] = torch.nan
+    model.gpt_neox.layers[1].attention.dense.weight.data[3] = 1e38
     model.save_pretrained(tmp_path / "teacher")
     program = Program(tmp_path, workshop / "recipe.yaml", *TRANSFER, f"teacher.path={tmp_path}/teacher")
     assert program.end() == 2, program.err

@@ -570,7 +570,7 @@ def text(tmp_path_factory):
 
 def test_harness_command(folder, workshop, text):
     tasks = "text_perplexity,text_last_word"
-    done = command("eval/harness.py", folder, workshop / "teacher", "--tasks", tasks, "--text", text)
+    done = command("eval/harness.py", folder, workshop / "teacher", "--tasks", tasks, "--text", text, "--split", "all")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert [row["model"] for row in rows] == [str(folder), str(workshop / "teacher")]

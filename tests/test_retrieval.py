@@ -291,7 +291,7 @@ def test_distances_double_as_far_as_they_fit(context, distances):
     [(128, 256, 208), (100, 255, 207), (63, 256, None), (256, 256, None), (0, 256, None), (None, 256, None)],
 )
 def test_passages_are_repeated_beyond_the_window_where_the_context_has_room(window, context, beyond):
-    models = [SimpleNamespace(attention_window=each, training_context=context) for each in (None, window)]
+    models = [SimpleNamespace(attention_window=each, training_context=context, longest=None) for each in (None, window)]
     settings = retrieval.settings_for(models)
     assert settings.beyond_window == beyond
     assert retrieval.settings_for(models, [16]).beyond_window is None, "these distances were asked for"

@@ -384,8 +384,7 @@ def _predictions(model, ids, places, what):
 def _log_probabilities(model: nn.Module, ids: np.ndarray, places, what: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ids (example, length) and log-probabilities after these positions (example, place, vocabulary)."""
     device = next(model.parameters()).device
-    rows = measure.batch_rows(model.config.vocab_size, ids.shape[1])
-    batches = torch.from_numpy(ids.astype(np.int64)).split(rows)
+    batches = torch.from_numpy(ids.astype(np.int64)).split(max(1, measure.BATCH_TOKENS // ids.shape[1]))
     kept = torch.tensor(list(places), device=device)
     for rows in tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True):
         rows = rows.to(device)
