@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from scavenger import data, measure, teacher
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger import student as students
+from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.recipe import Filter, Recipe, RecipeError, differences, load_recipe, resolved
 from scavenger.recurrence import recurrence
 from scavenger.report import retrieval
@@ -180,7 +181,7 @@ def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distance
     test, validation = (data.blocks(folder / "data", split) for split in ("test", "validation"))
     figures = {"run": shown(folder), "seed": recipe.seed}
     for name, stage in (("distilled", "transfer"), ("recurrent", "recurrence")):
-        model = HyenaNeoXForCausalLM.from_pretrained(folder / stage, dtype=torch.float32).to(device()).eval()
+        model = students.load(folder / stage).to(device())
         on_test = measure.held_out(model, test, frozen if name == "distilled" else None)
         figures[name] = {"test": on_test.perplexity, "validation": measure.held_out(model, validation).perplexity}
         figures[name] |= {f"{split}_ratio": figures[name][split] / its_teacher[split] for split in list(figures[name])}
@@ -199,14 +200,14 @@ def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distance
 
 def reduced_again(folder: Path, recipe: Recipe, aim: dict) -> dict:
     """State and quality of the run's student with its filters reduced to `aim`, relative to exact filters."""
-    student = HyenaNeoXForCausalLM.from_pretrained(folder / "transfer", dtype=torch.float32).to(device()).eval()
+    exact = students.load(folder / "transfer").to(device())
     horizon = recipe.recurrence.horizon or recipe.data.context_length
     settings = replace(recipe.recurrence, **{"state_bytes": None} | aim)
     blocks = data.blocks(folder / "data", "validation")
     with tempfile.TemporaryDirectory() as scratch:
-        reduced, _ = recurrence.reduced(student, settings, horizon, blocks, Path(scratch), PartialState())
-    model = recurrence.recurrent_student(student, reduced).to(device())
-    exact, against = measure.held_out(student, blocks), measure.held_out(model, blocks, student)
+        reduced, _ = recurrence.reduced(exact, settings, horizon, blocks, Path(scratch), PartialState())
+    model = recurrence.recurrent_student(exact, reduced).to(device())
+    alone, against = measure.held_out(exact, blocks), measure.held_out(model, blocks, exact)
     sizes = [one.state_size for layer in reduced for one in layer]
     return {
         "seed": recipe.seed,
@@ -215,7 +216,7 @@ def reduced_again(folder: Path, recipe: Recipe, aim: dict) -> dict:
         "most_modes": max(sizes),
         "state_bytes": model.config.state_bytes,
         "break_even": model.config.break_even_length,
-        "ratio": against.perplexity / exact.perplexity,
+        "ratio": against.perplexity / alone.perplexity,
         "divergence": against.divergence,
         "agreement": against.agreement,
     }
@@ -248,7 +249,7 @@ def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
 
 def mixer(folder: Path, recipe: Recipe) -> str:
     """The mixer in words, with the filter settings that differ from the defaults."""
-    config = HyenaNeoXForCausalLM.config_class.from_pretrained(folder / "recurrence")
+    config = HyenaNeoXConfig.from_pretrained(folder / "recurrence")
     if config.num_filters == config.hidden_size:
         words = "hyena" if config.hyena_order == 1 else f"hyena of order {config.hyena_order}"
     else:

@@ -15,13 +15,11 @@ import sys
 from pathlib import Path
 
 import mixers
-import torch
 import yaml
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from scavenger import data, measure, teacher
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger import data, measure, student, teacher
 from scavenger.recipe import Recipe, RecipeError, load_recipe, resolved
 from scavenger.recurrence import certificate
 from scavenger.run import checkpoint
@@ -99,7 +97,7 @@ def of_student(kind: str, frozen, recipe: Recipe, folder: Path, teachers: dict) 
 
     `teachers` caches the teacher's perplexity by text.
     """
-    model = HyenaNeoXForCausalLM.from_pretrained(folder / kind, dtype=torch.float32).to(mixers.device()).eval()
+    model = student.load(folder / kind).to(mixers.device())
     found = {"run": mixers.shown(folder), "seed": recipe.seed}
     for split in ("test", "validation"):
         blocks = data.blocks(folder / "data", split)

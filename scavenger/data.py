@@ -642,8 +642,8 @@ def _file_shard(file, kind, column):
                 if begin.startswith(magic):
                     error = ValueError(f"it is a {name} file, expected it unpacked")
         return (
-            f"data.path: {file}: cannot be read as {kind} ({_first_line(error)}); what is tokenised is kept: repair "
-            "the file and run the same command again to resume"
+            f"data.path: {file}: cannot be read as {kind} ({_first_line(error)}); expected a file that can be: "
+            "repair it and run the same command again"
         )
 
     match kind:

@@ -759,7 +759,7 @@ def test_a_damaged_file_is_named_and_mended(tmp_path, monkeypatch, capfd, kind, 
     last.write_bytes(BROKEN[kind](sound))
     capfd.readouterr()
     with pytest.raises(
-        RecipeError, match=f"{last}.*cannot be read as .*run the same command again to resume"
+        RecipeError, match=f"{last}.*cannot be read as .*repair it and run the same command again$"
     ) as caught:
         data.run(asked, tmp_path / "run", Letters())
     assert "\n" not in str(caught.value) and capfd.readouterr().out.startswith(f"data: {text} (4 files)")
