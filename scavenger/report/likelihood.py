@@ -44,10 +44,12 @@ class Settings:
 
 def settings_for(models: list[Evaluated], context_length=None, stride=None, longest=None) -> Settings:
     """Defaults: the shortest training context, half of it as stride, and four times it for positions."""
-    length = context_length or min(model.training_context for model in models)
-    length = readable(models, length, "perplexity")
+    asked = context_length or min(model.training_context for model in models)
+    length = readable(models, asked, "perplexity")
+    if stride is not None and length < asked:
+        stride = min(stride, length)
     longest = readable(models, longest or BEYOND * length, "perplexity by position")
-    return Settings(length, min(stride or max(1, length // 2), length), longest)
+    return Settings(length, stride or max(1, length // 2), longest)
 
 
 def of(model: Evaluated, text: Text | Blocks, settings: Settings, reference: Evaluated | None = None) -> dict:
