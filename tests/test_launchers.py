@@ -125,7 +125,8 @@ def test_fully_sharded(one, workshop, tmp_path):
 
 def test_modal_filters_are_fully_sharded(workshop, tmp_path):
     """In the scan, which takes poles and residues, not taps."""
-    words = ["data.context_length=128", "student.filter={form: modal, state_size: 1}", "baseline=null", *SHORT]
+    words = [*SHORT, "data.context_length=128", "student.filter={form: modal, state_size: 1}", "baseline=null"]
+    words += ["transfer.activations.steps=2", "transfer.logits.steps=2"]
     programs = forked("fsdp", workshop, tmp_path, *words, script=SHARDED)
     assert [program.end() for program in programs] == [0, 0], programs[0].err
     scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/one", *words)
@@ -138,7 +139,8 @@ def test_modal_filters_are_fully_sharded(workshop, tmp_path):
 
 def test_zero_2(one, workshop, tmp_path):
     """Two processes with two micro-batches each."""
-    launched("zero2", workshop, tmp_path / "run", "training.accumulate=2")
+    programs = forked("zero2", workshop, tmp_path, "training.accumulate=2")
+    assert [program.end() for program in programs] == [0, 0], programs[0].err
     assert_same(tmp_path / "run", one)
 
 

@@ -256,12 +256,13 @@ def test_a_tokenizer_with_code_of_its_own(workshop, teacher):
     done, folder = run(workshop, teacher, *whole, "teacher.trust_remote_code=true")
     assert done.returncode == 0, done.stderr
     assert (folder / "report/index.html").is_file() and (folder / "transfer/own_tokenizer.py").is_file()
+    text = teacher.parent / "text.txt"
+    text.write_text("Ordinary text of several lines.\n" * 40)
     words = ["recur", folder / "transfer", "--to", folder / "again", "--tolerance", "0.1", "--max-state-size", "2"]
+    words += ["--text", text, "--split", "all"]
     is_one_line(command_line(*words), *refused)
     assert not (folder / "again").exists()
     assert command_line(*words, "--trust-remote-code").returncode == 0
-    text = teacher.parent / "text.txt"
-    text.write_text("Ordinary text of several lines.\n" * 40)
     words = ["eval/perplexity.py", folder / "again", "--text", text, "--split", "all", "--longest", 32]
     is_one_line(command(*words), *refused)
     assert command(*words, "--trust-remote-code").returncode == 0
