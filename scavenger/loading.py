@@ -153,15 +153,13 @@ def _one_line(where):
         told = str(error).strip() or type(error).__name__
         if "trust_remote_code" in told:
             raise RecipeError(f"{where}: {OWN_CODE}") from error
-        if isinstance(error, ImportError) or "sentencepiece" in told or "tiktoken" in told:
+        reason, expected = told.splitlines()[0], "a checkpoint as save_pretrained writes it"
+        if "sentencepiece" in told or "tiktoken" in told:  # whichever of the two the tokenizer needs
+            expected = "sentencepiece or tiktoken to be installed, or the fast tokenizer's tokenizer.json"
+        elif isinstance(error, ImportError):
             reason, expected = " ".join(told.split())[:300], "that package to be installed"
-        else:
-            reason = told.splitlines()[0]
-            expected = (
-                "a checkpoint as save_pretrained writes it"
-                if Path(where).is_dir()
-                else ("a local folder, or the name of a repository on the Hub that can be reached and has safetensors")
-            )
+        elif not Path(where).is_dir():
+            expected = "a local folder, or the name of a repository on the Hub that can be reached and has safetensors"
         raise RecipeError(f"{where}: cannot be loaded ({reason}); expected {expected}") from error
 
 

@@ -1,6 +1,7 @@
 """Only whole checkpoints and tokenizers of use are used; whatever else is found ends in one line before any work."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -8,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import command, command_line
+from conftest import ROOT, command, command_line
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
@@ -117,6 +118,12 @@ def a_pointer(name):
     return pointer
 
 
+def of_sentencepiece(folder):
+    no_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\2")
+
+
 def an_adapter(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
 
@@ -124,6 +131,7 @@ def an_adapter(folder):
 DAMAGED = [
     (no_tokenizer, "expected the same text"),
     (tokenizer_of_few_letters, "expected the same text"),
+    (of_sentencepiece, "expected sentencepiece or tiktoken to be installed"),
     (body_alone, "the checkpoint lacks lm_head.weight; expected exactly the weights of a GPTNeoXForCausalLM"),
     (one_shard_gone, "cannot be loaded"),
     (of_one_layer_more, "unknown to its config.json, gpt_neox.layers.2.attention.dense.bias and 11 more"),
@@ -159,7 +167,7 @@ def test_a_teacher_that_is_not_whole(workshop, teacher, damage, said):
     assert not (folder / "data").exists() and not (folder / "data.partial").exists(), "nothing was tokenised"
 
 
-@pytest.mark.parametrize(("damage", "said"), DAMAGED[:14])
+@pytest.mark.parametrize(("damage", "said"), DAMAGED[:15])
 def test_no_evaluation_of_it_either(teacher, damage, said):
     damage(teacher)
     text = teacher.parent / "text.txt"
@@ -330,7 +338,7 @@ def test_a_document_begins_as_the_model_was_trained(teacher):
 
 def at_random(folder, random):
     """One fault of a kind that copying, editing and converting checkpoints leave behind; returns what it was."""
-    kind = random.integers(9)
+    kind = random.integers(10)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     path = files[random.integers(len(files))]
     weights = load_file(folder / "model.safetensors")
@@ -355,6 +363,9 @@ def at_random(folder, random):
         change_weights(folder, lambda w: w.update({name: w[name][..., :-1].clone()}))
     elif kind == 6:
         change_weights(folder, lambda w: w[name].view(-1)[:1].fill_([torch.nan, torch.inf][random.integers(2)]))
+    elif kind == 9:
+        shutil.copy(ROOT / "scavenger/assets/teacher-stdlib/tokenizer.json", folder)
+        return "another model's tokenizer"
     else:
         file = folder / ["config.json", "tokenizer_config.json"][kind - 7]
         keys = sorted(json.loads(file.read_text()))
@@ -366,11 +377,15 @@ def at_random(folder, random):
     return f"{name}, kind {kind}"
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_damaged_at_random(workshop, teacher, seed):
-    """A correct run, or one line; never a traceback, and never a student of what is not there."""
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FUZZED_FOLDERS", 16))))
+def test_damaged_at_random(workshop, teacher, seed, record_property):
+    """A correct run, or one line; never a traceback, and never a student of what is not there.
+
+    FUZZED_FOLDERS=300 tries more; `--junitxml` then has how each ended.
+    """
     what = at_random(teacher, np.random.default_rng(seed))
     done, folder = run(workshop, teacher)
+    record_property("ended", "run" if done.returncode == 0 else "refused")
     if done.returncode == 0:
         assert (folder / "transfer").is_dir(), what
     else:
