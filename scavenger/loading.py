@@ -20,7 +20,7 @@ from scavenger.recipe import RecipeError
 
 
 # Weights that some checkpoints hold but no model of today uses: the causal mask and rotary tables of earlier versions.
-OBSOLETE = re.compile(r"\.(attention\.(bias|masked_bias)|(self_attn|attention)\.rotary_emb\.\w+)$")
+OBSOLETE = re.compile(r"\.((attention|attn)\.(bias|masked_bias)|(self_attn|attention|attn)\.rotary_emb\.\w+)$")
 OWN_CODE = "has code of its own; expected trust_remote_code, once you have read that code"
 LINE = "The quick brown fox jumps over 13 lazy dogs; then it rests."
 LFS = b"version https://git-lfs.github.com/spec/"  # a file of Git LFS begins so until it is downloaded

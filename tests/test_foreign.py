@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import command
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -83,6 +85,17 @@ def test_contexts_end_with_the_table_of_positions(folder, name):
     assert done.returncode == 2 and "found no case or context within 64 tokens" in done.stderr
     done = command("eval/generation.py", folder / "llama", *words, "--prompts", "2")
     assert done.returncode == 2 and f"{name} has positions for 64 tokens; expected" in done.stderr
+
+
+def test_a_checkpoint_of_an_older_version_is_whole(folder, tmp_path):
+    """GPT-2's own file: names without the body's prefix, and masks that no model of today reads."""
+    shutil.copytree(folder / "gpt2", tmp_path / "gpt2")
+    weights = load_file(tmp_path / "gpt2/model.safetensors")
+    older = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    older |= {f"h.{layer}.attn.{name}": torch.ones(2) for layer in range(2) for name in ("bias", "masked_bias")}
+    save_file(older, tmp_path / "gpt2/model.safetensors", {"format": "pt"})
+    expected, found = (evaluated(where, "gpt2").model.state_dict() for where in (folder, tmp_path))
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", [*STATES, *OTHERS])
