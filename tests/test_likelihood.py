@@ -235,7 +235,7 @@ def test_models_that_are_not_there_are_one_line(finished):
         ([finished / "transfer", finished / "transfer"], "expected models that differ"),
         (["=x"], "expected FOLDER or LABEL=FOLDER"),
     ):
-        done = command("eval/perplexity.py", *words, "--text", "README.md")
+        done = command("eval/perplexity.py", *words, "--text", "README.md", "--split", "all")
         assert done.returncode == 2 and part in done.stderr.splitlines()[-1], done.stderr
 
 
