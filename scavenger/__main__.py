@@ -116,9 +116,8 @@ def opened(recipe, accelerator):
     with checkpoint.open_run(recipe, accelerator) as folder:
         with accelerator.main_process_first():
             if accelerator.is_main_process:
-                checkpoint.require_same_inputs(
-                    folder, {"teacher": teacher.identities(recipe.teacher), "data": data.identities(recipe.data)}
-                )
+                inputs = {"teacher": teacher.identities(recipe.teacher), "data": data.identities(recipe.data, folder)}
+                checkpoint.require_same_inputs(folder, inputs)
             tokenizer = teacher.tokenizer(recipe, folder)
             if accelerator.is_main_process and recipe.teacher.train is None and not (folder / "data").is_dir():
                 teacher.load(recipe.teacher, folder)  # whole and finite, or nothing is tokenised

@@ -278,10 +278,19 @@ def stdlib_files() -> dict[str, Path]:
     }
 
 
-def identities(data: Data) -> dict[str, dict]:
-    """The identity of each file of local text, of the standard library as a whole; nothing for text on the Hub."""
+def identities(data: Data, run_dir: Path) -> dict[str, dict]:
+    """The identity of each file of local text, or of the standard library as a whole; nothing for text on the Hub.
+
+    Once a run has tokenised its text it does not read it again: of the files that it began with, those that are still
+    there are looked at, and the others count as unchanged.
+    """
+    path, inputs = Path(data.path or ""), run_dir / "inputs.json"
+    if (run_dir / "data").is_dir():
+        known = checkpoint.read_json(inputs).get("data", {}) if inputs.is_file() else {}
+        folder = path if path.is_dir() else path.parent
+        there = {name: folder / name for name in known if data.path is not None and (folder / name).is_file()}
+        return known | {name: loading.identity(file) for name, file in there.items()}
     if data.path is not None:
-        path = Path(data.path)
         files = [file for group in _local_files(path).values() for file in group]
         return {str(file.relative_to(path) if path.is_dir() else file.name): loading.identity(file) for file in files}
     return {} if data.name is not None else {"the standard library": source(data)}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scavenger import loading
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
@@ -115,11 +115,6 @@ def from_teacher(
 def load(folder: Path) -> HyenaNeoXForCausalLM:
     """The student of a folder in float32 and evaluation mode; RecipeError unless the folder has all of it."""
     return loading.model(HyenaNeoXForCausalLM, folder, dtype=torch.float32, use_safetensors=True).eval()
-
-
-def load_tokenizer(folder: Path, rows: int, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a student's folder, for so many embedding rows; RecipeError for one that is of no use."""
-    return loading.tokenizer(folder, rows, trust_remote_code)
 
 
 def generation(teacher: GenerationConfig) -> GenerationConfig:

@@ -300,6 +300,23 @@ def test_other_files_under_the_same_names_end_a_resumed_run(workshop, teacher, c
     assert not (folder / "transfer").exists()
 
 
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_text_that_is_tokenised_need_not_stay(workshop, teacher, what):
+    text = teacher.parent / "text"
+    text.mkdir()
+    for split in data.SPLITS:
+        shutil.copy(workshop / "text.jsonl", text / f"{split}.jsonl")
+    words = [f"data.path={text if what == 'folder' else text / 'train.jsonl'}"]
+    done, folder = run(workshop, teacher, *words)
+    assert done.returncode == 0, done.stderr
+    for gone in (text / "train.jsonl", text):
+        shutil.rmtree(folder / "transfer")
+        gone.unlink() if gone.is_file() else shutil.rmtree(gone)
+        again, _ = run(workshop, teacher, *words)
+        assert again.returncode == 0 and (folder / "transfer").is_dir(), again.stderr
+    assert len(json.loads((folder / "inputs.json").read_text())["data"]) == (3 if what == "folder" else 1)
+
+
 def test_what_is_put_right_is_not_held_against_the_run(workshop, teacher):
     """Before anything is made, recipe, teacher and text may still change; then the run goes through."""
     good, text = (teacher / "config.json").read_text(), teacher.parent / "text.jsonl"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.utils import logging
 
-from scavenger import data, measure
+from scavenger import data, loading, measure
 from scavenger import student as students
 from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
 from scavenger.model.filters import ModalFilter
@@ -102,7 +102,7 @@ def opened(source: Path, trust_remote_code: bool = False):
         raise RecipeError(f"{source}: is a {kind}; expected a student of ours ({HyenaNeoXConfig.model_type})")
     student, tokenizer = students.load(source), None
     if (source / "tokenizer_config.json").is_file() or (source / "tokenizer.json").is_file():
-        tokenizer = students.load_tokenizer(source, student.config.vocab_size, trust_remote_code)
+        tokenizer = loading.tokenizer(source, student.config.vocab_size, trust_remote_code)
     if all(not hasattr(layer.mixer, "filter") for layer in student.gpt_neox.layers):
         raise RecipeError(f"{source}: keeps attention in every layer; expected a student with long filters")
     return student, tokenizer
