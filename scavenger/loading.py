@@ -19,8 +19,8 @@ from transformers.utils import logging
 from scavenger.recipe import RecipeError
 
 
-# Weights that some checkpoints hold but no model of today uses: the causal mask and rotary tables of earlier versions.
-OBSOLETE = re.compile(r"\.((attention|attn)\.(bias|masked_bias)|(self_attn|attention|attn)\.rotary_emb\.\w+)$")
+# transformers passes over the causal masks and rotary tables in checkpoints of its earlier versions, but for GPT-2's.
+OBSOLETE = re.compile(r"\.attn\.masked_bias$")
 OWN_CODE = "has code of its own; expected trust_remote_code, once you have read that code"
 LINE = "The quick brown fox jumps over 13 lazy dogs; then it rests."
 LFS = b"version https://git-lfs.github.com/spec/"  # a file of Git LFS begins so until it is downloaded

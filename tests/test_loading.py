@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from scavenger import data, loading, plan
 from scavenger.report.text import Text
+from scavenger.run import checkpoint
 
 
 FILES_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -298,6 +299,20 @@ def test_other_files_under_the_same_names_end_a_resumed_run(workshop, teacher, c
     name = {"teacher": "model.safetensors", "tokenizer": "tokenizer.json", "text": "text.jsonl"}[change]
     is_one_line(done, f"{name} has changed since {folder} was begun")
     assert not (folder / "transfer").exists()
+
+
+def test_tokens_of_files_that_changed_are_made_anew(tmp_path):
+    """As long as the text is not tokenised to the end; what the same files gave is kept."""
+    before = {"teacher": {"tokenizer.json": {"bytes": 3}}, "data": {"a.txt": {"bytes": 1}}}
+    checkpoint.require_same_inputs(tmp_path, before)
+    for made in ("data.partial", "tokenizer"):
+        (tmp_path / made).mkdir()
+    checkpoint.require_same_inputs(tmp_path, before)
+    assert (tmp_path / "data.partial").is_dir() and (tmp_path / "tokenizer").is_dir()
+    after = before | {"data": {"a.txt": {"bytes": 2}}}
+    checkpoint.require_same_inputs(tmp_path, after)
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs.json"]
+    assert checkpoint.read_json(tmp_path / "inputs.json") == after
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
