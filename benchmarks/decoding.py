@@ -26,15 +26,16 @@ from unittest import mock
 
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.initialization import no_init_weights
 
+from scavenger import families
 from scavenger.measure import state_bytes
-from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.model.decoding import Decoder, PackedLinear
-from scavenger.model.filters import ImplicitFilter, WideFilter
+from scavenger.model.filters import ImplicitFilter, ModalFilter
 from scavenger.model.modal import ChannelState, HeadState, ring_places
 from scavenger.model.online import NEAR
+from scavenger.model.rotary import Rotary
 from scavenger.recurrence.certificate import aligned
 from scavenger.report import contenders, timing
 from scavenger.report.contenders import Case, Exact, ReadAgain, begin_peak, generated, now, peak_use
@@ -136,7 +137,7 @@ def apart(function, *words):
     # Forked from a process that has imported everything and computed nothing; CUDA needs a fresh process.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if not torch.cuda.is_available():
-        context.set_forkserver_preload(["transformers.models.gpt_neox.modeling_gpt_neox", "scavenger.report.timing"])
+        context.set_forkserver_preload([f"scavenger.families.{families.TRAINED}", "scavenger.report.timing"])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *words).result()
@@ -229,14 +230,13 @@ def model_of(row, mixer, shape, length, device, args):
     }
     with no_init_weights():
         if row.student is None:
-            model = GPTNeoXForCausalLM(GPTNeoXConfig(**shared, max_position_embeddings=length))
+            family = families.of(families.TRAINED)
+            model = family.model(family.config(**shared, max_position_embeddings=length))
         else:
             filters = width if mixer == "hyena" else heads
             sizes = [[args.modes or MODES[mixer]] * filters] * layers if row.student == "modal" else None
-            model = HyenaNeoXForCausalLM(
-                HyenaNeoXConfig(
-                    **shared, num_filters=filters, context_length=length, filter=row.student, state_sizes=sizes
-                )
+            model = HyenaForCausalLM(
+                HyenaConfig(**shared, num_filters=filters, context_length=length, filter=row.student, state_sizes=sizes)
             )
     randomise(model)
     return model.to(device, getattr(torch, args.dtype)).eval()
@@ -254,14 +254,14 @@ def randomise(model):
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
         for module in model.modules():
-            if isinstance(module, (WideFilter, nn.LayerNorm)):
+            if isinstance(module, (ImplicitFilter, ModalFilter, Rotary, nn.LayerNorm)):
                 module.reset_parameters()
 
 
 def floor_of(contender, length, machine):
     """The least time, bytes and operations of a step after `length` tokens; see FLOOR."""
     model = contender.model
-    embedding = 0 if model.config.tie_word_embeddings else model.gpt_neox.embed_in.weight.nbytes
+    embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
     filters = sum(p.nbytes for m in model.modules() if isinstance(m, ImplicitFilter) for p in m.parameters())
     moved, operations = work(contender, length)
     moved += sum(p.nbytes for p in model.parameters()) - embedding - filters
@@ -274,7 +274,7 @@ def work(contender, length):
     """Bytes of state that a step after `length` tokens moves, and its operations outside the linear layers."""
     model = contender.model
     config = model.config
-    width = 1 if contender.student is None else config.hidden_size // config.num_filters
+    width = 1 if contender.student is None else config.filter_head_width
     numbers = contender.batch * config.num_hidden_layers * config.hidden_size
     if isinstance(contender, ReadAgain):
         length += 1

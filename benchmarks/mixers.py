@@ -24,13 +24,13 @@ from unittest import mock
 
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger.model import HyenaNeoXConfig
+from scavenger import families
+from scavenger.model import HyenaConfig
 from scavenger.model.attention import WindowedAttention
 from scavenger.model.hyena import HyenaMixer
 from scavenger.model.modal import CHUNK
-from scavenger.model.rotary import rotary_angles
+from scavenger.model.rotary import Rotary
 from scavenger.run.checkpoint import write_text
 
 
@@ -111,10 +111,11 @@ class Contender:
             self.module = _Teacher(width, heads)
             return
         filters = width // (head_width or 1)
-        config = HyenaNeoXConfig(
+        config = HyenaConfig(
             hidden_size=width,
             num_attention_heads=heads,
             num_hidden_layers=1,
+            rotary_channels=width // heads // 4,
             num_filters=filters,
             attention_layers=[0] if form == "window" else [],
             attention_window=WINDOW,
@@ -166,18 +167,21 @@ class Contender:
 
 
 class _Teacher(nn.Module):
-    """The attention of a GPT-NeoX layer, called as the others are."""
+    """The attention of a teacher's layer, called as the others are."""
 
     def __init__(self, width, heads):
         super().__init__()
-        config = GPTNeoXConfig(
+        family = families.of(families.TRAINED)
+        config = family.config(
             hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=8, vocab_size=8
         )
         config._attn_implementation = "sdpa"
-        self.attention = GPTNeoXForCausalLM(config).gpt_neox.layers[0].attention
+        (self.attention,) = family.attentions(family.model(config))
 
     def forward(self, hidden, cos, sin):
-        return self.attention(hidden, attention_mask=None, position_embeddings=(cos, sin))[0]
+        return self.attention(
+            hidden, attention_mask=None, position_embeddings=[torch.cat([x, x], dim=-1) for x in (cos, sin)]
+        )[0]
 
 
 def measured(contenders, args, length, device, dtype, machine):
@@ -216,7 +220,7 @@ def inputs(args, length, device, dtype):
     torch.manual_seed(1)
     hidden = torch.randn(args.batch_size, length, args.hidden_size, device=device, dtype=dtype, requires_grad=True)
     positions = torch.arange(length, device=device).expand(args.batch_size, length)
-    return hidden, *rotary_angles(positions, args.hidden_size // args.num_heads // 4, 10000.0, dtype)
+    return hidden, *Rotary(args.hidden_size // args.num_heads // 4, 1.0).to(device)(positions, dtype)
 
 
 def timed(call, device, gradient):

@@ -23,7 +23,7 @@ import gradient
 import numpy as np
 import torch
 
-from scavenger.model import HyenaNeoXConfig
+from scavenger.model import HyenaConfig
 from scavenger.model.hyena import HyenaMixer
 from scavenger.recurrence.reduction import balanced, irka, projection
 from scavenger.recurrence.reduction.reduced import reduce_by
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 @torch.no_grad()
 def filters(count, args):
     """Taps of `count` filters of as many layers as it takes, spread over each layer's decays, (filter, length)."""
-    config = HyenaNeoXConfig(
+    config = HyenaConfig(
         hidden_size=LAYER,
         num_attention_heads=8,
         num_hidden_layers=1,

@@ -38,11 +38,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger import losses, student, training
-from scavenger.model.rotary import rotary_angles
-from scavenger.recipe import PYTHIA_SHAPES, Activations, Cache, Logits, Teacher, load_recipe
+from scavenger import families, losses, student, training
+from scavenger.recipe import Activations, Cache, Logits, Teacher, load_recipe
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
 from scavenger.transfer import baseline, teacher_outputs, transfer
@@ -52,7 +50,11 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 # Recipe, sequences of a step, and steps that count in each round: of Pythia-70m what two cores do in minutes.
 SHAPES = {"tiny": ("quickstart", 2, 1), "quickstart": ("quickstart", 8, 4), "pythia-70m": ("neox70m", 1, 1)}
 PEAK = 4  # times a step's sequences, where memory is compared
-TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 97}
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+TEACHERS = {
+    "tiny": dict(zip(SIZES, (24, 2, 4, 32, 97), strict=True)),
+    "pythia-70m": dict(zip(SIZES, (512, 6, 8, 2048, 50304), strict=True)),
+}
 KEPT = 64  # tokens of each position in the cache
 PLAIN = "next tokens"
 
@@ -92,8 +94,12 @@ class Shape:
     def __init__(self, name, folder, accelerator):
         recipe_name, self.batch_size, self.steps = SHAPES[name]
         recipe = load_recipe(str(RECIPES / f"{recipe_name}.yaml"), [f"run_dir={folder}", "training.accumulate=1"])
-        shape = TINY if name == "tiny" else PYTHIA_SHAPES.get(recipe.teacher.name)
-        config = GPTNeoXConfig(**shape) if shape else GPTNeoXConfig.from_pretrained(recipe.teacher.folder)
+        family = families.of(families.TRAINED)
+        config = (
+            family.config(**TEACHERS[name])
+            if name in TEACHERS
+            else family.config.from_pretrained(recipe.teacher.folder)
+        )
         config.save_pretrained(folder / "teacher")
         kept = () if name == "tiny" else recipe.student.attention_layers
         self.recipe = dataclasses.replace(
@@ -104,7 +110,7 @@ class Shape:
         )
         self.folder, self.accelerator, self.length = folder, accelerator, recipe.data.context_length
         torch.manual_seed(recipe.seed)
-        self.frozen = GPTNeoXForCausalLM(config).requires_grad_(False).eval().to(accelerator.device)
+        self.frozen = family.model(config).requires_grad_(False).eval().to(accelerator.device)
         self.layers = [layer for layer in range(config.num_hidden_layers) if layer not in kept]
         (folder / "data").mkdir()
         text = np.random.default_rng(0).integers(config.vocab_size, size=(4 * self.batch_size, self.length))
@@ -137,8 +143,8 @@ class Shape:
         ids = torch.randint(model.config.vocab_size, (self.batch_size, self.length), device=self.accelerator.device)
         hidden = torch.randn(*ids.shape, model.config.hidden_size, device=ids.device)
         positions = torch.arange(self.length, device=ids.device).expand(ids.shape)
-        cos, sin = rotary_angles(positions, model.config.rotary_channels, model.config.rotary_base, hidden.dtype)
-        mixers = [model.gpt_neox.layers[layer].mixer for layer in self.layers]
+        cos, sin = model.model.rotary(positions, hidden.dtype)
+        mixers = [model.model.layers[layer].mixer for layer in self.layers]
 
         def whole(module, *inputs):
             made = module(*inputs)
@@ -153,7 +159,7 @@ class Shape:
         return {
             PLAIN: lambda: whole(model, ids),
             "activations, parallel": lambda: (
-                [read(self.frozen.gpt_neox)] + [whole(m, hidden, cos, sin) for m in mixers]
+                [read(self.frozen.base_model)] + [whole(m, hidden, cos, sin) for m in mixers]
             ),
             "activations, parallel, cached": lambda: [whole(m, hidden, cos, sin) for m in mixers],
             "logits": lambda: [read(self.frozen), whole(model, ids)],

@@ -23,9 +23,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from scavenger import data, measure, teacher
+from scavenger import data, families, measure, teacher
 from scavenger import student as students
-from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.recipe import Filter, Recipe, RecipeError, differences, load_recipe, resolved
 from scavenger.recurrence import recurrence
 from scavenger.report import retrieval
@@ -120,7 +120,7 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
             + _option("--state-bytes", [aim["state_bytes"] for aim in aims if "state_bytes" in aim])
         ),
         "teacher": {
-            "name": f"teacher: GPT-NeoX, {config.num_hidden_layers} layers of {config.hidden_size} channels",
+            "name": f"teacher: {config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size} channels",
             "bytes_per_token": _bytes_per_token(config),
             "texts": list(teachers.values()),
         },
@@ -235,12 +235,12 @@ def recalled(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
     return {"pairs": means["recall of pairs"], "passages": means["gain on repeated passages"]}
 
 
-def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
+def constant_state(model: HyenaForCausalLM, blocks) -> int | None:
     """Bytes of the student's cache for one sequence; None if they grow with its length."""
     config = model.config
-    if config.attention_layers and not config.attention_window:
+    if config.state_grows:
         return None
-    length = max(PROMPT_TOKENS, config.attention_window if config.attention_layers else 0)
+    length = max(PROMPT_TOKENS, config.widest_window or 0)
     prompt = torch.from_numpy(blocks.reshape(-1)[:length].astype("int64"))[None].to(model.device)
     with torch.inference_mode():
         cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
@@ -249,14 +249,14 @@ def constant_state(model: HyenaNeoXForCausalLM, blocks) -> int | None:
 
 def mixer(folder: Path, recipe: Recipe) -> str:
     """The mixer in words, with the filter settings that differ from the defaults."""
-    config = HyenaNeoXConfig.from_pretrained(folder / "recurrence")
-    if config.num_filters == config.hidden_size:
+    config = HyenaConfig.from_pretrained(folder / "recurrence")
+    if config.filter_head_width == 1:
         words = "hyena" if config.hyena_order == 1 else f"hyena of order {config.hyena_order}"
     else:
-        words = f"multihyena, {config.num_filters} filters of {config.hidden_size // config.num_filters} channels"
+        words = f"multihyena, {config.num_filters} filters of {config.filter_head_width} channels"
     if config.attention_layers:
         layers = " and ".join(map(str, config.attention_layers))
-        window = f"window {config.attention_window}" if config.attention_window else "no window"
+        window = f"window {config.widest_window}" if config.widest_window else "no window"
         words += f", layer{'s' if len(config.attention_layers) > 1 else ''} {layers} kept, {window}"
     filters, plain = asdict(recipe.student.filter), asdict(Filter())
     changed = [f"{key} {value}" for key, value in filters.items() if value != plain[key]]
@@ -442,7 +442,7 @@ def _same_configuration(one, other):
 
 def _bytes_per_token(config):
     """Bytes of one token's keys and values in all layers, float32."""
-    return 2 * config.num_hidden_layers * config.hidden_size * 4
+    return 4 * families.of(config.model_type).cache_numbers(config)
 
 
 def environments(folders):

@@ -1,4 +1,4 @@
-"""Distil a GPT-NeoX teacher into a Hyena student, and the student's long filters into recurrences.
+"""Distil a Transformer into a Hyena student, and the student's long filters into recurrences.
 
 accelerate launch recipes/quickstart.yaml
 scavenger recipes/quickstart.yaml transfer.logits.steps=100

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HTTPError  # of whichever HTTP library it use
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from scavenger import student
-from scavenger.model import HyenaNeoXConfig
+from scavenger.model import HyenaConfig
 from scavenger.recipe import EMBEDDED_TEACHER, Hub, RecipeError
 from scavenger.report import comparison, report
 from scavenger.run import checkpoint
@@ -122,7 +122,7 @@ def model_card(run_dir: Path, target: Hub) -> ModelCard:
     """The card: metadata that the Hub reads, and for people what this is, what it is worth, and how it was made."""
     folder = student_folder(run_dir)
     recipe = _recipe(run_dir)
-    config = HyenaNeoXConfig.from_pretrained(folder)
+    config = HyenaConfig.from_pretrained(folder)
     measured = run_dir / "report" / "report.json"
     figures = checkpoint.read_json(measured) if measured.is_file() else None
     row = figures and figures["models"].get(_kind(folder))
@@ -176,14 +176,14 @@ def _what_it_is(recipe, config):
     mixers = [
         f"{_layers(set(range(layers)) - set(kept))}: {recipe['student']['mixer']}, "
         f"{config.num_filters * config.hyena_order} long filters a layer, each over "
-        f"{config.hidden_size // config.num_filters} channels"
+        f"{config.filter_head_width} channels"
     ]
     if kept:
-        seeing = f"{config.attention_window:,} tokens" if config.attention_window else "all that was read"
+        seeing = f"{config.widest_window:,} tokens" if config.widest_window else "all that was read"
         mixers.append(f"{_layers(kept)}: the teacher's attention, each token seeing {seeing}")
     if config.filter != "modal":
         generation = "Its filters are not recurrences: to generate, it keeps the inputs of all its long convolutions."
-    elif kept and not config.attention_window:
+    elif config.state_grows:
         generation = (
             "Each filter was then turned into a recurrence (poles and residues); the kept attention's state grows."
         )
@@ -194,7 +194,7 @@ def _what_it_is(recipe, config):
         )
     return "\n".join(
         [
-            f"A language model distilled by scavenger from {_teacher_name(recipe)}, a GPT-NeoX Transformer of {layers} "
+            f"A language model distilled by scavenger from {_teacher_name(recipe)}, a Transformer of {layers} "
             f"layers of width {config.hidden_size}. Hyena long convolutions stand where attention was; everything else "
             "has the teacher's shape and began with its weights.",
             "",
@@ -296,8 +296,8 @@ def _limits(recipe, config, figures):
     ]
     if config.attention_layers:
         reach = (
-            f"cannot look back further than {config.attention_window:,} tokens"
-            if config.attention_window
+            f"cannot look back further than {config.widest_window:,} tokens"
+            if config.widest_window
             else "keeps every key and value: the time and memory of a token grow with what was read"
         )
         lines.insert(1, f"Kept attention ({_layers(config.attention_layers)}) {reach}.")

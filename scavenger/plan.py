@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger import losses, student, teacher, training
-from scavenger.model import HyenaNeoXForCausalLM
-from scavenger.recipe import PYTHIA_SHAPES, Activations, Logits, Recipe, Stage, TeacherTraining, teacher_shape
+from scavenger import families, losses, student, teacher, training
+from scavenger.model import HyenaForCausalLM
+from scavenger.recipe import Activations, Logits, Recipe, Stage, TeacherTraining
 from scavenger.recurrence import allocation
 from scavenger.report import report
 from scavenger.run import checkpoint
@@ -97,7 +96,7 @@ def text(recipe: Recipe, planned: list[PlannedStage], processes: int = 1) -> str
         f"run       {recipe.run_dir}",
         f"data      {recipe.data.path or recipe.data.name or 'the Python standard library on this machine'}"
         f", contexts of {recipe.data.context_length} tokens",
-        f"teacher   {where}: GPT-NeoX, {_size(_empty_teacher(config)):,} parameters, "
+        f"teacher   {where}: {config.model_type}, {_size(_empty_teacher(config)):,} parameters, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}",
     ]
     if recipe.transfer:
@@ -136,12 +135,11 @@ def write(planned: list[PlannedStage], run_dir: Path):
 
 
 def _configuration(recipe):
-    """The teacher's configuration; without the network where its shape is published."""
-    shape = teacher_shape(recipe)
-    if shape is None or recipe.teacher.folder is not None:
-        return teacher.load_configuration(recipe.teacher, Path(recipe.run_dir))
-    published = {"dtype": "float16"} if recipe.teacher.name in PYTHIA_SHAPES else {}
-    return GPTNeoXConfig(**published | shape)
+    """The teacher's configuration, or that of the teacher which the recipe trains."""
+    train = recipe.teacher.train
+    if train is not None:
+        return teacher.shape(train, recipe.data.context_length, train.vocab_size)
+    return teacher.load_configuration(recipe.teacher, Path(recipe.run_dir))
 
 
 def _trainings(recipe, config):
@@ -202,8 +200,12 @@ class _Flops:
 
     def __init__(self, config, length):
         width, self.layers = config.hidden_size, config.num_hidden_layers
-        self.mixer = 8 * width**2 + 2 * length * width
-        self.mlp = 4 * width * config.intermediate_size
+        block = families.of(config.model_type).block(config)
+        inner, shared = (
+            heads * block["head_dim"] for heads in (config.num_attention_heads, block["num_key_value_heads"])
+        )
+        self.mixer = 4 * width * (inner + shared) + 2 * length * inner
+        self.mlp = 2 * width * config.intermediate_size * (3 if block["mlp"] == "gated" else 2)
         self.head = 2 * width * config.vocab_size
         self.whole = self.layers * (self.mixer + self.mlp) + self.head
 
@@ -238,11 +240,11 @@ class _Step:
             self.frozen = None
             if isinstance(phase, (Activations, Logits)):
                 dtype = _teacher_dtype(recipe, config, device)
-                self.frozen = GPTNeoXForCausalLM(config).to(dtype).requires_grad_(False).eval()
+                self.frozen = _teacher(config).to(dtype).requires_grad_(False).eval()
             if isinstance(phase, TeacherTraining):
-                model = GPTNeoXForCausalLM(config)
+                model = _teacher(config)
             else:
-                model = HyenaNeoXForCausalLM(_student_configuration(recipe, config))
+                model = HyenaForCausalLM(_student_configuration(recipe, config))
         filter = recipe.student.filter
         if isinstance(phase, Activations):
             self.module = transfer.MixerMatching(model, self.layers, transfer.READING[phase.schedule], filter)
@@ -297,7 +299,9 @@ class _Step:
             even = torch.full(shape, -math.log(self.vocabulary), device=self.device)
             rest = torch.full(shape[:2], math.log1p(-shape[2] / self.vocabulary), device=self.device)
             return losses.TopK(even, torch.arange(shape[2], device=self.device).expand(shape), rest), None, []
-        return self.frozen.lm_head.weight, *teacher.hidden_states(self.frozen, ids, self.phase.hidden_states > 0)
+        return self.frozen.get_output_embeddings().weight, *teacher.hidden_states(
+            self.frozen, ids, self.phase.hidden_states > 0
+        )
 
     def _now(self):
         if self.device.type == "cuda":
@@ -331,7 +335,7 @@ def _trained(recipe, config, phase, layers):
         layers = range(config.num_hidden_layers)
     elif not isinstance(phase, Activations):
         return _size(model)
-    counts = [_size(model.gpt_neox.layers[layer].mixer) for layer in layers]
+    counts = [_size(model.model.layers[layer].mixer) for layer in layers]
     return max(counts) if getattr(phase, "schedule", None) == "progressive" else sum(counts)
 
 
@@ -340,12 +344,16 @@ def _empty(recipe, config, phase):
     if isinstance(phase, TeacherTraining):
         return _empty_teacher(config)
     with torch.device("meta"):
-        return HyenaNeoXForCausalLM(_student_configuration(recipe, config))
+        return HyenaForCausalLM(_student_configuration(recipe, config))
+
+
+def _teacher(config):
+    return families.of(config.model_type).model(config)
 
 
 def _empty_teacher(config):
     with torch.device("meta"):
-        return GPTNeoXForCausalLM(config)
+        return _teacher(config)
 
 
 def _student_configuration(recipe, config):
@@ -361,16 +369,17 @@ def _student_line(recipe, config):
     if recipe.recurrence and recipe.recurrence.state_bytes is not None:
         allocation.check(made, recipe.recurrence.state_bytes)
     kept = ", ".join(map(str, made.attention_layers))
-    window = f"; layer {kept} keeps attention, in a window of {made.attention_window or 'any length'}" if kept else ""
+    window = f"; layer {kept} keeps attention, in a window of {made.widest_window or 'any length'}" if kept else ""
     return (
         f"student   {recipe.student.mixer}, {_size(_empty(recipe, config, None)):,} parameters, {made.num_filters} "
-        f"filters a layer, each over {made.hidden_size // made.num_filters} channels{window}"
+        f"filters a layer, each over {made.filter_head_width} channels{window}"
     )
 
 
 def _as_cache(state, config):
     """The lengths from which on the teacher's KV cache holds as many bytes as a state."""
-    lengths = [-(-state // (2 * size * config.num_hidden_layers * config.hidden_size)) for size in (4, 2)]
+    token = families.of(config.model_type).cache_numbers(config)
+    lengths = [-(-state // (size * token)) for size in (4, 2)]
     return "the teacher's KV cache of {:,} tokens in float32, of {:,} in 16 bits".format(*lengths)
 
 

@@ -17,29 +17,12 @@ from typing import Literal
 
 import yaml
 
+from scavenger import families
+
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher-stdlib"
 
 # Published shapes (config.json of each model), so that a plan needs no network.
-PYTHIA_SHAPES = {
-    f"EleutherAI/pythia-{size}{suffix}": {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        "vocab_size": 50304,
-        "max_position_embeddings": 2048,
-        "rotary_pct": 0.25,
-    }
-    for size, width, layers, heads in [
-        ("14m", 128, 6, 4),
-        ("70m", 512, 6, 8),
-        ("160m", 768, 12, 12),
-        ("410m", 1024, 24, 16),
-        ("1b", 2048, 16, 8),
-    ]
-    for suffix in ("", "-deduped")
-}
 # Keys of earlier versions, with the only value that today's code stands for: a saved recipe may still have them.
 REMOVED = {"recurrence.prefill_outputs": "recurrent"}
 
@@ -127,11 +110,15 @@ class Stage(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTraining(Stage):
-    """A GPT-NeoX trained from scratch, with its own byte-level BPE tokenizer."""
+    """A teacher trained from scratch, with its own byte-level BPE tokenizer."""
 
+    family: str = key("architecture: the model type of one of the families", families.TRAINED)
     hidden_size: int = key("channels of a layer", least=1, right="a positive number")
     num_layers: int = key("layers", least=1, right="a positive number")
     num_heads: int = key("attention heads of a layer", least=1, right="a positive number")
+    num_key_value_heads: int | None = key(
+        "heads of k and v, each shared by as many heads of q; null: num_heads", None, least=1, right="a positive number"
+    )
     vocab_size: int = key(
         "tokens of the tokenizer",
         least=300,
@@ -141,15 +128,24 @@ class TeacherTraining(Stage):
 
     def relations(self):
         super().relations()
-        heads, width = self.num_heads, self.hidden_size
+        _require(
+            self.family in families.MODEL_TYPES, "family", self.family, f"one of {', '.join(families.MODEL_TYPES)}"
+        )
+        heads, width, shared = self.num_heads, self.hidden_size, self.num_key_value_heads
         _require(width % heads == 0, "hidden_size", width, f"a multiple of num_heads ({heads})")
         even = f"heads of even width (rotary turns pairs of channels), not {width // heads}"
         _require(width // heads % 2 == 0, "num_heads", heads, even)
+        _require(
+            shared is None or heads % shared == 0,
+            "num_key_value_heads",
+            shared,
+            f"a divisor of num_heads ({heads})",
+        )
 
 
 @dataclass(frozen=True)
 class Teacher(Section):
-    """The GPT-NeoX teacher: a local folder, else a Hub name, else one trained here, else the embedded one."""
+    """The teacher: a local folder, else a Hub name, else one trained here, else the embedded one."""
 
     name: str | None = key("name on the Hub", None)
     revision: str | None = key("commit, tag or branch on the Hub", None)
@@ -180,7 +176,7 @@ class Teacher(Section):
             self.path is None or (Path(self.path) / "config.json").is_file(),
             "path",
             self.path,
-            "a folder with a GPT-NeoX checkpoint (config.json is missing)",
+            "a folder with a checkpoint (config.json is missing)",
         )
 
     @property
@@ -273,7 +269,13 @@ class Student(Section):
         right="1 to 8 long convolutions",
     )
     num_filter_heads: int | None = key(
-        "multihyena: filters per layer; null: the teacher's heads", None, least=1, right="a positive number of filters"
+        "multihyena: filters per layer; null: one for each of the teacher's heads of k and v (share_state), else of q",
+        None,
+        least=1,
+        right="a positive number of filters",
+    )
+    share_state: bool = key(
+        "heads of q that share a head of k and v share its filters and its state; false: each has its own", True
     )
     rotary: bool = key("keep the teacher's rotary turn of q and k, where filter groups split no turned pair", True)
     attention_layers: tuple[int, ...] = key("layers that keep the teacher's attention, counted from 0", ())
@@ -602,10 +604,8 @@ class Recipe(Section):
             self.data.path,
             "an existing file or folder of .txt, .md, .py, .jsonl, .json, .parquet or .arrow",
         )
-        shape = teacher_shape(self)
-        heads = self.student.num_filter_heads
-        if self.transfer is not None and shape is not None:
-            layers = shape["num_hidden_layers"]
+        layers = teacher_layers(self)
+        if self.transfer is not None and layers is not None:
             kept = set(self.student.attention_layers)
             for phase in self.transfer.activations:
                 _require(
@@ -619,13 +619,6 @@ class Recipe(Section):
                 "student.attention_layers",
                 list(self.student.attention_layers),
                 f"some, not all, of the teacher's layers 0 to {layers - 1}",
-            )
-        if self.transfer is not None and shape is not None and heads is not None:
-            _require(
-                shape["hidden_size"] % heads == 0,
-                "student.num_filter_heads",
-                heads,
-                f"a divisor of the teacher's width ({shape['hidden_size']})",
             )
 
 
@@ -666,37 +659,28 @@ def differences(saved: str, recipe: Recipe) -> list[str]:
     ]
 
 
-def teacher_shape(recipe: Recipe) -> dict | None:
-    """The teacher's config.json as far as it is known without the network; None for an unknown Hub name."""
-    if recipe.teacher.train is not None:
-        train = recipe.teacher.train
-        return {
-            "hidden_size": train.hidden_size,
-            "num_hidden_layers": train.num_layers,
-            "num_attention_heads": train.num_heads,
-            "intermediate_size": 4 * train.hidden_size,
-            "vocab_size": train.vocab_size,
-            "max_position_embeddings": recipe.data.context_length,
-        }
+def teacher_layers(recipe: Recipe) -> int | None:
+    """The number of the teacher's layers as far as it is known without the network; None for a Hub name."""
     folder = recipe.teacher.folder
+    if recipe.teacher.train is not None:
+        return recipe.teacher.train.num_layers
     if folder is None:
-        return PYTHIA_SHAPES.get(recipe.teacher.name)
+        return None
     try:
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise _Wrong("teacher.path", str(folder), "a folder whose config.json can be read") from None
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if not isinstance(shape, dict) or (
-        shape.get("model_type") == "gpt_neox" and not all(isinstance(shape.get(key), int) for key in needed)
-    ):
-        raise _Wrong("teacher.path", str(folder), "a folder whose config.json gives " + ", ".join(needed))
+    kind = shape.get("model_type") if isinstance(shape, dict) else None
     _require(
-        shape.get("model_type") == "gpt_neox",
+        kind in families.MODEL_TYPES,
         "teacher.path",
-        f"{folder} (model_type {shape.get('model_type')})",
-        "a GPT-NeoX checkpoint (model_type gpt_neox)",
+        f"{folder} (model_type {kind})",
+        f"a checkpoint of one of the families {', '.join(families.MODEL_TYPES)}",
     )
-    return shape
+    layers = shape.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise _Wrong("teacher.path", str(folder), "a folder whose config.json gives num_hidden_layers")
+    return layers
 
 
 def _without_removed(values):

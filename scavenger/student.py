@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from scavenger import loading
-from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger import families, loading
+from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.recipe import RecipeError, Student
 
 
@@ -31,19 +31,14 @@ TEACHER_ONLY = (
 )
 
 
-def configuration(settings: Student, context_length: int, teacher: GPTNeoXConfig) -> HyenaNeoXConfig:
+def configuration(settings: Student, context_length: int, teacher: PreTrainedConfig) -> HyenaConfig:
     """The teacher's shape with the recipe's mixer; RecipeError where the mixer does not fit the teacher."""
-    rope = teacher.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise RecipeError(f"teacher: its rotary embedding is of type {rope['rope_type']}; expected the default type")
-    filters = (
-        teacher.hidden_size if settings.mixer == "hyena" else settings.num_filter_heads or teacher.num_attention_heads
-    )
-    if teacher.hidden_size % filters:
-        raise RecipeError(
-            f"student.num_filter_heads: found {filters}; expected a divisor of the teacher's width "
-            f"({teacher.hidden_size})"
-        )
+    family = families.of(teacher.model_type)
+    try:
+        frequencies, scaling = family.frequencies(teacher)
+        block = family.block(teacher)
+    except ValueError as error:
+        raise RecipeError(f"teacher: {error}; expected a teacher without it") from None
     shared = {
         key: getattr(teacher, key)
         for key in (
@@ -54,15 +49,19 @@ def configuration(settings: Student, context_length: int, teacher: GPTNeoXConfig
             "intermediate_size",
             "hidden_act",
             "initializer_range",
-            "layer_norm_eps",
-            "use_parallel_residual",
-            "attention_bias",
             "tie_word_embeddings",
             "bos_token_id",
             "eos_token_id",
             "pad_token_id",
         )
     }
+    heads = block["num_key_value_heads"] if settings.share_state else teacher.num_attention_heads
+    width = heads * block["head_dim"]
+    filters = width if settings.mixer == "hyena" else settings.num_filter_heads or heads
+    if width % filters:
+        raise RecipeError(
+            f"student.num_filter_heads: found {filters}; expected a divisor of the {width} channels of {heads} heads"
+        )
     kept = sorted(set(settings.attention_layers))
     modal = {}
     if settings.filter.form == "modal":
@@ -71,13 +70,15 @@ def configuration(settings: Student, context_length: int, teacher: GPTNeoXConfig
             "filter": "modal",
             "state_sizes": [[] if layer in kept else sizes for layer in range(teacher.num_hidden_layers)],
         }
-    return HyenaNeoXConfig(
+    return HyenaConfig(
         **shared,
+        **block,
+        rotary_channels=2 * len(frequencies),
+        rotary_scaling=scaling,
         attention_layers=kept,
         attention_window=context_length if settings.attention_window is None else settings.attention_window,
-        rotary_fraction=rope["partial_rotary_factor"],
-        rotary_base=rope["rope_theta"],
         num_filters=filters,
+        share_state=settings.share_state,
         hyena_order=settings.hyena_order,
         rotary=None if settings.rotary else False,
         short_filter_length=settings.short_filter_length,
@@ -90,31 +91,35 @@ def configuration(settings: Student, context_length: int, teacher: GPTNeoXConfig
     )
 
 
-def new(settings: Student, context_length: int, teacher: GPTNeoXConfig, seed: int) -> HyenaNeoXForCausalLM:
-    """An untrained student; the seed decides its weights."""
+def new(settings: Student, context_length: int, teacher: PreTrainedConfig, seed: int) -> HyenaForCausalLM:
+    """An untrained student with its teacher's rotary frequencies; the seed decides its weights."""
     torch.manual_seed(seed)
-    return HyenaNeoXForCausalLM(configuration(settings, context_length, teacher))
+    student = HyenaForCausalLM(configuration(settings, context_length, teacher))
+    student.model.rotary.inv_freq.copy_(families.of(teacher.model_type).frequencies(teacher)[0])
+    return student
 
 
-def from_teacher(
-    settings: Student, context_length: int, teacher: GPTNeoXForCausalLM, seed: int
-) -> HyenaNeoXForCausalLM:
+def from_teacher(settings: Student, context_length: int, teacher: PreTrainedModel, seed: int) -> HyenaForCausalLM:
     """A student with all weights of its teacher; only long filters and short filters are new."""
     student = new(settings, context_length, teacher.config, seed)
-    missing, unexpected = student.load_state_dict(copied(teacher), strict=False)
+    try:
+        weights = families.of(teacher.config.model_type).student_weights(teacher, student.config.attention_layers)
+    except KeyError as error:
+        raise RecipeError(f"teacher: has a parameter of {error}; expected those of its family alone") from None
+    missing, unexpected = student.load_state_dict(weights, strict=False)
     strange = [key for key in missing if not any(name in key for name in NEW_PARAMETERS)] + unexpected
     if strange:
         raise RecipeError(
-            f"teacher: found a model whose parameters do not fit ({', '.join(strange[:3])}); expected a "
-            "GPT-NeoX checkpoint"
+            f"teacher: found a model whose parameters do not fit ({', '.join(strange[:3])}); expected those of a "
+            f"{teacher.config.model_type}"
         )
     student.generation_config = generation(teacher.generation_config)
     return student
 
 
-def load(folder: Path) -> HyenaNeoXForCausalLM:
+def load(folder: Path) -> HyenaForCausalLM:
     """The student of a folder in float32 and evaluation mode; RecipeError unless the folder has all of it."""
-    return loading.model(HyenaNeoXForCausalLM, folder, dtype=torch.float32, use_safetensors=True).eval()
+    return loading.model(HyenaForCausalLM, folder, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def generation(teacher: GenerationConfig) -> GenerationConfig:
@@ -125,8 +130,3 @@ def generation(teacher: GenerationConfig) -> GenerationConfig:
     # hash says that it is as it was loaded.
     made._original_object_hash = hash(made)
     return made
-
-
-def copied(teacher: GPTNeoXForCausalLM) -> dict[str, torch.Tensor]:
-    """The teacher's parameters under the student's names."""
-    return {key.replace(".attention.", ".mixer."): value for key, value in teacher.state_dict().items()}

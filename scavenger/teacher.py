@@ -1,4 +1,4 @@
-"""The teacher: a GPT-NeoX, loaded or trained here, frozen; and the inputs and outputs of its attention layers."""
+"""The teacher, loaded or trained here, frozen; and the inputs and outputs of its attention layers."""
 
 import contextlib
 import functools
@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
-from scavenger import data, loading, measure, training
+from scavenger import data, families, loading, measure, training
 from scavenger.recipe import Recipe, RecipeError, Teacher, TeacherTraining
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
 
 
 END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|padding|>"  # as in the tokenizer of GPT-NeoX-20B
+PADDING = "<|padding|>"  # as in Pythia's tokenizer
 # Files that transformers reads of a checkpoint: weights, configurations, tokenizers. Cards and figures may change.
 LOADED = re.compile(
     r"\.(safetensors|bin|model|index\.json)$|^(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)"
@@ -36,7 +36,8 @@ def run(run: Run) -> Path | None:
         return folder if train else None
     seed = run.recipe.seed
     torch.manual_seed(seed)
-    model = GPTNeoXForCausalLM(configuration(train, run.recipe.data.context_length, run.tokenizer))
+    shape = configuration(train, run.recipe.data.context_length, run.tokenizer)
+    model = families.of(train.family).model(shape)
     blocks = run.blocks("train")
     optimisation = training.Optimisation(
         name="teacher",
@@ -51,18 +52,18 @@ def run(run: Run) -> Path | None:
     return folder
 
 
-def load(settings: Teacher, run_dir: Path, device: torch.device | str = "cpu") -> GPTNeoXForCausalLM:
+def load(settings: Teacher, run_dir: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The teacher on the device, without gradients and in evaluation mode.
 
     Without a dtype in the recipe it keeps the checkpoint's own: Pythia's float16 takes half the memory of float32. On a
     CPU, where half precision is slow, that is float32.
     """
-    load_configuration(settings, run_dir)
+    config = load_configuration(settings, run_dir)
     where, dtype = _where(settings, run_dir), settings.dtype
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
     model = loading.model(
-        GPTNeoXForCausalLM,
+        families.of(config.model_type).model,
         where,
         revision=_revision(settings),
         dtype=dtype,
@@ -78,17 +79,20 @@ def identities(settings: Teacher) -> dict[str, dict]:
     return {path.name: loading.identity(path) for path in files if path.is_file() and LOADED.search(path.name)}
 
 
-def load_configuration(settings: Teacher, run_dir: Path) -> GPTNeoXConfig:
-    """The teacher's configuration; RecipeError where it cannot be loaded or is not that of a plain GPT-NeoX."""
+def load_configuration(settings: Teacher, run_dir: Path) -> PreTrainedConfig:
+    """The teacher's configuration; RecipeError where it cannot be loaded or is not that of one of the families."""
     where = _where(settings, run_dir)
     config = loading.configuration(where, revision=_revision(settings), trust_remote_code=settings.trust_remote_code)
-    if not isinstance(config, GPTNeoXConfig):
-        raise RecipeError(f"teacher: {where} is a {config.model_type}; expected a GPT-NeoX model")
+    if config.model_type not in families.MODEL_TYPES:
+        raise RecipeError(
+            f"teacher: {where} is a {config.model_type}; expected one of the families {', '.join(families.MODEL_TYPES)}"
+        )
+    family = families.of(config.model_type)
     if config.hidden_act not in ACT2FN:
         raise RecipeError(f"teacher: {where} has hidden_act {config.hidden_act}; expected one that transformers has")
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(f"teacher: {where} has quantised weights; expected the weights before quantisation")
-    loading.skeleton(where, lambda: GPTNeoXForCausalLM(config))
+    loading.skeleton(where, lambda: family.model(config))
     return config
 
 
@@ -108,25 +112,32 @@ def tokenizer(recipe: Recipe, run_dir: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def configuration(train: TeacherTraining, context_length: int, tokenizer) -> GPTNeoXConfig:
-    """Pythia's architecture (rotary on a quarter of each head, parallel residual) at the recipe's size."""
-    return GPTNeoXConfig(
-        vocab_size=len(tokenizer),
+def configuration(train: TeacherTraining, context_length: int, tokenizer) -> PreTrainedConfig:
+    """The family's architecture at the recipe's size, for a tokenizer."""
+    special = {
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return shape(train, context_length, len(tokenizer), **special)
+
+
+def shape(train: TeacherTraining, context_length: int, vocab_size: int, **more) -> PreTrainedConfig:
+    """The family's architecture at the recipe's size."""
+    family = families.of(train.family)
+    return family.config(
+        vocab_size=vocab_size,
         hidden_size=train.hidden_size,
         num_hidden_layers=train.num_layers,
         num_attention_heads=train.num_heads,
-        intermediate_size=4 * train.hidden_size,
         max_position_embeddings=context_length,
-        use_parallel_residual=True,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **family.trained(train),
+        **more,
     )
 
 
 @torch.no_grad()
-def attention(model: GPTNeoXForCausalLM, ids: Tensor, layers: Sequence[int]) -> tuple[dict, dict]:
+def attention(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> tuple[dict, dict]:
     """Inputs and outputs of the attention of each of `layers`, both {layer: (batch, length, channel)}.
 
     The forward pass ends after the last of them.
@@ -136,17 +147,17 @@ def attention(model: GPTNeoXForCausalLM, ids: Tensor, layers: Sequence[int]) -> 
         raise _Deep
 
     with recording(model, layers) as recorded:
-        last = model.gpt_neox.layers[max(layers)].attention.register_forward_hook(stop)
+        last = _attentions(model)[max(layers)].register_forward_hook(stop)
         try:
             with contextlib.suppress(_Deep):
-                model.gpt_neox(input_ids=ids, use_cache=False)
+                model.base_model(input_ids=ids, use_cache=False)
         finally:
             last.remove()
     return recorded
 
 
 @contextlib.contextmanager
-def recording(model: GPTNeoXForCausalLM, layers: Sequence[int]):
+def recording(model: PreTrainedModel, layers: Sequence[int]):
     """Forward passes inside the context fill ({layer: input}, {layer: output}) of the attention of `layers`.
 
     Hooks, because `output_hidden_states` has blocks instead of mixers, and its last entry is after the final norm.
@@ -159,20 +170,24 @@ def recording(model: GPTNeoXForCausalLM, layers: Sequence[int]):
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            attention = model.gpt_neox.layers[layer].attention
+            attention = _attentions(model)[layer]
             stack.callback(attention.register_forward_hook(functools.partial(record, layer), with_kwargs=True).remove)
         yield inputs, outputs
 
 
 @torch.no_grad()
-def hidden_states(model: GPTNeoXForCausalLM, ids: Tensor, blocks: bool) -> tuple[Tensor, list[Tensor]]:
+def hidden_states(model: PreTrainedModel, ids: Tensor, blocks: bool) -> tuple[Tensor, list[Tensor]]:
     """The input of the head (batch, length, channel), and with `blocks` the output of each block."""
     outputs = []
     with contextlib.ExitStack() as stack:
-        for layer in model.gpt_neox.layers if blocks else ():
+        for layer in families.of(model.config.model_type).blocks(model) if blocks else ():
             stack.callback(layer.register_forward_hook(lambda module, args, output: outputs.append(output)).remove)
-        last = model.gpt_neox(input_ids=ids, use_cache=False).last_hidden_state
+        last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return last, outputs
+
+
+def _attentions(model):
+    return families.of(model.config.model_type).attentions(model)
 
 
 class _Deep(Exception):
@@ -231,7 +246,7 @@ def _write_card(run, model, history, folder):
     checkpoint.write_json(folder / "training.json", facts)
     corpus = ", ".join(f"{key} {value}" for key, value in facts["corpus"].items())
     rows = {
-        "architecture": f"GPTNeoXForCausalLM, {train.num_layers} layers, width {train.hidden_size}, "
+        "architecture": f"{type(model).__name__}, {train.num_layers} layers, width {train.hidden_size}, "
         f"{train.num_heads} heads, context {recipe.data.context_length}",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "tokenizer": f"byte-level BPE, {model.config.vocab_size:,} tokens, trained on the train split",
@@ -252,11 +267,11 @@ def _write_card(run, model, history, folder):
             [
                 "---",
                 "library_name: transformers",
-                "tags: [gpt_neox]",
+                f"tags: [{train.family}]",
                 "---",
                 f"# {Path(recipe.run_dir).name}",
                 "",
-                "A small GPT-NeoX, made by a scavenger recipe to be a teacher.",
+                "A small Transformer, made by a scavenger recipe to be a teacher.",
                 "",
                 "| | |",
                 "|---|---|",

@@ -21,7 +21,7 @@ from scavenger.run import checkpoint, interruption
 from scavenger.run.run import Run
 
 
-BETAS = (0.9, 0.95)  # as GPT-NeoX and Pythia
+BETAS = (0.9, 0.95)  # as Pythia and most models of its kind
 WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
 FINAL_RATE = 0.1  # the cosine ends at this share of the learning rate, as Pythia's
@@ -215,7 +215,7 @@ class NextTokens(nn.Module):
         self.head = model.lm_head.weight  # a parameter of this module too, so that sharded launches gather it
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.model.gpt_neox(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         following, counts = losses.following(ids, mask)
         one = torch.ones(1, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
 

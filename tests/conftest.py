@@ -26,7 +26,7 @@ from filelock import FileLock
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.model.attention import WindowedAttention
 
 
@@ -226,7 +226,7 @@ def tiny_student(filters=5, modal=False, **changes):
         if modal
         else {}
     )
-    config = HyenaNeoXConfig(
+    config = HyenaConfig(
         **{
             "vocab_size": 97,
             "hidden_size": 30,
@@ -237,18 +237,18 @@ def tiny_student(filters=5, modal=False, **changes):
             "filter_width": 11,
             "position_features": 9,
             "context_length": 63,
-            "rotary_fraction": 0.4,
+            "rotary_channels": 2,
         }
         | sizes
         | changes
     )
     torch.manual_seed(5)
-    model = HyenaNeoXForCausalLM(config).double().eval()
+    model = HyenaForCausalLM(config).double().eval()
     with torch.no_grad():
-        for layer in model.gpt_neox.layers:
+        for layer in model.model.layers:
             mixer = layer.mixer
-            mixer.query_key_value.weight.mul_(20)  # large enough that a wrong mixer shows in the logits
-            mixer.dense.weight.mul_(20)
+            for linear in (mixer.q, mixer.k, mixer.v, mixer.out):
+                linear.weight.mul_(20)  # large enough that a wrong mixer shows in the logits
             if isinstance(mixer, WindowedAttention):
                 continue
             mixer.short_filter.add_(0.3 * torch.randn_like(mixer.short_filter))

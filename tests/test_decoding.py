@@ -261,7 +261,7 @@ def test_a_long_prompt_does_not_lengthen_the_short_ones(shape, device):
     lengths = [3, 400, 1, 33, 32, 2, 70, 5, 64, 65]
     prompts = [random_ids(n, device=device) for n in lengths]
     decoder, read = Decoder(model, rows=len(prompts)), []
-    decoder.model.gpt_neox.embed_in.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
+    decoder.model.model.embed.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
     rows = decoder.add(prompts)
     assert sum(lengths) <= sum(read) < 2 * (sum(lengths) + 32 * len(prompts)) < 400 * len(prompts)
     tokens = random_ids(len(prompts), device=device)
@@ -286,7 +286,7 @@ def test_rows_are_free_after_an_exception(shape, error, device):
             raise error
 
     # Between the layers of a step: some have advanced, some have not.
-    hook = decoder.model.gpt_neox.layers[-1].register_forward_pre_hook(interrupted)
+    hook = decoder.model.model.layers[-1].register_forward_pre_hook(interrupted)
     with pytest.raises(error):
         decoder.generate(prompts, 30, None)
     hook.remove()

@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.model import HyenaForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
@@ -224,7 +224,7 @@ def test_padding_between_turns_is_refused():
 )
 def test_a_keyword_that_would_be_ignored_is_refused(keyword):
     model, ids = tiny_student(), torch.randint(1, 97, (1, 9))
-    for called in (model, model.gpt_neox):
+    for called in (model, model.model):
         expected = rf"{type(called).__name__}.forward: found the keyword {keyword}; expected one of input_ids, "
         with pytest.raises(TypeError, match=expected):
             called(ids, **{keyword: torch.ones(1, 9, dtype=torch.int)})
@@ -240,7 +240,7 @@ def test_positions_of_packed_sequences_are_refused(modal):
     padded = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
     with torch.no_grad():
         whole, masked = model(ids).logits, model(ids, attention_mask=mask).logits
-        for called in (model, model.gpt_neox):
+        for called in (model, model.model):
             shapes = torch.arange(9).expand(3, 9), torch.arange(9).expand(3, 2, 9), torch.tensor(0), torch.zeros(2, 0)
             for wrong in (packed, packed.expand(2, 9), torch.arange(1, 10), torch.arange(8), padded, *shapes):
                 with pytest.raises(ValueError, match="position_ids .* packed sequences are not kept apart"):
@@ -264,7 +264,7 @@ def test_positions_of_packed_sequences_are_refused(modal):
 def test_a_mask_that_numbers_packed_sequences_is_refused():
     model, ids = tiny_student(), torch.randint(1, 97, (2, 5))
     for wrong in ([1, 1, 2, 2, 2], [0, 1, 1, 2, 2], [0, 0, 0, -1, -1], [0.5] * 5):
-        for called in (model, model.gpt_neox):
+        for called in (model, model.model):
             with pytest.raises(ValueError, match="attention_mask has values other than 0 and 1; .* packed sequences"):
                 called(ids, attention_mask=torch.tensor([wrong, [1] * 5]))
     for dtype in (torch.bool, torch.int32, torch.float32):
@@ -292,7 +292,7 @@ def test_trainer_does_not_mix_packed_documents(tmp_path, form):
 
 
 def test_the_body_continues_from_a_cache_under_its_old_name():
-    model, ids = tiny_student(modal=True).gpt_neox, torch.randint(1, 97, (2, 9))
+    model, ids = tiny_student(modal=True).model, torch.randint(1, 97, (2, 9))
     whole = model(ids).last_hidden_state
     cache = model(ids[:, :5], use_cache=True).cache
     with pytest.warns(FutureWarning, match="Use `cache`"):
@@ -384,10 +384,10 @@ def test_filters_stay_wide_through_every_round_trip(tmp_path, dtype, modal):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype="auto")
     cast = copy.deepcopy(model).to(dtype).to("cpu")
     for made in (loaded, again, AutoModelForCausalLM.from_pretrained(tmp_path / "second", torch_dtype=dtype), cast):
-        assert made.lm_head.weight.dtype == made.gpt_neox.layers[0].mixer.dense.weight.dtype == dtype
+        assert made.lm_head.weight.dtype == made.model.layers[0].mixer.out.weight.dtype == dtype
         for layer in (0, 2):
-            expected = model.gpt_neox.layers[layer].mixer.filter.state_dict()
-            for key, value in made.gpt_neox.layers[layer].mixer.filter.state_dict().items():
+            expected = model.model.layers[layer].mixer.filter.state_dict()
+            for key, value in made.model.layers[layer].mixer.filter.state_dict().items():
                 assert value.dtype == wide and torch.equal(value, expected[key]), key
     ids = torch.randint(0, 97, (2, 23))
     narrow = again(input_ids=ids).logits
@@ -411,10 +411,10 @@ def test_vocabulary_grows_and_shrinks(tmp_path, tied):
         assert_close(before[..., :89], found.logits[..., :89], 1e-13)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert (loaded.lm_head.weight is loaded.gpt_neox.embed_in.weight) == tied
+    assert (loaded.lm_head.weight is loaded.model.embed.weight) == tied
     assert_close(loaded(input_ids=ids).logits, found.logits, 1e-14)
     saved = 89 * 30 if tied else 2 * 89 * 30
-    body = sum(parameter.numel() for parameter in tiny_student(modal=True).gpt_neox.layers.parameters()) + 2 * 30
+    body = sum(parameter.numel() for parameter in tiny_student(modal=True).model.layers.parameters()) + 2 * 30
     assert loaded.num_parameters() == body + saved
     assert loaded.get_memory_footprint() == 8 * (body + saved)
 
@@ -510,7 +510,7 @@ def test_lora_on_the_projections(tmp_path):
     base = tiny_student(modal=True, attention_layers=[1], attention_window=7)
     ids = torch.randint(1, 97, (2, 23))
     before = base(input_ids=ids).logits
-    config = LoraConfig(r=3, lora_alpha=30, target_modules=["query_key_value", "dense"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=3, lora_alpha=30, target_modules=["q", "v", "out"], task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(base), config)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 3 * 2 * 2 and all("lora_" in name for name in trained)
@@ -530,7 +530,7 @@ def test_lora_on_the_projections(tmp_path):
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert_close(adapted, loaded(input_ids=ids).logits, 1e-6)  # the adapter is loaded in float32
     merged = model.merge_and_unload()
-    assert type(merged) is HyenaNeoXForCausalLM
+    assert type(merged) is HyenaForCausalLM
     assert_close(adapted, merged(input_ids=ids).logits, 1e-12)
     assert torch.equal(generated, merged.generate(ids, max_new_tokens=9, **GREEDY))
     assert (before - adapted).abs().max() > 1e-3
@@ -554,7 +554,7 @@ def test_layers_are_kept_whole_when_a_model_is_spread_over_devices():
     from accelerate import infer_auto_device_map
 
     model = tiny_student(modal=True, attention_layers=[1])
-    size = sum(parameter.nbytes for parameter in model.gpt_neox.layers[0].parameters())
+    size = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     places = infer_auto_device_map(model, {0: 3 * size, "cpu": 100 * size}, model._no_split_modules)
     assert {0, "cpu"} == set(places.values())
     assert all(name.count(".") <= 2 for name in places), places

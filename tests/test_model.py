@@ -9,7 +9,7 @@ from conftest import normal, random_ids, tiny_student
 from reference import assert_close, relative_error
 from transformers import DynamicCache
 
-from scavenger.model import HyenaCache, HyenaNeoXConfig, HyenaNeoXForCausalLM, convolution
+from scavenger.model import HyenaCache, HyenaConfig, HyenaForCausalLM, convolution
 from scavenger.model.attention import AttentionCacheLayer, WindowedAttention
 from scavenger.model.convolution import (
     ToeplitzProduct,
@@ -22,7 +22,7 @@ from scavenger.model.convolution import (
 from scavenger.model.filters import ImplicitFilter, ModalFilter
 from scavenger.model.hyena import long_convolution
 from scavenger.model.modal import Layout, Modes, modal_scan
-from scavenger.model.modeling_hyena_neox import HyenaCacheLayer
+from scavenger.model.modeling_hyena import HyenaCacheLayer
 
 
 F64 = torch.float64
@@ -146,7 +146,7 @@ def test_modal_taps_are_the_loop_of_multiplications(device):
 @pytest.mark.parametrize("hyena_order", [2, 4])
 @pytest.mark.parametrize("modal", [False, True])
 def test_full_recurrence_is_its_formula_with_gradients(hyena_order, modal, device):
-    mixer = tiny_student(30, modal, hyena_order=hyena_order).to(device).gpt_neox.layers[1].mixer
+    mixer = tiny_student(30, modal, hyena_order=hyena_order).to(device).model.layers[1].mixer
     q, k, v, *between = normal(1 + hyena_order, 2, 30, 41, 1, device=device).requires_grad_()
     taps = mixer.filter(41)
     gates = [gate[..., 0] for gate in (k, *between, q)]
@@ -166,7 +166,7 @@ def test_full_recurrence_is_its_formula_with_gradients(hyena_order, modal, devic
 def test_full_recurrence_starts_as_one_convolution_and_passes(device):
     """With the new filters' taps at zero, a full recurrence at its first weights is the student of one convolution."""
     one, three = tiny_student(30).to(device), tiny_student(30, hyena_order=3).to(device)
-    for simple, full in zip(one.gpt_neox.layers, three.gpt_neox.layers, strict=True):
+    for simple, full in zip(one.model.layers, three.model.layers, strict=True):
         full.mixer.reset_parameters()
         full.mixer.filter.reset_parameters()
         with torch.no_grad():
@@ -176,11 +176,11 @@ def test_full_recurrence_starts_as_one_convolution_and_passes(device):
             full.mixer.filter.direct[60:] = values.pop("direct")
             full.mixer.short_filter[:90] = simple.mixer.short_filter
         full.mixer.filter.load_state_dict(values, strict=False)
-        full.mixer.query_key_value.load_state_dict(simple.mixer.query_key_value.state_dict())
-        full.mixer.dense.load_state_dict(simple.mixer.dense.state_dict())
+        for name in ("q", "k", "v", "out"):
+            getattr(full.mixer, name).load_state_dict(getattr(simple.mixer, name).state_dict())
     hidden = normal(2, 23, 30, device=device)
     ones = torch.ones(2, 23, 2, dtype=F64, device=device)
-    for simple, full in zip(one.gpt_neox.layers, three.gpt_neox.layers, strict=True):
+    for simple, full in zip(one.model.layers, three.model.layers, strict=True):
         assert_close(simple.mixer(hidden, ones, 0 * ones), full.mixer(hidden, ones, 0 * ones), 1e-13)
 
 
@@ -190,16 +190,16 @@ def test_positions_are_relative_wherever_rotary_is_kept(filters, device):
     model = tiny_student(filters).to(device)
     assert model.config.rotary == (filters != 3)
     hidden = normal(2, 23, 30, device=device)
-    mixer, places = model.gpt_neox.layers[0].mixer, torch.arange(23, device=device)
+    mixer, places = model.model.layers[0].mixer, torch.arange(23, device=device)
     outputs = []
     for shift in (0, 11):
         angle = (places + shift).double()[None, :, None].expand(2, 23, 2)
         outputs.append(mixer(hidden, angle.cos(), angle.sin()))
     assert_close(*outputs, 1e-13)
-    assert not tiny_student(10, rotary_fraction=0.5).config.rotary, "3 of 6 channels: 4 are turned, (1, 3) is split"
+    assert not tiny_student(10, rotary_channels=4).config.rotary, "3 of 6 channels: 4 are turned, (1, 3) is split"
     with pytest.raises(ValueError, match="rotary is true; expected false: groups of 10 channels"):
         tiny_student(3, rotary=True)
-    assert not tiny_student(5, rotary=False).gpt_neox.layers[0].mixer.rotary
+    assert not tiny_student(5, rotary=False).model.layers[0].mixer.rotary
     ones = torch.ones(2, 23, 2, dtype=F64, device=device)
     still = mixer(hidden, ones, 0 * ones)
     assert model.config.rotary == ((still - outputs[0]).abs().max() > 1e-3)
@@ -319,7 +319,7 @@ def test_state_is_as_large_as_the_configuration_says_at_any_length(shape, device
 def test_state_and_break_even_length_are_of_the_dtype_that_is_kept(shape, tmp_path):
     """In bfloat16, inputs of short convolutions and the window take half as much; modes stay in float32."""
     tiny_student(modal=True, **shape).float().save_pretrained(tmp_path)
-    model = HyenaNeoXForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = HyenaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     kept = model(input_ids=torch.randint(1, 97, (2, 9)), use_cache=True).cache.nbytes // 2
     config = model.config
     assert config.state_bytes_of(model.dtype.itemsize) == kept < config.state_bytes == config.state_bytes_of(4)
@@ -337,7 +337,7 @@ def test_a_state_that_grows_or_is_not_there_has_no_size():
 
 def test_kept_attention_sees_its_window_and_no_more(device):
     model = tiny_student(attention_layers=[1], attention_window=7).to(device)
-    layer = model.gpt_neox.layers[1].mixer
+    layer = model.model.layers[1].mixer
     hidden = normal(2, 23, 30, device=device)
     ones = torch.ones(2, 23, 2, dtype=F64, device=device)
     zeros = torch.zeros_like(ones)
@@ -358,7 +358,7 @@ def test_kept_attention_sees_its_window_and_no_more(device):
 def test_kept_attention_in_blocks_is_one_masked_product(monkeypatch, device):
     monkeypatch.setattr("scavenger.model.attention.BLOCK", 5)
     for window in (0, 3, 8, 40):
-        config = HyenaNeoXConfig(
+        config = HyenaConfig(
             hidden_size=30, num_attention_heads=5, attention_window=window, attention_layers=[0], num_filters=5
         )
         layer = WindowedAttention(config, 0)
@@ -383,7 +383,7 @@ def test_what_a_mixer_rounds_in_half_precision(filters, dtype, tolerance, device
 
     5 filters take the matrix form. 10 filters, shared by channels too, and 30, one a channel, take FFTs in float32.
     """
-    mixer = tiny_student(filters, modal=True).float().to(device).to(dtype).gpt_neox.layers[1].mixer
+    mixer = tiny_student(filters, modal=True).float().to(device).to(dtype).model.layers[1].mixer
     q, k, v = normal(3, 2, filters, 63, 30 // filters, device=device).to(dtype)
     taps, layer = mixer.filter(63), HyenaCacheLayer()
     exact = reference.mixer(q.double(), k.double(), v.double(), taps.double())
@@ -497,10 +497,10 @@ def test_a_warning_beyond_the_training_length(cached, monkeypatch, device):
 
 def test_poles_stay_wide(device):
     model = tiny_student(modal=True).float().to(device)
-    before = model.gpt_neox.layers[0].mixer.filter.pole.clone()
+    before = model.model.layers[0].mixer.filter.pole.clone()
     for narrow in (torch.bfloat16, torch.float16):
         model.to(narrow)
-        filter = model.gpt_neox.layers[0].mixer.filter
+        filter = model.model.layers[0].mixer.filter
         assert filter.pole.dtype == filter.residue.dtype == torch.float32
         assert torch.equal(filter.pole, before)
         assert model.lm_head.weight.dtype == narrow

@@ -62,7 +62,7 @@ def test_recurrent_student_is_the_distilled_one(finished):
     distilled, recurrent = (
         AutoModelForCausalLM.from_pretrained(finished / name) for name in ("transfer", "recurrence")
     )
-    for layer, (exact, modal) in enumerate(zip(distilled.gpt_neox.layers, recurrent.gpt_neox.layers, strict=True)):
+    for layer, (exact, modal) in enumerate(zip(distilled.model.layers, recurrent.model.layers, strict=True)):
         taps, made = exact.mixer.filter(48), modal.mixer.filter(48)
         for row, facts in enumerate(found["layers"][layer]["filters"]):
             error = ((taps[row] - made[row]).norm() / taps[row].norm()).item()

@@ -230,7 +230,7 @@ def test_the_report_reads_and_generates_what_the_plan_says(finished, workshop):
     models = report.evaluated(recipe, finished)
     distilled = models[2]
     read = []
-    distilled.model.gpt_neox.embed_in.register_forward_hook(lambda module, args, out: read.append(args[0].shape))
+    distilled.model.model.embed.register_forward_hook(lambda module, args, out: read.append(args[0].shape))
     test = blocks(finished / "data", "test")
     asked = dataclasses.replace(report.settings(recipe, models, test.size), speed=None)
     comparison.run([models[0], distilled], Blocks("test", test), asked, Results(None))

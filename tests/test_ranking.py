@@ -16,8 +16,8 @@ def test_a_mixer_alone_is_the_teacher_with_one_output_replaced(layer):
         {key.replace(".attention.", ".mixer."): value for key, value in frozen.state_dict().items()}, strict=False
     )
     ids = torch.randint(0, 97, (2, 23))
-    _, cos, sin = matched.gpt_neox.mask_and_angles(torch.zeros(2, 23, 30, dtype=torch.float64))
-    mixer = matched.gpt_neox.layers[layer].mixer
+    _, cos, sin = matched.model.mask_and_angles(torch.zeros(2, 23, 30, dtype=torch.float64))
+    mixer = matched.model.layers[layer].mixer
     hook = frozen.gpt_neox.layers[layer].attention.register_forward_hook(
         lambda module, args, output: (mixer(args[0], cos, sin), output[1])
     )

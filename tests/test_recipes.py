@@ -8,7 +8,7 @@ import pytest
 from conftest import scavenger
 
 from scavenger import plan
-from scavenger.model import HyenaNeoXConfig
+from scavenger.model import HyenaConfig
 from scavenger.recipe import load_recipe
 from scavenger.run.checkpoint import read_json
 
@@ -123,7 +123,7 @@ def test_the_whole_way_scaled_down(workshop, texts, tmp_path, size, kind, kept, 
     assert [turn["name"] for turn in turns] == ["activations", "activations, jointly", "logits"]
     assert [turn["steps"] * turn["batch_size"] for turn in turns] == [2 * 4, 4, 2 * 6]
     assert read_json(run / "recurrence/config.json")["attention_layers"] == kept
-    student = HyenaNeoXConfig.from_pretrained(run / "recurrence")
+    student = HyenaConfig.from_pretrained(run / "recurrence")
     assert 0 < student.state_bytes <= 30_000
     if ends is WHOLE:
         figures = read_json(run / "report/report.json")

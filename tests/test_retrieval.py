@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from scavenger import data, measure
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import load_recipe
 from scavenger.report import retrieval
 from scavenger.report.evaluated import Evaluated
@@ -403,7 +403,7 @@ def test_mixers_command(compared, tmp_path):
         [compared / "first", compared / "second", compared / "kept"],
         strict=True,
     ):
-        model = HyenaNeoXForCausalLM.from_pretrained(folder / "recurrence", dtype=torch.float32)
+        model = HyenaForCausalLM.from_pretrained(folder / "recurrence", dtype=torch.float32)
         for split in ("test", "validation"):
             expected = measure.held_out(model, data.blocks(folder / "data", split)).perplexity
             assert run["recurrent"][split] == pytest.approx(expected, rel=1e-5)

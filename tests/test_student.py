@@ -9,7 +9,7 @@ from reference import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from scavenger import student, teacher
-from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.recipe import Student
 
 
@@ -51,7 +51,7 @@ def test_only_filters_and_short_filters_are_new(mixer):
         *(f"inner.{i}.{part}" for i in range(3) for part in ("weight", "bias")),
     ]
     assert new == {
-        f"gpt_neox.layers.{layer}.mixer.{name}"
+        f"model.layers.{layer}.mixer.{name}"
         for layer in range(3)
         for name in ["short_filter", *(f"filter.{part}" for part in filter_parts)]
     }
@@ -67,7 +67,7 @@ def test_a_student_that_keeps_all_attention_is_the_teacher(parallel_residual):
     model = tiny_teacher(use_parallel_residual=parallel_residual)
     config = student.configuration(Student(), LENGTH, model.config)
     config.attention_layers, config.attention_window = [0, 1, 2], 23
-    made = HyenaNeoXForCausalLM(config).double()
+    made = HyenaForCausalLM(config).double()
     made.load_state_dict({key.replace(".attention.", ".mixer."): value for key, value in model.state_dict().items()})
     ids = torch.randint(0, 97, (2, 23))
     assert_close(model(input_ids=ids).logits, made(input_ids=ids).logits, 1e-6)  # the teacher's angles are float32
@@ -85,11 +85,11 @@ def test_attention_is_what_goes_in_and_out_of_it():
     inputs, outputs = teacher.attention(model, ids, [0, 1, 2])
     assert list(inputs) == list(outputs) == [0, 1, 2]
     assert {x.shape for x in [*inputs.values(), *outputs.values()]} == {(2, 23, 30)}
-    last = model.gpt_neox.layers[-1]
+    last = model.model.layers[-1]
     hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-2]  # what goes into the last block
     assert torch.equal(last.input_layernorm(hidden), inputs[2])
     block = hidden + outputs[2] + last.mlp(last.post_attention_layernorm(hidden))
-    assert_close(logits, model.lm_head(model.gpt_neox.final_layer_norm(block)), 1e-14)
+    assert_close(logits, model.lm_head(model.model.final_layer_norm(block)), 1e-14)
     (only,) = teacher.attention(model, ids, [1])[1].items()
     assert only[0] == 1 and torch.equal(only[1], outputs[1])
     read, blocks = teacher.hidden_states(model, ids, blocks=True)
@@ -160,7 +160,7 @@ def test_labels_are_shifted_as_everywhere():
     out = model(input_ids=ids, labels=ids)
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected, check_dtype=False, rtol=1e-6, atol=0)
-    embedded = model(inputs_embeds=model.gpt_neox.embed_in(ids)).logits
+    embedded = model(inputs_embeds=model.model.embed(ids)).logits
     assert torch.equal(out.logits, embedded)
 
 
@@ -172,22 +172,22 @@ def test_saved_and_loaded(tmp_path, modal):
     assert torch.equal(
         model(input_ids=ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits
     )
-    assert isinstance(AutoConfig.from_pretrained(tmp_path), HyenaNeoXConfig)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), HyenaConfig)
     assert (
         json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
-        == "modeling_hyena_neox.HyenaNeoXForCausalLM"
+        == "modeling_hyena.HyenaForCausalLM"
     )
-    half = HyenaNeoXForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = HyenaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
-    assert {p.dtype for layer in half.gpt_neox.layers for p in layer.mixer.filter.parameters()} == {torch.float32}
+    assert {p.dtype for layer in half.model.layers for p in layer.mixer.filter.parameters()} == {torch.float32}
     assert half(input_ids=ids).logits.dtype == torch.bfloat16
 
 
 def test_impossible_configurations():
     with pytest.raises(ValueError, match="num_filters 7"):
-        HyenaNeoXConfig(hidden_size=30, num_attention_heads=5, num_filters=7)
+        HyenaConfig(hidden_size=30, num_attention_heads=5, num_filters=7)
     with pytest.raises(ValueError, match="state_sizes has 0 layers"):
-        HyenaNeoXConfig(filter="modal")
+        HyenaConfig(filter="modal")
     for wrong in ("geluu", None, ["gelu"]):
         with pytest.raises(ValueError, match=r"hidden_act is .*; expected one of gelu, "):
-            HyenaNeoXConfig(hidden_act=wrong)
+            HyenaConfig(hidden_act=wrong)

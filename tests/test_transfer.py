@@ -10,8 +10,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
-from scavenger import data, losses, plan, student, teacher, training
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger import data, families, losses, plan, student, teacher, training
+from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import Filter, Logits, Student
 from scavenger.run import checkpoint
 from scavenger.run.checkpoint import read_json
@@ -33,8 +33,9 @@ def of_all_attention(model):
     """A student whose mixers are the teacher's attention. Its angles are float64, the teacher's float32."""
     config = student.configuration(Student(), 63, model.config)
     config.attention_layers, config.attention_window = [0, 1, 2], 0
-    made = HyenaNeoXForCausalLM(config).double().to(model.device)
-    made.load_state_dict(student.copied(model))
+    made = HyenaForCausalLM(config).double().to(model.device)
+    kept = range(model.config.num_hidden_layers)
+    made.load_state_dict(families.of("gpt_neox").student_weights(model, kept))
     return made
 
 
@@ -113,13 +114,13 @@ def test_errors_are_those_of_the_mixers(device):
             with_kwargs=True,
         )
         attention.register_forward_hook(lambda module, args, out, layer=layer: wanted.update({layer: out[0]}))
-        model.gpt_neox.layers[layer].mixer.register_forward_hook(
+        model.model.layers[layer].mixer.register_forward_hook(
             lambda module, args, out, layer=layer: own.update({layer: out})
         )
     frozen(input_ids=ids)
     model(input_ids=ids, use_cache=False)
-    of_own, (_, cos, sin) = dict(own), model.gpt_neox.mask_and_angles(given[0])
-    of_given = {layer: model.gpt_neox.layers[layer].mixer(given[layer], cos, sin) for layer in range(3)}
+    of_own, (_, cos, sin) = dict(own), model.model.mask_and_angles(given[0])
+    of_given = {layer: model.model.layers[layer].mixer(given[layer], cos, sin) for layer in range(3)}
 
     def expected(found):
         rows = []
@@ -138,12 +139,12 @@ def test_which_gradients_cross_layers(reading, crosses, device):
     frozen, model = tiny_teacher().to(device), tiny_student().to(device)
     ids, mask = batch(device)
     for layers, matching in matchings(model, reading):
-        for layer in model.gpt_neox.layers:  # those of layers that it does not match too: would they get one?
+        for layer in model.model.layers:  # those of layers that it does not match too: would they get one?
             layer.mixer.requires_grad_(True)
         errors, _ = matching(ids, mask, *teacher.attention(frozen, ids, layers))
         for layer, error in zip(layers, errors.sum(1), strict=True):
             reached = []
-            for index, other in enumerate(model.gpt_neox.layers):
+            for index, other in enumerate(model.model.layers):
                 slopes = torch.autograd.grad(
                     error, list(other.mixer.parameters()), retain_graph=True, allow_unused=True
                 )
@@ -167,7 +168,7 @@ def test_only_matched_mixers_are_trained(device):
 def calls(model):
     """Counts the calls of each layer's mixer and MLP, which a list in use gets."""
     found = []
-    for index, layer in enumerate(model.gpt_neox.layers):
+    for index, layer in enumerate(model.model.layers):
         mixer = layer.attention if hasattr(layer, "attention") else layer.mixer
         for what, module in (("mixer", mixer), ("mlp", layer.mlp)):
             module.register_forward_hook(lambda *args, entry=(what, index): found.append(entry))
@@ -222,7 +223,7 @@ def test_the_loss_of_logits_is_its_definition(changes, rows, monkeypatch, device
     outputs = {"own": [], "theirs": []}
     hooks = []
     for name, network in (("own", model), ("theirs", frozen)):
-        for layer in network.gpt_neox.layers:
+        for layer in network.model.layers:
             keep = outputs[name].append
             hooks.append(layer.register_forward_hook(lambda module, args, out, keep=keep: keep(out)))
     own, theirs = (network(input_ids=ids, use_cache=False).logits for network in (model, frozen))
@@ -380,13 +381,13 @@ def test_no_head_and_no_logits_are_computed(workshop, tmp_path, monkeypatch, sch
         raise AssertionError("a head was run")
 
     kept_teachers(monkeypatch, lambda model: model.lm_head.register_forward_pre_hook(refuse))
-    load = HyenaNeoXForCausalLM.__init__
+    load = HyenaForCausalLM.__init__
 
     def made(self, config):
         load(self, config)
         self.lm_head.register_forward_pre_hook(refuse)
 
-    monkeypatch.setattr(HyenaNeoXForCausalLM, "__init__", made)
+    monkeypatch.setattr(HyenaForCausalLM, "__init__", made)
     projected, seen = losses.projected, []
 
     def watched(*args):

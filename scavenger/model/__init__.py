@@ -5,14 +5,14 @@ Importing it registers the student with transformers' Auto classes.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_hyena_neox import HyenaNeoXConfig
-from .modeling_hyena_neox import HyenaCache, HyenaNeoXForCausalLM, HyenaNeoXModel
+from .configuration_hyena import HyenaConfig
+from .modeling_hyena import HyenaCache, HyenaForCausalLM, HyenaModel
 
 
-__all__ = ["HyenaCache", "HyenaNeoXConfig", "HyenaNeoXForCausalLM", "HyenaNeoXModel"]
+__all__ = ["HyenaCache", "HyenaConfig", "HyenaForCausalLM", "HyenaModel"]
 
-HyenaNeoXConfig.register_for_auto_class()
-HyenaNeoXForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-AutoConfig.register(HyenaNeoXConfig.model_type, HyenaNeoXConfig)
-AutoModelForCausalLM.register(HyenaNeoXConfig, HyenaNeoXForCausalLM)
-AutoModel.register(HyenaNeoXConfig, HyenaNeoXModel)
+HyenaConfig.register_for_auto_class()
+HyenaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+AutoConfig.register(HyenaConfig.model_type, HyenaConfig)
+AutoModelForCausalLM.register(HyenaConfig, HyenaForCausalLM)
+AutoModel.register(HyenaConfig, HyenaModel)

@@ -1,7 +1,7 @@
 """A layer that keeps the teacher's attention, in a sliding window, so that its state has constant size too.
 
-Parameters are the teacher's. Each token attends to itself and the `attention_window - 1` tokens before it; with a
-window of 0, to all tokens before it, as in the teacher, and the state grows with every token.
+Parameters are the teacher's. Each token attends to itself and the `window - 1` tokens before it; with a window of 0, to
+all tokens before it, and the state grows with every token.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .modal import may_overwrite, writable
+from .norm import head_norm
 from .rotary import turn
 
 
@@ -18,39 +19,48 @@ BLOCK = 512  # most queries per attention mask, so that memory is linear in the 
 class WindowedAttention(nn.Module):
     def __init__(self, config, layer_index: int):
         super().__init__()
-        width = config.hidden_size
+        width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.layer_index = layer_index
-        self.num_heads = config.num_attention_heads
-        self.window = config.attention_window
-        self.query_key_value = nn.Linear(width, 3 * width, bias=config.attention_bias)
-        self.dense = nn.Linear(width, width, bias=config.attention_bias)
+        self.head_dim = config.head_dim
+        self.queries = config.num_attention_heads // config.num_key_value_heads  # heads of q for each of k and v
+        self.window = config.window(layer_index)
+        self.q = nn.Linear(width, inner, bias=config.qkv_bias)
+        self.k = nn.Linear(width, config.key_value_width, bias=config.qkv_bias)
+        self.v = nn.Linear(width, config.key_value_width, bias=config.qkv_bias)
+        self.out = nn.Linear(inner, width, bias=config.out_bias)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
 
     def forward(
         self,
         hidden: Tensor,  # (batch, length, channel)
-        cos: Tensor,  # (batch, length, rotary channel)
+        cos: Tensor,  # (batch, length, turned pair)
         sin: Tensor,
         mask: Tensor | None = None,  # (batch, length), zero for padding
         cache=None,
     ) -> Tensor:  # (batch, length, channel)
-        q, k, v = self.query_key_value(hidden).unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
-        q, k, v = (z.transpose(1, 2) for z in (turn(q, cos, sin), turn(k, cos, sin), v))
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (self.q(hidden), self.k(hidden), self.v(hidden)))
+        q, k = (turn(z, cos, sin, adjacent=False) for z in (self.q_norm(q), self.k_norm(k)))
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         if cache is None:
             y = self._parallel(q, k, v, real, padded=mask is not None)
         elif self.window and q.shape[2] == 1:
             k, v, allowed = cache.layers[self.layer_index].step(k, v, real, self.window)
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=allowed[:, None])
+            grouped = q.unflatten(1, (-1, self.queries)).flatten(2, 3)  # one token's queries as rows of their k and v
+            y = F.scaled_dot_product_attention(grouped, k.to(q.dtype), v.to(q.dtype), attn_mask=allowed[:, None])
+            y = y.flatten(1, 2)[:, :, None]
         else:
             k, v, real = cache.layers[self.layer_index].extend(k, v, real, self.window)
             y = self._parallel(q, k, v, real, padded=True)  # perhaps: the cache may hold padding
-        return self.dense(y.transpose(1, 2).flatten(2))
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def _parallel(self, q, k, v, real, padded):
         """Attention over several tokens, block by block; the queries are the last `length` of the `keys` tokens."""
         length, keys = q.shape[2], k.shape[2]
         if not padded and (self.window == 0 or self.window >= length):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries > 1)
+        if self.queries > 1:  # with a mask, kernels take as many heads of k and v as of q
+            k, v = (z.repeat_interleave(self.queries, dim=1) for z in (k, v))
         window = self.window or max(keys, 1)
         outputs = []
         for start in range(0, length, min(window, BLOCK)):

@@ -37,16 +37,16 @@ def transform_size(length: int) -> int:
 
 
 def outer_product_convolution(
-    q: Tensor,  # (batch, filter, length, width)
+    q: Tensor,  # (batch, filter, query, length, width)
     k: Tensor,  # (batch, filter, length, width)
     v: Tensor,  # (batch, filter, length, width)
     taps: Tensor,  # (filter, length or more)
-) -> Tensor:  # (batch, filter, length, width)
+) -> Tensor:  # (batch, filter, query, length, width)
     """y_t = Σ_i q_ti (h * (k_i v))_t: the FFT form, O(width² length log length) for each filter.
 
     Only one row i of the outer product is in memory at a time; the backward pass recomputes it.
     """
-    y = torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
+    y = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
     for row in range(q.shape[-1]):
         y = y + checkpoint(_row, q[..., row], k[..., row], v, taps, use_reentrant=False)
     return y.to(v.dtype)
@@ -54,24 +54,24 @@ def outer_product_convolution(
 
 def _row(q, k, v, taps):
     convolved = causal_convolution(k[..., None, :] * v.transpose(-1, -2), taps[:, None])
-    return q[..., None] * convolved.transpose(-1, -2)
+    return q[..., None] * convolved.transpose(-1, -2)[:, :, None]
 
 
 class ToeplitzProduct(torch.autograd.Function):
     """y = ((q kᵀ) ⊙ T) v with T_ts = h_{t-s}: the matrix form, BLOCK rows at a time.
 
-    q, k, v are (batch, filter, length, width), taps (filter, length or more). The backward pass recomputes each block's
-    scores, so no length² matrix is ever stored.
+    q is (batch, filter, query, length, width), k and v the same without the queries that share them, taps (filter,
+    length or more). The backward pass recomputes each block's scores, so no length² matrix is ever stored.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, taps):
         ctx.save_for_backward(q, k, v, taps)
-        y = torch.empty_like(v)
-        for rows in _blocks(q.shape[2]):
+        y = torch.empty_like(q)
+        for rows in _blocks(q.shape[3]):
             seen = slice(rows.stop)
-            scores = q[:, :, rows] @ k[:, :, seen].transpose(-1, -2)
-            y[:, :, rows] = scores.mul_(toeplitz_block(taps, rows)) @ v[:, :, seen]
+            scores = score(q[:, :, :, rows], k[:, :, seen])
+            y[:, :, :, rows] = weighted(scores.mul_(toeplitz_block(taps, rows)[:, None]), v[:, :, seen])
         return y
 
     @staticmethod
@@ -81,16 +81,32 @@ class ToeplitzProduct(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)  # many blocks are summed
         dq, dtaps = torch.empty_like(q), torch.zeros_like(taps, dtype=wide)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for rows in _blocks(q.shape[2]):
+        for rows in _blocks(q.shape[3]):
             seen = slice(rows.stop)
-            block = toeplitz_block(taps, rows)
-            scores = q[:, :, rows] @ k[:, :, seen].transpose(-1, -2)
-            weights = dy[:, :, rows] @ v[:, :, seen].transpose(-1, -2)
-            dtaps[:, seen] += _along_lags((scores * weights).sum(0, dtype=wide))
-            dv[:, :, seen] += scores.mul_(block).transpose(-1, -2) @ dy[:, :, rows]
-            dq[:, :, rows] = weights.mul_(block) @ k[:, :, seen]
-            dk[:, :, seen] += weights.transpose(-1, -2) @ q[:, :, rows]
+            block = toeplitz_block(taps, rows)[:, None]
+            scores = score(q[:, :, :, rows], k[:, :, seen])
+            weights = score(dy[:, :, :, rows], v[:, :, seen])
+            dtaps[:, seen] += _along_lags((scores * weights).sum((0, 2), dtype=wide))
+            dv[:, :, seen] += scores.mul_(block).flatten(2, 3).mT @ dy[:, :, :, rows].flatten(2, 3)
+            dq[:, :, :, rows] = weighted(weights.mul_(block), k[:, :, seen])
+            dk[:, :, seen] += weights.flatten(2, 3).mT @ q[:, :, :, rows].flatten(2, 3)
         return dq, dk.to(k.dtype), dv.to(v.dtype), dtaps.to(taps.dtype)
+
+
+def score(
+    q: Tensor,  # (batch, filter, query, row, width)
+    k: Tensor,  # (batch, filter, column, width)
+) -> Tensor:  # (batch, filter, query, row, column)
+    """q kᵀ, as one matrix product for all queries that share k."""
+    return (q.flatten(2, 3) @ k.mT).unflatten(2, q.shape[2:4])
+
+
+def weighted(
+    weights: Tensor,  # (batch, filter, query, row, column)
+    v: Tensor,  # (batch, filter, column, width)
+) -> Tensor:  # (batch, filter, query, row, width)
+    """The sums of v by these weights, as one matrix product for all queries that share v."""
+    return (weights.flatten(2, 3) @ v).unflatten(2, weights.shape[2:4])
 
 
 def short_convolution(

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .attention import AttentionCacheLayer
-from .filters import WideFilter
+from .precision import WideModule
 
 
 SHORT = 32  # tokens: prompts up to this length are read together, longer ones with others of the same power of two
@@ -46,7 +46,7 @@ class Decoder:
         config = model.config
         if config.filter != "modal":
             raise ValueError(f"filter is {config.filter!r}; expected 'modal', with a state of constant size")
-        if config.attention_layers and not config.attention_window:
+        if config.state_grows:
             raise ValueError("attention_window is 0, so the state grows; expected a window")
         if rows < 1:
             raise ValueError(f"rows is {rows}; expected 1 or more")
@@ -229,7 +229,7 @@ def packed(model: nn.Module, rows: int) -> nn.Module:
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return model
     for parent in list(model.modules()):
-        if isinstance(parent, WideFilter):
+        if isinstance(parent, WideModule):
             continue
         for name, child in parent.named_children():
             if type(child) is nn.Linear and child.weight.dtype == torch.float32:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .modal import Layout, Modes
+from .precision import WideModule
 
 
 logger = logging.get_logger(__name__)
@@ -17,19 +18,7 @@ MAX_RADIUS = 0.9999  # of a trained pole; the same limit as in the reduction of 
 FADING = 512  # tokens in which the slowest mode of an untrained modal filter falls to 1/e; our guess
 
 
-class WideFilter(nn.Module):
-    """A filter whose parameters stay in float32 or wider whatever the model's dtype."""
-
-    def _apply(self, fn, recurse=True):
-        def keep_wide(tensor):
-            moved = fn(tensor)
-            half = moved.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(device=moved.device) if half else moved
-
-        return super()._apply(keep_wide, recurse)
-
-
-class ImplicitFilter(WideFilter):
+class ImplicitFilter(WideModule):
     """h_t = exp(-δ t/L) · FFN(features(t/L)) + D [t = 0], for every filter of a layer.
 
     Features are the time and sines and cosines of it; the network has sine activations with trained frequencies. The
@@ -108,7 +97,7 @@ class ImplicitFilter(WideFilter):
         return torch.cat([time[:, None] / (self.context_length - 1), angle.cos(), -angle.sin()], dim=1)
 
 
-class ModalFilter(WideFilter):
+class ModalFilter(WideModule):
     """h_t = Re Σ_m R_m λ_m^t + D [t = 0]; `state_sizes` gives the number of modes of each filter.
 
     Poles and residues are stored as two real numbers each; half-precision poles would cause errors of several per cent

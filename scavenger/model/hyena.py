@@ -7,6 +7,8 @@ y = q ⊙ (h * (k ⊙ v)) (arXiv:2302.10866); a wider group is MultiHyena (arXiv
 teacher's head width is linear attention with a learned filter of the relative position. q and k then keep the teacher's
 rotary embedding: (R_t q)·(R_s k) depends only on t - s, so the recurrence needs no extra state for it.
 
+Where several heads of q share a head of k and v, as in the teacher, they share its filter and its state.
+
 `hyena_order` is the number of long convolutions. From 2 on it is the full recurrence of arXiv:2302.10866, section 3,
 
     z^1 = v        z^{n+1}_t = x^n_t (h^n * z^n)_t        y = z^{N+1}
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from .convolution import ToeplitzProduct, causal_convolution, outer_product_convolution, short_convolution
 from .filters import ImplicitFilter, ModalFilter
 from .modal import CHUNK, ChannelState, HeadState, modal_scan
+from .norm import head_norm
 from .rotary import turn
 
 
@@ -34,18 +37,23 @@ SCAN_PAYS = 8  # length / (width · modes of a filter)
 class HyenaMixer(nn.Module):
     def __init__(self, config, layer_index: int):
         super().__init__()
-        width = config.hidden_size
+        width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.layer_index = layer_index
-        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
         self.num_filters = config.num_filters
-        self.filter_head_width = width // config.num_filters
+        self.filter_head_width = config.filter_head_width
+        self.filtered_heads = config.filtered_heads
         self.hyena_order = config.hyena_order
         self.rotary = config.rotary
-        self.query_key_value = nn.Linear(width, 3 * width, bias=config.attention_bias)
+        self.q = nn.Linear(width, inner, bias=config.qkv_bias)
+        self.k = nn.Linear(width, config.key_value_width, bias=config.qkv_bias)
+        self.v = nn.Linear(width, config.key_value_width, bias=config.qkv_bias)
+        self.out = nn.Linear(inner, width, bias=config.out_bias)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
         between = max(0, config.hyena_order - 2)
-        self.gates = nn.Linear(width, between * width) if between else None
-        self.dense = nn.Linear(width, width, bias=config.attention_bias)
-        self.short_filter = nn.Parameter(torch.zeros((3 + between) * width, config.short_filter_length))
+        self.gates = nn.Linear(width, between * config.filtered_width) if between else None
+        self.streams = [inner, *[config.key_value_width] * 2, *[config.filtered_width] * between]
+        self.short_filter = nn.Parameter(torch.zeros(sum(self.streams), config.short_filter_length))
         self.filter = ModalFilter(config.state_sizes[layer_index]) if config.filter == "modal" else _implicit(config)
         # Linear attention sums where softmax averages; training starts from the teacher's own scale.
         self.scale = self.filter_head_width**-0.5
@@ -63,14 +71,15 @@ class HyenaMixer(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # (batch, length, channel)
-        cos: Tensor,  # (batch, length, rotary channel)
+        cos: Tensor,  # (batch, length, turned pair)
         sin: Tensor,
         mask: Tensor | None = None,  # (batch, length), zero for padding
         cache=None,
     ) -> Tensor:  # (batch, length, channel)
-        projected = self._by_stream(self.query_key_value(hidden))
+        projected = [self.q(hidden), self.k(hidden), self.v(hidden)]
         if self.gates is not None:
-            projected = torch.cat([projected, self.gates(hidden)], dim=-1)
+            projected.append(self.gates(hidden))
+        projected = torch.cat(projected, dim=-1)
         if mask is not None:
             projected = projected * mask[..., None].to(projected.dtype)
         layer_cache = None if cache is None else cache.layers[self.layer_index]
@@ -79,7 +88,7 @@ class HyenaMixer(nn.Module):
         )
         q, k, v, between = self._split(x, cos, sin)
         if isinstance(self.filter, ImplicitFilter):
-            self.filter.warn_beyond_training(q.shape[2] + (layer_cache.convolutions[0].read if layer_cache else 0))
+            self.filter.warn_beyond_training(k.shape[2] + (layer_cache.convolutions[0].read if layer_cache else 0))
         if layer_cache is None:
             y = self._parallel(q, k, v, between)
         elif isinstance(self.filter, ImplicitFilter):
@@ -88,33 +97,43 @@ class HyenaMixer(nn.Module):
         else:
             y = self._recurrent(q, k, v, between, layer_cache)
             layer_cache.conv_state = conv_state
-        return self.dense(y.transpose(1, 2).flatten(2).to(hidden.dtype))
-
-    def _by_stream(self, projected):
-        """Reorder GPT-NeoX's q, k, v of each head to all q channels, then all k, then all v."""
-        heads = projected.unflatten(-1, (self.num_heads, 3, -1))
-        return heads.transpose(-2, -3).flatten(-3)
+        return self.out(self._join(y).to(hidden.dtype))
 
     def _split(self, x, cos, sin):
-        """q, k, v and the gates between, each (batch, filter, length, filter_head_width); q and k are rotated."""
-        q, k, v, *between = x.split(self.dense.in_features, dim=-1)
+        """q (batch, filter, query, length, width), k, v and the gates between the same without the queries.
+
+        The queries are the heads of q that share a head of k and v. q and k are normalised and turned.
+        """
+        q, k, v, *between = x.split(self.streams, dim=-1)
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
             # Under autocast cos and sin are wider than the outputs of the projections.
-            q, k = (turn(z.unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(-2).to(v.dtype) for z in (q, k))
-        q, k, v, *between = (z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in (q, k, v, *between))
-        return q * self.scale, k, v, between
+            q, k = (turn(z, cos, sin, adjacent=True).to(v.dtype) for z in (q, k))
+        if k.shape[2] < self.filtered_heads:
+            k, v = (z.repeat_interleave(self.filtered_heads // z.shape[2], dim=2) for z in (k, v))
+        q = q.unflatten(2, (self.filtered_heads, -1)).transpose(2, 3).flatten(3).unflatten(3, (self.num_filters, -1))
+        k, v = k.flatten(2), v.flatten(2)
+        k, v, *between = (z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in (k, v, *between))
+        return q.permute(0, 3, 2, 1, 4) * self.scale, k, v, between
+
+    def _join(self, y):
+        """The outputs (batch, filter, query, length, width) as (batch, length, channel), in the order of q's heads."""
+        heads = y.permute(0, 3, 2, 1, 4).flatten(3).unflatten(3, (self.filtered_heads, -1))
+        return heads.transpose(2, 3).flatten(2)
 
     def _parallel(self, q, k, v, between):
-        length = q.shape[2]
+        length = k.shape[2]
         if length == 0:
-            return v
+            return q
         if self.hyena_order == 1:
             if self.filter_head_width > 1 and self._scan_pays(length):
                 return self._scan(q, k, v).to(v.dtype)
             return long_convolution(q, k, v, self.filter(length))
-        for gate, taps in zip([k, *between, q], self.filter(length).chunk(self.hyena_order), strict=True):
+        *inner, last = self.filter(length).chunk(self.hyena_order)
+        for gate, taps in zip([k, *between], inner, strict=True):
             v = gate * causal_convolution(v[..., 0], taps)[..., None]
-        return v
+        return q * causal_convolution(v[..., 0], last)[:, :, None, :, None]
 
     def _exact(self, q, k, v, between, layer_cache):
         """The same outputs as _parallel, from all inputs so far in `layer_cache`; float32 or wider."""
@@ -124,14 +143,19 @@ class HyenaMixer(nn.Module):
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
         with torch.autocast(q.device.type, enabled=False):
-            taps = layer_cache.taps_for(self.filter, q.shape[2])
-            if self.hyena_order == 1:
-                return layer_cache.convolutions[0].advance(q, k, v, taps)
-            for gate, own, part in zip(
-                [k, *between, q], layer_cache.convolutions, taps.chunk(self.hyena_order), strict=True
+            taps = layer_cache.taps_for(self.filter, k.shape[2])
+            for (q, k), own, part in zip(
+                self._steps(q, k, v, between), layer_cache.convolutions, taps.chunk(self.hyena_order), strict=True
             ):
-                v = own.advance(gate, torch.ones_like(v), v, part)
-            return v
+                y = own.advance(q, k, v, part)
+                v = y[:, :, 0]
+            return y
+
+    def _steps(self, q, k, v, between):
+        """For each long convolution what stands after and before it, as q and k: the gates of a full recurrence."""
+        if self.hyena_order == 1:
+            return [(q, k)]
+        return [(gate[:, :, None], torch.ones_like(v)) for gate in (k, *between)] + [(q, torch.ones_like(v))]
 
     def _scan_pays(self, length):
         if not isinstance(self.filter, ModalFilter):
@@ -141,28 +165,30 @@ class HyenaMixer(nn.Module):
     def _scan(self, q, k, v):
         wide = self.filter.pole.dtype
         with torch.autocast(q.device.type, enabled=False):
-            taps, (modes,) = self.filter(min(q.shape[2], CHUNK), parts=1)
+            taps, (modes,) = self.filter(min(k.shape[2], CHUNK), parts=1)
             state = HeadState(modes, len(q), self.filter_head_width)
             return modal_scan(*(z.to(wide) for z in (q, k, v)), taps, state)
 
     def _recurrent(self, q, k, v, between, layer_cache):
         """The same outputs as _parallel, from states of constant size in `layer_cache`; float32 or wider."""
-        wide, length, first = self.filter.pole.dtype, q.shape[2], not layer_cache.modal_states
+        wide, length, first = self.filter.pole.dtype, k.shape[2], not layer_cache.modal_states
         q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
         if first:
             layer_cache.modal_states = self._no_tokens(len(q))
         if length == 0:
-            return v
-        convolutions = [(q, k)] if self.hyena_order == 1 else [(gate, torch.ones_like(v)) for gate in (k, *between, q)]
+            return q
+        steps = self._steps(q, k, v, between)
         with torch.autocast(q.device.type, enabled=False):
             if length == 1:
-                for (q, k), state in zip(convolutions, layer_cache.modal_states, strict=True):
-                    v = state.step(q, k, v)
-                return v
+                for (q, k), state in zip(steps, layer_cache.modal_states, strict=True):
+                    y = state.step(q[:, :, :, 0], k, v)
+                    v = y[:, :, :1]
+                return y[:, :, :, None]
             taps = self.filter(length).chunk(self.hyena_order)
-            for (q, k), h, state in zip(convolutions, taps, layer_cache.modal_states, strict=True):
-                v = self._piece(q, k, v, h, state, first)
-            return v
+            for (q, k), h, state in zip(steps, taps, layer_cache.modal_states, strict=True):
+                y = self._piece(q, k, v, h, state, first)
+                v = y[:, :, 0]
+            return y
 
     def _no_tokens(self, batch):
         _, parts = self.filter(1, parts=self.hyena_order)
@@ -172,7 +198,7 @@ class HyenaMixer(nn.Module):
 
     def _piece(self, q, k, v, taps, state, first):
         state.settle()
-        if self.filter_head_width > 1 and self._scan_pays(q.shape[2]):
+        if self.filter_head_width > 1 and self._scan_pays(k.shape[2]):
             return modal_scan(q, k, v, taps, state)
         y = long_convolution(q, k, v, taps)
         if not first:
@@ -194,15 +220,15 @@ def _implicit(config):
 
 
 def long_convolution(
-    q: Tensor,  # (batch, filter, length, width)
+    q: Tensor,  # (batch, filter, query, length, width)
     k: Tensor,  # (batch, filter, length, width)
     v: Tensor,  # (batch, filter, length, width)
     taps: Tensor,  # (filter, length or more)
-) -> Tensor:  # (batch, filter, length, width)
+) -> Tensor:  # (batch, filter, query, length, width)
     """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s in the exact form that is fastest for this shape."""
-    length, width = q.shape[2:]
+    length, width = k.shape[2:]
     if width == 1:
-        return q * causal_convolution((k * v)[..., 0], taps)[..., None]
+        return q * causal_convolution((k * v)[..., 0], taps)[:, :, None, :, None]
     if length > FFT_PAYS * width**2:
         return outer_product_convolution(q, k, v, taps)
     return ToeplitzProduct.apply(q, k, v, taps.to(q.dtype))

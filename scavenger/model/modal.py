@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .convolution import toeplitz_block
+from .convolution import score, toeplitz_block, weighted
 
 
 CHUNK = 64  # tokens processed at once, to bound memory
@@ -112,7 +112,8 @@ class ChannelState:
     def select(self, rows: Tensor):
         self.parts = [writable(part.index_select(0, rows.to(part.device))) for part in self.parts]
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each (batch, filter, 1, 1)
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One token: q is (batch, filter, query, 1), k and v (batch, filter, 1, 1); returns as q."""
         u = k * v
         in_place, reads = may_overwrite(self.tensors), []
         for index, own in enumerate(self.layout.split(u[..., 0], 1)):
@@ -131,9 +132,9 @@ class ChannelState:
     def settle(self):
         """Nothing to do: each step updates the whole state."""
 
-    def read(self, q: Tensor) -> Tensor:  # (batch, filter, length, 1), from the token after the state's on
+    def read(self, q: Tensor) -> Tensor:  # (batch, filter, query, length, 1), from the token after the state's on
         """q_t Re Σ_m R_m λ^{t+1} x_m, as products λ^{Ca+b+1} = λ^{Ca} λ^{b+1}."""
-        found, length = [], q.shape[2]
+        found, length = [], q.shape[3]
         for (poles, residues), part in zip(self.modes, self.parts, strict=True):
             table = powers(poles, CHUNK + 1)
             strides = powers(table[..., -1], -(-length // CHUNK)).to(poles.dtype)
@@ -142,7 +143,7 @@ class ChannelState:
             far = (x[:, :, None] * strides.mT[:, None]).flatten(1, 2)  # (filter, batch · chunk, mode)
             y = torch.cat([far.real, -far.imag], dim=-1) @ torch.cat([near.real, near.imag], dim=1)
             found.append(y.unflatten(1, (len(part), -1)).flatten(2)[..., :length].movedim(0, 1))
-        return q * self.layout.join(found, 1)[..., None]
+        return q * self.layout.join(found, 1)[:, :, None, :, None]
 
     def advance(self, k: Tensor, v: Tensor):  # (batch, filter, length, 1)
         """x ← λ^L x + Σ_t λ^{L-1-t} k_t v_t: real matrix products within chunks, then a sum over chunks."""
@@ -199,7 +200,8 @@ class HeadState:
         kept = (self.keys, self.values, self.ages)
         self.keys, self.values, self.ages = (writable(x.index_select(0, rows)) for x in kept)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each (batch, filter, 1, width)
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One token: q is (batch, filter, query, width), k and v (batch, filter, 1, width); returns as q."""
         write = torch.Tensor.index_copy_ if may_overwrite(self.tensors) else torch.Tensor.index_copy
         self.keys = write(self.keys, 2, self.place, self._sliced(k))
         self.values = write(self.values, 2, self.place, v)
@@ -210,16 +212,20 @@ class HeadState:
         self.place = (self.place + 1) % self.places
         return y
 
-    def read(self, q: Tensor) -> Tensor:  # (batch, filter, length, width), from the token after the state's on
+    def read(self, q: Tensor) -> Tensor:  # (batch, filter, query, length, width), from the token after the state's on
         """Re Σ_m R_m λ^{t+1} q_tᵀ X_m of a settled state."""
         found, weights = [], []
         for poles, residues in self.modes:
-            table = residues[..., None] * powers(poles, q.shape[2] + 1)[..., 1:]
+            table = residues[..., None] * powers(poles, q.shape[3] + 1)[..., 1:]
             weights.append(_real(table.conj().mT, poles.dtype)[:, :, None])  # (filter, token, 1, mode, 2)
-        for start in range(0, q.shape[2], CHUNK):
+        for start in range(0, q.shape[3], CHUNK):
             chunk = slice(start, start + CHUNK)
-            found.append(self._read(q[:, :, chunk], [weight[:, chunk] for weight in weights]))
-        return torch.cat(found, dim=2)
+            own = q[:, :, :, chunk]
+            read = self._read(
+                own.flatten(2, 3), [weight[:, chunk].repeat(1, q.shape[2], 1, 1, 1) for weight in weights]
+            )
+            found.append(read.unflatten(2, own.shape[2:4]))
+        return torch.cat(found, dim=3)
 
     def advance(self, k: Tensor, v: Tensor):  # (batch, filter, length, width)
         """X ← λ^L X + Σ_t λ^{L-1-t} k_t v_tᵀ of a settled state, chunk by chunk."""
@@ -269,19 +275,19 @@ class HeadState:
 
 
 def modal_scan(
-    q: Tensor,  # (batch, filter, length, width)
+    q: Tensor,  # (batch, filter, query, length, width)
     k: Tensor,  # (batch, filter, length, width)
     v: Tensor,  # (batch, filter, length, width)
     taps: Tensor,  # (filter, min(length, CHUNK) or more)
     state: HeadState,
-) -> Tensor:  # (batch, filter, length, width)
+) -> Tensor:  # (batch, filter, query, length, width)
     """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s, by the taps within chunks and by the state, settled, across chunks."""
     outputs = []
-    for a, b, c in zip(q.split(CHUNK, 2), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
-        within = (a @ b.mT) * toeplitz_block(taps, slice(0, a.shape[2])) @ c
+    for a, b, c in zip(q.split(CHUNK, 3), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
+        within = weighted(score(a, b) * toeplitz_block(taps, slice(0, a.shape[3]))[:, None], c)
         outputs.append(within + state.read(a))
         state.advance(b, c)
-    return torch.cat(outputs, dim=2)
+    return torch.cat(outputs, dim=3)
 
 
 def ring_places(width: int) -> int:

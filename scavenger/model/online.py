@@ -12,7 +12,7 @@ All inputs are kept: the outputs are exact, but the state grows. No gradients fl
 import torch
 from torch import Tensor
 
-from .convolution import BLOCK, causal_convolution, toeplitz_block
+from .convolution import BLOCK, causal_convolution, score, toeplitz_block, weighted
 from .hyena import long_convolution
 
 
@@ -34,9 +34,9 @@ class ExactCacheLayer:
     is_sliding = False
 
     def __init__(self, config):
-        self.conv_state: Tensor | None = None  # (batch, tap - 1, 3 channel)
+        self.conv_state: Tensor | None = None  # (batch, tap - 1, channel of q, k, v and gates)
         self.taps: Tensor | None = None  # (filter, tokens so far or more)
-        online = OnlineConvolution if config.hidden_size <= TILED_WIDTH * config.num_filters else OnlineProduct
+        online = OnlineConvolution if config.filter_head_width <= TILED_WIDTH else OnlineProduct
         self.convolutions = [online() for _ in range(config.hyena_order)]
         self.graph = False  # whether tokens were read with gradients enabled; nothing of them is cached
 
@@ -76,17 +76,17 @@ class OnlineConvolution:
 
     def advance(
         self,
-        q: Tensor,  # (batch, filter, length, width)
+        q: Tensor,  # (batch, filter, query, length, width)
         k: Tensor,  # (batch, filter, length, width): after those already read
         v: Tensor,  # (batch, filter, length, width)
         taps: Tensor,  # (filter, all tokens including these); after the first call a power of two, or more
-    ) -> Tensor:  # (batch, filter, length, width)
+    ) -> Tensor:  # (batch, filter, query, length, width)
         u = (k[..., :, None] * v[..., None, :]).flatten(-2).transpose(1, 2)
         if self.read == 0:
             self.line, self.read = u.contiguous(), u.shape[1]
             return long_convolution(q, k, v, taps)
         convolved = self._convolve(u, taps).transpose(1, 2).unflatten(-1, (-1, q.shape[-1]))
-        return (q[..., None] * convolved).sum(-2)
+        return (q[..., None] * convolved[:, :, None]).sum(-2)
 
     def _convolve(self, u, taps):
         outputs = [u[:, :0]]
@@ -159,25 +159,25 @@ class OnlineProduct:
 
     def advance(
         self,
-        q: Tensor,  # (batch, filter, length, width)
+        q: Tensor,  # (batch, filter, query, length, width)
         k: Tensor,  # (batch, filter, length, width): after those already read
         v: Tensor,  # (batch, filter, length, width)
         taps: Tensor,  # (filter, all tokens including these, or more)
-    ) -> Tensor:  # (batch, filter, length, width)
-        start, self.read = self.read, self.read + q.shape[2]
+    ) -> Tensor:  # (batch, filter, query, length, width)
+        start, self.read = self.read, self.read + q.shape[3]
         if start == 0:
             self.keys, self.values = k.contiguous(), v.contiguous()
             return long_convolution(q, k, v, taps)
         room = 1 << (self.read - 1).bit_length()
         self.keys, self.values = (_writable(states, 2, room) for states in self.states)
         self.keys[:, :, start : self.read], self.values[:, :, start : self.read] = k, v
-        outputs = [q[:, :, :0]]
+        outputs = [q[:, :, :, :0]]
         for first in range(start, self.read, BLOCK):
             rows = slice(first, min(first + BLOCK, self.read))
             keys, values = (states[:, :, : rows.stop] for states in self.states)
-            scores = q[:, :, first - start : rows.stop - start] @ keys.transpose(-1, -2)
-            outputs.append(scores.mul_(toeplitz_block(taps, rows)) @ values)
-        return torch.cat(outputs, dim=2)
+            scores = score(q[:, :, :, first - start : rows.stop - start], keys)
+            outputs.append(weighted(scores.mul_(toeplitz_block(taps, rows)[:, None]), values))
+        return torch.cat(outputs, dim=3)
 
     @property
     def states(self) -> tuple[Tensor | None, ...]:

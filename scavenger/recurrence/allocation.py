@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scavenger import measure
-from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.model.filters import ModalFilter
 from scavenger.recipe import RecipeError
 from scavenger.recurrence.reduction.reduced import ReducedFilter
@@ -32,7 +32,7 @@ def ladder(max_state_size: int) -> list[int]:
     return sorted(size for size in sizes if size < max_state_size) + [max_state_size]
 
 
-def check(config: HyenaNeoXConfig, budget: int):
+def check(config: HyenaConfig, budget: int):
     """Raise RecipeError for a budget that cannot be met, before any work."""
     least = state_bytes(config)
     if least is None:
@@ -48,7 +48,7 @@ def check(config: HyenaNeoXConfig, budget: int):
 
 
 def spread(
-    student: HyenaNeoXForCausalLM,
+    student: HyenaForCausalLM,
     found: list[list[list[ReducedFilter]]],  # by layer, size and filter
     budget: int,  # bytes per sequence
     blocks: np.ndarray,  # (block, length) held-out text
@@ -72,7 +72,7 @@ def spread(
     }
 
 
-def mode_costs(config: HyenaNeoXConfig, found: list[list[list[ReducedFilter]]]) -> list[np.ndarray]:
+def mode_costs(config: HyenaConfig, found: list[list[list[ReducedFilter]]]) -> list[np.ndarray]:
     """Bytes of each recurrence, (size, filter) per layer."""
     return [mode_bytes(config) * np.array([[f.state_size for f in row] for row in layer], dtype=int) for layer in found]
 
@@ -126,7 +126,7 @@ def _hull_steps(size, loss, place):
 
 
 def responses(
-    student: HyenaNeoXForCausalLM,
+    student: HyenaForCausalLM,
     found: list[list[list[ReducedFilter]]],
     blocks: np.ndarray,
     rows: dict[int, list[int]] | None = None,
@@ -171,9 +171,9 @@ def score(student, ids: Tensor, leaves: dict[int, Tensor], generator: torch.Gene
 
 
 @contextlib.contextmanager
-def explicit_taps(student: HyenaNeoXForCausalLM, length: int):
+def explicit_taps(student: HyenaForCausalLM, length: int):
     """Replace the student's filters by their taps as parameters; yields these, (filter, length) by layer."""
-    mixers = {i: layer.mixer for i, layer in enumerate(student.gpt_neox.layers) if hasattr(layer.mixer, "filter")}
+    mixers = {i: layer.mixer for i, layer in enumerate(student.model.layers) if hasattr(layer.mixer, "filter")}
     filters = {layer: mixer.filter for layer, mixer in mixers.items()}
     try:
         for layer, mixer in mixers.items():
@@ -229,17 +229,17 @@ def modal_filter(filters: list[ReducedFilter]) -> ModalFilter:
     return made
 
 
-def state_bytes(config: HyenaNeoXConfig, modes: int = 0) -> int | None:
+def state_bytes(config: HyenaConfig, modes: int = 0) -> int | None:
     """Bytes per sequence if every filter has `modes` modes; None if they grow with the sequence length."""
     sizes = [
         [] if layer in config.attention_layers else [modes] * config.num_filters * config.hyena_order
         for layer in range(config.num_hidden_layers)
     ]
-    return HyenaNeoXConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes}).state_bytes
+    return HyenaConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes}).state_bytes
 
 
-def mode_bytes(config: HyenaNeoXConfig) -> int:
+def mode_bytes(config: HyenaConfig) -> int:
     """Bytes of one mode."""
-    mixers = HyenaNeoXConfig.from_dict(config.to_dict() | {"attention_layers": []})
+    mixers = HyenaConfig.from_dict(config.to_dict() | {"attention_layers": []})
     filters = config.num_hidden_layers * config.num_filters * config.hyena_order
     return (state_bytes(mixers, 1) - state_bytes(mixers)) // filters

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from scavenger import measure
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.model import HyenaForCausalLM
 from scavenger.model.filters import ModalFilter
 from scavenger.recipe import Recurrence
 from scavenger.recurrence import allocation
@@ -24,8 +24,8 @@ SPECTRA = 16  # filters per layer with that many values: for a thousand filters 
 
 
 def measure_all(
-    student: HyenaNeoXForCausalLM,  # exact
-    recurrent: HyenaNeoXForCausalLM,
+    student: HyenaForCausalLM,  # exact
+    recurrent: HyenaForCausalLM,
     reduced: list[list[ReducedFilter]],  # per layer, the reductions the recurrent student was made from
     settings: Recurrence,
     blocks: np.ndarray | None,  # (block, length) held-out text; None: filters only
@@ -41,7 +41,7 @@ def measure_all(
             if filters
             else [],
         }
-        for exact, made, filters in zip(student.gpt_neox.layers, recurrent.gpt_neox.layers, reduced, strict=True)
+        for exact, made, filters in zip(student.model.layers, recurrent.model.layers, reduced, strict=True)
     ]
     if blocks is not None:
         for layer, error in zip(layers, output_errors(student, recurrent, blocks), strict=True):
@@ -144,11 +144,9 @@ def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> l
 
 
 @torch.no_grad()
-def output_errors(
-    student: HyenaNeoXForCausalLM, recurrent: HyenaNeoXForCausalLM, blocks: np.ndarray
-) -> list[float | None]:
+def output_errors(student: HyenaForCausalLM, recurrent: HyenaForCausalLM, blocks: np.ndarray) -> list[float | None]:
     """‖y - ŷ‖ / ‖y‖ of each mixer's output, both given the exact student's inputs; None for kept attention."""
-    layers = list(zip(student.gpt_neox.layers, recurrent.gpt_neox.layers, strict=True))
+    layers = list(zip(student.model.layers, recurrent.model.layers, strict=True))
     sums = torch.zeros(len(layers), 2, dtype=torch.float64, device=student.device)
     hooks = []
     for index, (exact, approximate) in enumerate(layers):
@@ -164,7 +162,7 @@ def output_errors(
     try:
         for start in range(0, len(blocks), rows):
             ids = torch.from_numpy(blocks[start : start + rows].astype(np.int64)).to(student.device)
-            student.gpt_neox(input_ids=ids, use_cache=False)
+            student.model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -26,7 +26,7 @@ def show(recipe: Recipe) -> str:
     exact = student.load(run_dir / "transfer")
     config, settings = exact.config, dataclasses.replace(recipe.recurrence, method="balanced")
     text = blocks(run_dir / "data", "validation")
-    rows, found = {}, [[[]] for _ in exact.gpt_neox.layers]
+    rows, found = {}, [[[]] for _ in exact.model.layers]
     tolerances = sorted({*TOLERANCES, settings.tolerance}, reverse=True)
     aims = [{"tolerance": tolerance} for tolerance in tolerances]
     if settings.state_bytes is not None:
@@ -54,7 +54,7 @@ def show(recipe: Recipe) -> str:
     table = [
         line
         for name, chosen in choices.items()
-        for line in _choice(config, name, found, chosen, divergences, len(exact.gpt_neox.layers))
+        for line in _choice(config, name, found, chosen, divergences, len(exact.model.layers))
     ]
     what = "state bytes" if settings.state_bytes is not None else "tolerance"
     header = [what, "layer", "filters", "modes", "most", "real states", "KiB", "worst error", "its floor", "KL"]

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from scavenger import data, loading, measure
 from scavenger import student as students
-from scavenger.model import HyenaNeoXConfig, HyenaNeoXForCausalLM
+from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.model.filters import ModalFilter
 from scavenger.recipe import REMOVED, Data, RecipeError, Recurrence
 from scavenger.recurrence import allocation, certificate
@@ -98,12 +98,12 @@ def opened(source: Path, trust_remote_code: bool = False):
         kind = checkpoint.read_json(source / "config.json").get("model_type")
     except (ValueError, AttributeError):
         raise RecipeError(f"{source / 'config.json'}: cannot be read; expected a student's configuration") from None
-    if kind != HyenaNeoXConfig.model_type:
-        raise RecipeError(f"{source}: is a {kind}; expected a student of ours ({HyenaNeoXConfig.model_type})")
+    if kind != HyenaConfig.model_type:
+        raise RecipeError(f"{source}: is a {kind}; expected a student of ours ({HyenaConfig.model_type})")
     student, tokenizer = students.load(source), None
     if (source / "tokenizer_config.json").is_file() or (source / "tokenizer.json").is_file():
         tokenizer = loading.tokenizer(source, student.config.vocab_size, trust_remote_code)
-    if all(not hasattr(layer.mixer, "filter") for layer in student.gpt_neox.layers):
+    if all(not hasattr(layer.mixer, "filter") for layer in student.model.layers):
         raise RecipeError(f"{source}: keeps attention in every layer; expected a student with long filters")
     return student, tokenizer
 
@@ -126,7 +126,7 @@ def held_out_text(text: Path | None, split: str, tokenizer, length: int) -> np.n
 
 
 def distil(
-    student: HyenaNeoXForCausalLM,
+    student: HyenaForCausalLM,
     settings: Recurrence,
     folder: Path,
     accelerator,
@@ -174,7 +174,7 @@ def reduced(student, settings: Recurrence, horizon: int, blocks: np.ndarray | No
 
 
 def reductions(
-    student: HyenaNeoXForCausalLM, settings: Recurrence, horizon: int, saved: Path, accelerator
+    student: HyenaForCausalLM, settings: Recurrence, horizon: int, saved: Path, accelerator
 ) -> list[list[list[ReducedFilter]]]:
     """For each layer and each aim the reduction of each filter; a layer without filters has none.
 
@@ -207,12 +207,12 @@ def reductions(
     with bar(filters, disable=True) as hidden:
         for index in filters.keys() - set(mine):
             found[index] = read_or_make(index, hidden)
-    return [found.get(index, [[]]) for index in range(len(student.gpt_neox.layers))]
+    return [found.get(index, [[]]) for index in range(len(student.model.layers))]
 
 
-def long_filters(student: HyenaNeoXForCausalLM) -> dict[int, nn.Module]:
+def long_filters(student: HyenaForCausalLM) -> dict[int, nn.Module]:
     """The filters of each layer that has some."""
-    layers = enumerate(student.gpt_neox.layers)
+    layers = enumerate(student.model.layers)
     return {index: layer.mixer.filter for index, layer in layers if hasattr(layer.mixer, "filter")}
 
 
@@ -278,23 +278,23 @@ def allocated(student, found, settings: Recurrence, blocks, saved: Path, acceler
 
 
 @torch.no_grad()
-def recurrent_student(student: HyenaNeoXForCausalLM, reduced: list[list[ReducedFilter]]) -> HyenaNeoXForCausalLM:
+def recurrent_student(student: HyenaForCausalLM, reduced: list[list[ReducedFilter]]) -> HyenaForCausalLM:
     """The same student with modal filters; every other parameter is the student's own."""
     sizes = [[f.state_size for f in layer] for layer in reduced]
-    recurrent = HyenaNeoXForCausalLM(recurrent_configuration(student.config, sizes))
+    recurrent = HyenaForCausalLM(recurrent_configuration(student.config, sizes))
     recurrent.generation_config = copy.deepcopy(student.generation_config)
     recurrent.to(student.device, student.dtype)
     kept = {key: value for key, value in student.state_dict().items() if "filter." not in key.split("mixer.")[-1]}
     recurrent.load_state_dict(kept, strict=False)
-    for layer, filters in zip(recurrent.gpt_neox.layers, reduced, strict=True):
+    for layer, filters in zip(recurrent.model.layers, reduced, strict=True):
         if filters:
             layer.mixer.filter.load_state_dict(allocation.modal_filter(filters).state_dict())
     return recurrent.eval()
 
 
-def recurrent_configuration(config: HyenaNeoXConfig, sizes: list[list[int]]) -> HyenaNeoXConfig:
+def recurrent_configuration(config: HyenaConfig, sizes: list[list[int]]) -> HyenaConfig:
     """The student's configuration with modal filters of these sizes."""
-    return HyenaNeoXConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes})
+    return HyenaConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes})
 
 
 def _key(config, filter, settings, horizon):

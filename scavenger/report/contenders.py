@@ -202,11 +202,10 @@ class ModelCalls(Contender):
 
     def skip(self, count):
         self.cache.seen, self.cache.real = self.cache.seen + count, self.cache.real + count
-        if not self.model.config.attention_window:
-            for layer in self.cache.layers:
-                if isinstance(layer, AttentionCacheLayer):
-                    keys, values = _repeated(layer.keys, 2, count), _repeated(layer.values, 2, count)
-                    layer.extend(keys, values, _repeated(layer.real, 1, count), 0)
+        for index, layer in enumerate(self.cache.layers):
+            if isinstance(layer, AttentionCacheLayer) and self.model.config.window(index) == 0:
+                keys, values = _repeated(layer.keys, 2, count), _repeated(layer.values, 2, count)
+                layer.extend(keys, values, _repeated(layer.real, 1, count), 0)
 
 
 class Decoded(Contender):

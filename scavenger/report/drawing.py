@@ -219,9 +219,7 @@ def _filter(run_dir, figures):
     )
     exact_one, recurrent = (student.load(run_dir / name) for name in ("transfer", "recurrence"))
     with torch.no_grad():
-        exact, modal = (
-            model.gpt_neox.layers[layer].mixer.filter(length)[row].numpy() for model in (exact_one, recurrent)
-        )
+        exact, modal = (model.model.layers[layer].mixer.filter(length)[row].numpy() for model in (exact_one, recurrent))
     figure, (top, bottom) = page.plot(4.8, 3.4, rows=2, sharex=True, height_ratios=[3, 1])
     top.plot(exact, color=COLOURS["distilled"], linewidth=2.4, alpha=0.5, label=f"layer {layer}, filter {row}")
     modes = layers[layer]["filters"][row]["state_size"]

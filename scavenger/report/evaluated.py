@@ -95,7 +95,7 @@ class Evaluated:
 
     @property
     def is_student(self) -> bool:
-        return self.config.model_type == scavenger.model.HyenaNeoXConfig.model_type
+        return self.config.model_type == scavenger.model.HyenaConfig.model_type
 
     @property
     def is_recurrent(self) -> bool:
@@ -104,7 +104,7 @@ class Evaluated:
     @property
     def attention_window(self) -> int | None:
         """Tokens that a student's kept attention sees, 0: all; None without kept attention, and for other models."""
-        return self.config.attention_window if self.is_student and self.config.attention_layers else None
+        return self.config.widest_window if self.is_student else None
 
     @property
     def stated_context(self) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from scavenger import data, student, teacher, training
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import Stage
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
@@ -27,7 +27,7 @@ def run(run: Run) -> Path:
     return folder
 
 
-def pretraining(run: Run, model: HyenaNeoXForCausalLM, steps_dir: Path) -> training.Optimisation:
+def pretraining(run: Run, model: HyenaForCausalLM, steps_dir: Path) -> training.Optimisation:
     """Next-token training in the batches of the run's transfer."""
     recipe, blocks = run.recipe, run.blocks("train")
     turns = checkpoint.read_json(run.folder / "transfer" / "turns.json")

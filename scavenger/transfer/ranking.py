@@ -12,11 +12,11 @@ from pathlib import Path
 import matplotlib
 import torch
 from tqdm import tqdm
-from transformers import GPTNeoXForCausalLM
+from transformers import PreTrainedModel
 
-from scavenger import measure, student, teacher
-from scavenger.model import HyenaNeoXForCausalLM
-from scavenger.recipe import Recipe, RecipeError, resolved, teacher_shape
+from scavenger import families, measure, teacher
+from scavenger.model import HyenaForCausalLM
+from scavenger.recipe import Recipe, RecipeError, resolved, teacher_layers
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
 from scavenger.transfer import teacher_outputs, transfer
@@ -48,9 +48,9 @@ def check(recipe: Recipe, keep: int, path: Path):
     """Raise RecipeError for mistakes that are visible before any work."""
     if recipe.transfer is None:
         raise RecipeError("transfer: found nothing; expected a section: layers are ranked by matching activations")
-    shape = teacher_shape(recipe)
-    if keep < 1 or (shape is not None and keep >= shape["num_hidden_layers"]):
-        right = f"1 to {shape['num_hidden_layers'] - 1}" if shape else "1 or more"
+    layers = teacher_layers(recipe)
+    if keep < 1 or (layers is not None and keep >= layers):
+        right = f"1 to {layers - 1}" if layers else "1 or more"
         raise RecipeError(f"--keep: found {keep}; expected {right}, some and not all of the teacher's layers")
     if path.is_dir():
         raise RecipeError(f"--to: {path} is a folder; expected the name of a new file")
@@ -78,7 +78,7 @@ def without_attention(recipe: Recipe) -> Recipe:
     )
 
 
-def measured(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, blocks, device) -> list[dict]:
+def measured(frozen: PreTrainedModel, matched: HyenaForCausalLM, blocks, device) -> list[dict]:
     """For each layer KL(teacher || teacher with that layer's mixer), nats per token, largest first."""
     entries = []
     for layer in tqdm(range(matched.config.num_hidden_layers), desc="ranking", unit="layer", dynamic_ncols=True):
@@ -96,7 +96,7 @@ def measured(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, blocks, 
 
 
 @torch.no_grad()
-def alone(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, layer: int) -> HyenaNeoXForCausalLM:
+def alone(frozen: PreTrainedModel, matched: HyenaForCausalLM, layer: int) -> HyenaForCausalLM:
     """The teacher with the matched mixer in one layer; all other layers keep their full attention."""
     config = type(matched.config).from_dict(
         matched.config.to_dict()
@@ -105,11 +105,10 @@ def alone(frozen: GPTNeoXForCausalLM, matched: HyenaNeoXForCausalLM, layer: int)
             "attention_window": 0,
         }
     )
-    model = HyenaNeoXForCausalLM(config)
-    own = f"gpt_neox.layers.{layer}.mixer."
-    model.load_state_dict(
-        student.copied(frozen) | {key: value for key, value in matched.state_dict().items() if key.startswith(own)}
-    )
+    model = HyenaForCausalLM(config)
+    own = f"model.layers.{layer}.mixer."
+    weights = families.of(frozen.config.model_type).student_weights(frozen, config.attention_layers)
+    model.load_state_dict(weights | {key: value for key, value in matched.state_dict().items() if key.startswith(own)})
     return model.eval()
 
 

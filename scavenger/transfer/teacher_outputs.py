@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GPTNeoXForCausalLM
+from transformers import PreTrainedModel
 
 from scavenger import data, losses, teacher
 from scavenger.recipe import RecipeError
@@ -47,7 +47,7 @@ SPARE = checkpoint.KEPT * 12 + 12
 ACTIVATIONS = "activations"
 
 
-def run(run: Run, frozen: GPTNeoXForCausalLM) -> "TeacherOutputs | None":
+def run(run: Run, frozen: PreTrainedModel) -> "TeacherOutputs | None":
     """The teacher's outputs for all sequences that the transfer reads; what the disk lacks is computed and written.
 
     None where the recipe has no section `cache`. Process n of N makes every N-th shard. Raises RecipeError, before
@@ -379,7 +379,9 @@ def _outputs(frozen, ids, kinds):
     for side, recorded in (("inputs", inputs), ("outputs", outputs)):
         found |= {f"{ACTIVATIONS}.{side}.{layer}": _halved(x).cpu() for layer, x in recorded.items()}
     for kind in tops:
-        log_p, tokens, log_rest = most_likely(last, frozen.lm_head.weight, int(kind.removeprefix("top")))
+        log_p, tokens, log_rest = most_likely(
+            last, frozen.get_output_embeddings().weight, int(kind.removeprefix("top"))
+        )
         # Relative to the most likely token: float16 is finest near 0.
         log_p, log_rest = log_p - log_p[..., :1], log_rest - log_p[..., 0]
         kept = losses.TopK(log_p.half(), tokens.to(_token_type(frozen.config)), log_rest.float())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scavenger import data, losses, measure, student, teacher, training
-from scavenger.model import HyenaNeoXForCausalLM
+from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import Activations, Filter, Logits, Recipe
 from scavenger.recurrence.reduction import hankel
 from scavenger.run import checkpoint
@@ -58,7 +58,7 @@ class Turn:
     first_step: int = 0  # steps of the run before it
 
 
-def match_activations(run: Run, frozen, folder: Path, kept=None) -> HyenaNeoXForCausalLM:
+def match_activations(run: Run, frozen, folder: Path, kept=None) -> HyenaForCausalLM:
     """Step one: each mixer learns to reproduce its teacher's attention output; nothing else is trained.
 
     `parallel`: every layer reads the teacher's activations, so one forward pass of the teacher serves all layers and no
@@ -70,7 +70,7 @@ def match_activations(run: Run, frozen, folder: Path, kept=None) -> HyenaNeoXFor
         return student.load(folder).to(run.device)
     recipe = run.recipe
     attention_layers = recipe.student.attention_layers
-    layers = tuple(layer for layer in range(len(frozen.gpt_neox.layers)) if layer not in attention_layers)
+    layers = tuple(layer for layer in range(frozen.config.num_hidden_layers) if layer not in attention_layers)
     turns = [turn for phase in recipe.transfer.activations for turn in turns_of(phase, layers)]
 
     def begin():
@@ -79,7 +79,7 @@ def match_activations(run: Run, frozen, folder: Path, kept=None) -> HyenaNeoXFor
     return _follow(run, turns, begin, [], partial(activation_matching, run, frozen, kept), folder)
 
 
-def match_logits(run: Run, frozen, between: Path, folder: Path, kept=None) -> HyenaNeoXForCausalLM:
+def match_logits(run: Run, frozen, between: Path, folder: Path, kept=None) -> HyenaForCausalLM:
     """Step two: the student learns the teacher's distribution, from its logits or from the outputs `kept` on disk."""
     turns = [
         Turn("logits" if index == 0 else f"logits {index + 1}", phase, ())
@@ -91,9 +91,7 @@ def match_logits(run: Run, frozen, between: Path, folder: Path, kept=None) -> Hy
     )
 
 
-def activation_matching(
-    run: Run, frozen, kept, turn: Turn, model: HyenaNeoXForCausalLM, steps_dir: Path
-) -> Optimisation:
+def activation_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausalLM, steps_dir: Path) -> Optimisation:
     """The training of a turn of step one."""
     filter = run.recipe.student.filter
 
@@ -122,14 +120,14 @@ def activation_matching(
     )
 
 
-def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaNeoXForCausalLM, steps_dir: Path) -> Optimisation:
+def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausalLM, steps_dir: Path) -> Optimisation:
     """The training of a turn of step two."""
     phase, filter = turn.phase, run.recipe.student.filter
 
     def target(part):
         if kept is not None and kept.logits:
             return kept.top(part.rows, run.device), None, []
-        return frozen.lm_head.weight, *teacher.hidden_states(frozen, part.ids, phase.hidden_states > 0)
+        return frozen.get_output_embeddings().weight, *teacher.hidden_states(frozen, part.ids, phase.hidden_states > 0)
 
     def loss(module, part, target, whole):
         following = losses.following(whole.ids, whole.mask)[1].sum().item()
@@ -155,11 +153,11 @@ def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaNeoXForCausal
 def _follow(
     run: Run,
     turns: list[Turn],
-    begin: Callable[[], HyenaNeoXForCausalLM],
+    begin: Callable[[], HyenaForCausalLM],
     taken: list[dict],
-    optimisation: Callable[[Turn, HyenaNeoXForCausalLM, Path], Optimisation],
+    optimisation: Callable[[Turn, HyenaForCausalLM, Path], Optimisation],
     folder: Path,
-) -> HyenaNeoXForCausalLM:
+) -> HyenaForCausalLM:
     """One turn after the other, each starting from the student of the one before; the last makes `folder`.
 
     `begin()` makes the student of the first turn. `turns.json` in each student's folder lists the turns so far, this
@@ -211,12 +209,12 @@ class MixerMatching(nn.Module):
     gradient through the layers below; "student", the student's own, with that gradient.
     """
 
-    def __init__(self, model: HyenaNeoXForCausalLM, layers: tuple[int, ...], reading: str, filter: Filter):
+    def __init__(self, model: HyenaForCausalLM, layers: tuple[int, ...], reading: str, filter: Filter):
         super().__init__()
         self.model, self.layers, self.reading, self.filter = model, layers, reading, filter
         model.requires_grad_(False)
         for layer in layers:
-            model.gpt_neox.layers[layer].mixer.requires_grad_(True)
+            model.model.layers[layer].mixer.requires_grad_(True)
 
     def forward(self, ids: Tensor, mask: Tensor, inputs: dict[int, Tensor], outputs: dict[int, Tensor]):
         """Errors (layer, batch), and the mean Hankel tail."""
@@ -225,7 +223,7 @@ class MixerMatching(nn.Module):
         return torch.stack(errors), _tail(self.model, ids.shape[1], self.filter)
 
     def _outputs(self, ids, inputs):
-        body = self.model.gpt_neox
+        body = self.model.model
         if self.reading == "student":
             found = {}
             with contextlib.ExitStack() as stack:
@@ -239,8 +237,8 @@ class MixerMatching(nn.Module):
             (layer,) = self.layers
             with torch.no_grad():
                 below = next(itertools.islice(_depths(body, ids), layer, None))
-                inputs = {layer: body.layers[layer].input_layernorm(below)}
-        own = body.embed_in.weight.dtype
+                inputs = {layer: body.layers[layer].mixer_norm(below)}
+        own = body.embed.weight.dtype
         inputs = {layer: inputs[layer].to(own) for layer in self.layers}
         _, cos, sin = body.mask_and_angles(inputs[self.layers[0]])
         return {layer: body.layers[layer].mixer(inputs[layer], cos, sin) for layer in self.layers}
@@ -252,11 +250,11 @@ class LogitMatching(nn.Module):
     The logits of both models are computed in chunks of positions and never held all at once.
     """
 
-    def __init__(self, model: HyenaNeoXForCausalLM, phase: Logits, filter: Filter):
+    def __init__(self, model: HyenaForCausalLM, phase: Logits, filter: Filter):
         super().__init__()
         self.model, self.phase, self.filter = model, phase, filter
         model.requires_grad_(phase.trained == "everything")
-        for layer in model.gpt_neox.layers:
+        for layer in model.model.layers:
             layer.mixer.requires_grad_(True)
         self.head = model.lm_head.weight  # a parameter of this module too, so that sharded launches gather it
 
@@ -271,9 +269,9 @@ class LogitMatching(nn.Module):
         blocks: list,  # outputs of the teacher's blocks (batch, length, channel); empty where they are not matched
     ):
         """The micro-batch's contribution to the loss, its contributions to the logged values, the mean Hankel tail."""
-        phase, body = self.phase, self.model.gpt_neox
+        phase, body = self.phase, self.model.model
         depths = list(_depths(body, ids))
-        hidden = body.final_layer_norm(depths[-1]).flatten(0, 1)
+        hidden = body.norm(depths[-1]).flatten(0, 1)
         following, counted = losses.following(ids, mask)
         counted, matched = counted.to(hidden.dtype), mask.flatten().to(hidden.dtype)
         if isinstance(aim, losses.TopK):
@@ -311,7 +309,7 @@ def _keep(found, layer, module, args, output):
 
 def _depths(body, ids):
     """The hidden state before each layer, and after the last."""
-    hidden = body.embed_in(ids)
+    hidden = body.embed(ids)
     _, cos, sin = body.mask_and_angles(hidden)
     yield hidden
     for layer in body.layers:
@@ -342,7 +340,7 @@ def watched_unless_sharded(run: Run, watch: Callable[[], dict[str, float]]) -> C
     return dict if training.is_sharded(run.accelerator) else watch
 
 
-def watched(run: Run, model: HyenaNeoXForCausalLM) -> dict[str, float]:
+def watched(run: Run, model: HyenaForCausalLM) -> dict[str, float]:
     """Logged of the student with every checkpoint: the floors of its filters, and its held-out loss."""
     recipe = run.recipe
     found = floors(model, recipe.data.context_length, recipe.student.filter.hankel_states)
@@ -355,7 +353,7 @@ def held_out_loss(model: nn.Module, blocks: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
-def floors(model: HyenaNeoXForCausalLM, length: int, states: int) -> dict[str, float]:
+def floors(model: HyenaForCausalLM, length: int, states: int) -> dict[str, float]:
     """For each layer, the least relative error that `states` real states allow, a mean over WATCHED filters."""
     found = {}
     for layer, taps in _taps(model, length):
@@ -383,7 +381,7 @@ def held_out_error(run: Run, frozen, layers: tuple[int, ...], module: nn.Module)
 
 def _taps(model, length):
     """The taps of each layer that has filters."""
-    for index, layer in enumerate(model.gpt_neox.layers):
+    for index, layer in enumerate(model.model.layers):
         if index not in model.config.attention_layers:
             yield index, layer.mixer.filter(length)
 

@@ -1,7 +1,8 @@
-"""GPT-NeoX with Hyena mixers in place of attention, as a transformers model.
+"""A decoder Transformer with Hyena mixers in place of attention, as a transformers model.
 
-Parameter names are GPT-NeoX's, with `mixer` for `attention`. A student with modal filters generates with a cache of
-constant size; one with implicit filters caches all its inputs, with the outputs of a parallel forward pass.
+A student with modal filters generates with a cache of constant size; one with implicit filters caches all its inputs,
+with the outputs of a parallel forward pass. Only what every transformers model imports is imported of transformers, so
+that a saved student outlives its versions.
 """
 
 import inspect
@@ -11,25 +12,22 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .attention import AttentionCacheLayer, WindowedAttention
-from .configuration_hyena_neox import HyenaNeoXConfig
+from .configuration_hyena import HyenaConfig
 from .decoding import Decoder
-from .filters import WideFilter
+from .filters import ImplicitFilter, ModalFilter
 from .hyena import HyenaMixer
 from .modal import ChannelState, HeadState
+from .norm import RMSNorm, norm
 from .online import ExactCacheLayer
-from .rotary import rotary_angles
+from .rotary import Rotary
 
 
-RENAMED = "5.40.0"  # before this version transformers passes the cache by its old name, so both are accepted
-# Keywords accepted beside the arguments of a forward pass, read by transformers' decorators, by a check, by the loss.
-OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "cache_position")
+# Keywords accepted beside the arguments of a forward pass; `past_key_values` is an earlier name of `cache`. A student
+# has no attention matrices: `output_attentions` changes nothing.
+OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "cache_position", "past_key_values")
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
@@ -41,7 +39,7 @@ class HyenaCacheLayer:
     is_sliding = False
 
     def __init__(self):
-        self.conv_state: Tensor | None = None  # (batch, tap - 1, 3 channel)
+        self.conv_state: Tensor | None = None  # (batch, tap - 1, channel of q, k, v and gates)
         self.modal_states: list[ChannelState | HeadState] = []  # one for each long convolution
 
     @property
@@ -58,7 +56,7 @@ class HyenaCacheLayer:
 class HyenaCache(Cache):
     """The state of a batch of sequences: of constant size with modal filters, all inputs with implicit filters."""
 
-    def __init__(self, config: HyenaNeoXConfig):
+    def __init__(self, config: HyenaConfig):
         kept = set(config.attention_layers)
         super().__init__(
             layers=[
@@ -108,49 +106,78 @@ class HyenaCache(Cache):
         return sum(state.numel() * state.element_size() for state in states if state is not None)
 
 
-class HyenaNeoXMLP(nn.Module):
+class MLP(nn.Module):
+    """down(act(up x))"""
+
     def __init__(self, config):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden)))
+        return self.down(self.act(self.up(hidden)))
 
 
-class HyenaNeoXLayer(GradientCheckpointingLayer):
+class GatedMLP(MLP):
+    """down(act(gate x) ⊙ up x)"""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(hidden)) * self.up(hidden))
+
+
+class HyenaBlock(nn.Module):
+    """A mixer, then an MLP, each on a norm of the hidden state and added to it."""
+
     def __init__(self, config, layer_index: int):
         super().__init__()
-        self.use_parallel_residual = config.use_parallel_residual
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer_norm = norm(config, config.hidden_size)
+        self.mlp_norm = norm(config, config.hidden_size)
         self.mixer = (WindowedAttention if layer_index in config.attention_layers else HyenaMixer)(config, layer_index)
-        self.mlp = HyenaNeoXMLP(config)
+        self.mlp = (GatedMLP if config.mlp == "gated" else MLP)(config)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
-        mixed = self.mixer(self.input_layernorm(hidden), cos, sin, mask, cache)
-        if self.use_parallel_residual:
-            return mixed + self.mlp(self.post_attention_layernorm(hidden)) + hidden
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = hidden + self.mixer(self.mixer_norm(hidden), cos, sin, mask, cache)
+        return hidden + self.mlp(self.mlp_norm(hidden))
 
 
-class HyenaNeoXPreTrainedModel(PreTrainedModel):
-    config_class = HyenaNeoXConfig
-    base_model_prefix = "gpt_neox"
+class ParallelHyenaBlock(HyenaBlock):
+    """A mixer and an MLP that read the same hidden state, both added to it."""
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
+        mixed = self.mixer(self.mixer_norm(hidden), cos, sin, mask, cache)
+        return mixed + self.mlp(self.mlp_norm(hidden)) + hidden
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose rows are multiplied by a number; the head that shares them does not multiply."""
+
+    def __init__(self, rows: int, width: int, scale: float):
+        super().__init__(rows, width)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale
+
+
+class HyenaPreTrainedModel(PreTrainedModel):
+    config_class = HyenaConfig
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HyenaNeoXLayer"]
+    _no_split_modules = ["HyenaBlock", "ParallelHyenaBlock"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True  # in the layers that keep attention
     _is_stateful = True  # no decoding method that removes tokens from the cache
-    _can_record_outputs = {"hidden_states": HyenaNeoXLayer}
-    # Loading in half precision must leave poles and residues alone.
-    _keep_in_fp32_modules_strict = ["mixer.filter"]
+    # Loading in half precision must leave poles, residues and frequencies alone.
+    _keep_in_fp32_modules_strict = ["mixer.filter", "rotary"]
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, (HyenaMixer, WideFilter, nn.LayerNorm)):
+        if isinstance(module, (HyenaMixer, ImplicitFilter, ModalFilter, Rotary, RMSNorm, nn.LayerNorm)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -158,24 +185,28 @@ class HyenaNeoXPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
 
 
-class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
-    def __init__(self, config: HyenaNeoXConfig):
+class HyenaModel(HyenaPreTrainedModel):
+    def __init__(self, config: HyenaConfig):
         super().__init__(config)
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(HyenaNeoXLayer(config, index) for index in range(config.num_hidden_layers))
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        scaled = config.embedding_scale != 1
+        self.embed = (
+            ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_scale)
+            if scaled
+            else nn.Embedding(config.vocab_size, config.hidden_size)
+        )
+        self.rotary = Rotary(config.rotary_channels, config.rotary_scaling)
+        block = ParallelHyenaBlock if config.parallel_residual else HyenaBlock
+        self.layers = nn.ModuleList(block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = norm(config, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self):
-        return self.embed_in
+        return self.embed
 
     def set_input_embeddings(self, value):
-        self.embed_in = value
+        self.embed = value
 
-    @deprecate_kwarg("past_key_values", RENAMED, new_name="cache")
-    @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,  # (batch, length)
@@ -185,23 +216,33 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
         use_cache: bool | None = None,
         position_ids: Tensor | None = None,  # (batch, length), only checked: positions are counted here
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple:
         refuse_unknown(self, kwargs, OUTPUTS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
-        hidden = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
-        if cache is None and use_cache:
+        cache = kwargs.get("past_key_values") if cache is None else cache
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is None and not checkpointed and (self.config.use_cache if use_cache is None else use_cache):
             cache = HyenaCache(self.config)
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if cache is not None:
             self.check_cache(cache, len(hidden))
         check_cache_position(kwargs.get("cache_position"), hidden.shape[1], cache)
         mask, cos, sin = self.mask_and_angles(hidden, attention_mask, cache, position_ids)
+        depths = () if asked(self, kwargs, "output_hidden_states") else None
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, mask, cache)
+            if depths is not None:
+                depths += (hidden,)
+            arguments = hidden, cos, sin, mask, cache
+            hidden = self._gradient_checkpointing_func(layer, *arguments) if checkpointed else layer(*arguments)
         if cache is not None:
             cache.seen = cache.seen + hidden.shape[1]
             cache.real = cache.real + (hidden.shape[1] if mask is None else (mask != 0).sum(1))
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden), cache=cache)
+        hidden = self.norm(hidden)
+        if depths is not None:
+            depths += (hidden,)  # the last after the norm, as everywhere in transformers
+        found = BaseModelOutputWithPast(last_hidden_state=hidden, cache=cache, hidden_states=depths)
+        return found if asked(self, kwargs, "return_dict") else found.to_tuple()
 
     def check_cache(self, cache: HyenaCache, batch: int):
         if not isinstance(cache, HyenaCache):
@@ -257,8 +298,12 @@ class HyenaNeoXModel(HyenaNeoXPreTrainedModel):
             positions = positions + cache.real[:, None]
         if position_ids is not None:
             check_position_ids(position_ids, positions, mask)
-        cos, sin = rotary_angles(positions, self.config.rotary_channels, self.config.rotary_base, hidden.dtype)
-        return mask, cos, sin
+        return mask, *self.rotary(positions, hidden.dtype)
+
+
+def asked(model: PreTrainedModel, given: dict, key: str) -> bool:
+    """A choice of outputs: the caller's, or else that of the configuration."""
+    return getattr(model.config, key) if given.get(key) is None else given[key]
 
 
 def refuse_unknown(model: PreTrainedModel, given: dict, known: tuple[str, ...]):
@@ -293,13 +338,13 @@ def check_cache_position(cache_position: Tensor | None, length: int, cache: Hyen
             )
 
 
-class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "gpt_neox.embed_in.weight"}
+class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}
 
-    def __init__(self, config: HyenaNeoXConfig):
+    def __init__(self, config: HyenaConfig):
         super().__init__(config)
-        self.gpt_neox = HyenaNeoXModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = HyenaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
     def batch_decoder(self, rows: int, compiled: bool = False) -> Decoder:
@@ -329,22 +374,16 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, *args):
         return None  # forward counts them
 
-    @deprecate_kwarg("past_key_values", RENAMED, new_name="cache")
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, **kwargs
+        self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, past_key_values=None, **kwargs
     ):
+        cache = past_key_values if cache is None else cache
         if cache is not None:
-            self.gpt_neox.check_cache(cache, len(input_ids))
+            self.model.check_cache(cache, len(input_ids))
         return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, next_sequence_length=next_sequence_length, cache=cache, inputs_embeds=inputs_embeds, **kwargs
         )
 
-    @can_return_tuple
-    @deprecate_kwarg("past_key_values", RENAMED, new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -356,17 +395,16 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         position_ids: Tensor | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         refuse_unknown(self, kwargs, OUTPUTS + LOSS)
-        outputs = self.gpt_neox(
+        outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             cache=cache,
             use_cache=use_cache,
             position_ids=position_ids,
-            **{key: value for key, value in kwargs.items() if key not in LOSS},
-            return_dict=True,
+            **{key: value for key, value in kwargs.items() if key not in LOSS} | {"return_dict": True},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -374,6 +412,7 @@ class HyenaNeoXForCausalLM(HyenaNeoXPreTrainedModel, GenerationMixin):
         if labels is not None or kwargs.get("shift_labels") is not None:
             given = {key: kwargs[key] for key in LOSS if kwargs.get(key) is not None}
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **given)
-        return CausalLMOutputWithPast(
+        found = CausalLMOutputWithPast(
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
+        return found if asked(self, kwargs, "return_dict") else found.to_tuple()

@@ -1,0 +1,209 @@
+"""Configuration of a decoder Transformer whose attention is replaced by Hyena."""
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .modal import ring_places
+
+
+class HyenaConfig(PreTrainedConfig):
+    """The shape of the blocks, which is the teacher's, and of the mixers.
+
+    `num_key_value_heads`: heads of k and v; each serves a group of num_attention_heads / num_key_value_heads heads of
+    q. `norm`: "layer" or "rms"; `qk_norm` adds one for each head of q and k. `mlp`: "plain", down(act(up x)), or
+    "gated", down(act(gate x) ⊙ up x). `parallel_residual`: the mixer and the MLP read the same hidden state. The first
+    `rotary_channels` of each head are turned, by frequencies that are saved with the weights; cos and sin are
+    multiplied by `rotary_scaling`. Embeddings are multiplied by `embedding_scale`.
+
+    `attention_layers`: layers that keep the teacher's attention, each token seeing `attention_window` tokens, 0: all;
+    and no more than the teacher itself sees in that layer, by `sliding_windows` (one for each layer, 0: all).
+    `num_filters`: groups of channels that share a long filter: one for each channel for hyena, fewer for multihyena.
+    `share_state`: the heads of q in a group share the filters and the states of their head of k and v; otherwise k and
+    v are repeated, and each head of q has its own.
+    `hyena_order`: long convolutions of a layer, one after the other. 1 gates before and after its one convolution, as
+    the published code calls "order 2"; from 2 on it is the paper's full recurrence and needs one filter per channel.
+    `rotary`: whether q and k of the mixers are turned; None: wherever the groups of channels split no turned pair.
+    `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex
+    modes of each filter (those of the first long convolution first).
+    `context_length`: tokens of a training example, the unit of time of the implicit filters; `filter_window`: in how
+    many of them the slowest of these filters falls to 1 %.
+    """
+
+    model_type = "hyena"
+    # By this name lm-evaluation-harness finds the length; max_position_embeddings would also cap what is generated.
+    attribute_map = {"n_ctx": "context_length"}
+    keys_to_ignore_at_inference = ["cache"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int = 2048
+    hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    mlp: str = "plain"
+    parallel_residual: bool = True
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    head_bias: bool = False
+    rotary_channels: int | None = None
+    rotary_scaling: float = 1.0
+    embedding_scale: float = 1.0
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    attention_layers: list[int] | tuple[int, ...] = ()
+    attention_window: int = 256
+    sliding_windows: list[int] | None = None
+    num_filters: int = 8
+    share_state: bool = True
+    hyena_order: int = 1
+    rotary: bool | None = None
+    short_filter_length: int = 3
+    filter_width: int = 64
+    position_features: int = 33
+    sine_frequency: float = 1.0
+    filter_window: float = 1.5
+    context_length: int = 1024
+    filter: str = "implicit"
+    state_sizes: list[list[int]] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; expected head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.rotary_channels is None:
+            self.rotary_channels = self.head_dim
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.rotary_channels % 2 or self.rotary_channels > self.head_dim:
+            raise ValueError(
+                f"rotary_channels is {self.rotary_channels}; expected an even number up to head_dim ({self.head_dim})"
+            )
+        if self.filtered_width % self.num_filters:
+            raise ValueError(
+                f"the {self.filtered_width} channels of the heads are not a multiple of num_filters {self.num_filters}"
+            )
+        if self.hyena_order < 1 or (self.hyena_order > 1 and self.filter_head_width > 1):
+            raise ValueError(
+                f"hyena_order is {self.hyena_order} with num_filters {self.num_filters}; expected 1, or more with "
+                f"one filter for each channel ({self.filtered_width})"
+            )
+        relative = not any(map(self._splits_pair, range(0, self.filtered_width, self.filter_head_width)))
+        if self.rotary is None:
+            self.rotary = relative
+        elif self.rotary and not relative:
+            raise ValueError(
+                f"rotary is true; expected false: groups of {self.filter_head_width} channels split the turned pairs"
+            )
+        for name, allowed in (
+            ("hidden_act", sorted(ACT2FN)),
+            ("filter", ["implicit", "modal"]),
+            ("norm", ["layer", "rms"]),
+            ("mlp", ["plain", "gated"]),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if self.filter == "modal" and len(self.state_sizes or []) != self.num_hidden_layers:
+            raise ValueError(f"state_sizes has {len(self.state_sizes or [])} layers; expected {self.num_hidden_layers}")
+
+    def _splits_pair(self, channel):
+        """Whether a group that begins at this channel begins with the second of a turned pair."""
+        return channel % self.head_dim < self.rotary_channels and channel % self.head_dim % 2 == 1
+
+    @property
+    def key_value_width(self) -> int:
+        """Channels of k, and of v."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def filtered_heads(self) -> int:
+        """Heads that long filters run over."""
+        return self.num_key_value_heads if self.share_state else self.num_attention_heads
+
+    @property
+    def filtered_width(self) -> int:
+        """Channels that long filters run over."""
+        return self.filtered_heads * self.head_dim
+
+    @property
+    def filter_head_width(self) -> int:
+        """Channels that share a long filter."""
+        return self.filtered_width // self.num_filters
+
+    def window(self, layer: int) -> int:
+        """Tokens that each token sees in a layer that keeps attention, 0: all before it."""
+        sliding = self.sliding_windows[layer] if self.sliding_windows else 0
+        return min(filter(None, (self.attention_window, sliding)), default=0)
+
+    @property
+    def widest_window(self) -> int | None:
+        """The largest window of the layers that keep attention, 0: all tokens; None where no layer does."""
+        windows = [self.window(layer) for layer in self.attention_layers]
+        return None if not windows else 0 if 0 in windows else max(windows)
+
+    @property
+    def state_grows(self) -> bool:
+        """Whether a layer keeps attention to all tokens."""
+        return self.widest_window == 0
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes kept between tokens for one sequence by a float32 model; None where they grow or there is no state."""
+        return self.state_bytes_of(4)
+
+    def state_bytes_of(self, itemsize: int) -> int | None:
+        """`state_bytes` of a model whose numbers have `itemsize` bytes, 2 for bfloat16; its modes stay in float32."""
+        if self.filter != "modal" or self.state_grows:
+            return None
+        streams = (
+            self.num_attention_heads * self.head_dim
+            + 2 * self.key_value_width
+            + max(0, self.hyena_order - 2) * self.filtered_width
+        )
+        convolution = itemsize * (self.short_filter_length - 1) * streams
+        width = self.filter_head_width
+        modes = 8 * width**2
+        # Keys and values that wait, in float32, and the age of each slice of the modes, in 8.
+        waiting = 8 * (self.filtered_width + 1) * ring_places(width) if width > 1 else 0
+        token = 2 * itemsize * self.key_value_width + 1  # keys, values, and whether it is real
+        return sum(
+            token * self.window(layer)
+            if layer in self.attention_layers
+            else convolution + waiting + modes * sum(self.state_sizes[layer])
+            for layer in range(self.num_hidden_layers)
+        )
+
+    @property
+    def break_even_length(self) -> int | None:
+        """Tokens from which on the teacher's KV cache in float32 is at least as large as this model's state."""
+        return self.break_even_length_of(4)
+
+    def break_even_length_of(self, cache_itemsize: int, itemsize: int = 4) -> int | None:
+        """The same for a KV cache whose numbers have `cache_itemsize` bytes, and a model whose numbers have `itemsize`.
+
+        The cache has 2 · layers · key_value_width numbers a token.
+        """
+        state = self.state_bytes_of(itemsize)
+        if state is None:
+            return None
+        return -(-state // (2 * cache_itemsize * self.num_hidden_layers * self.key_value_width))
