@@ -3,7 +3,7 @@
     python benchmarks/mixers.py
     python benchmarks/mixers.py --hidden-size 768 --num-heads 12 --lengths 1024 4096 --output benchmarks/mixers.md
 
-Each is a whole layer's mixer, projections included, of one width; attention is transformers' GPT-NeoX by
+Each is a whole layer's mixer, projections included, of one width; attention is transformers' own, by
 scaled_dot_product_attention. Times are the best of `--rounds`, taken in turn. The floor of a form is the longer of its
 operations at the matrix rate and its bytes (parameters, input, output, and the projections written and read once) at
 the bandwidth measured at the start; forward and backward together count three times. A star marks the form that the

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from scavenger import families, loading
 from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.recipe import RecipeError, Student
+from scavenger.run import checkpoint
 
 
 NEW_PARAMETERS = (
@@ -15,6 +16,7 @@ NEW_PARAMETERS = (
     "mixer.filter.",
     "mixer.gates.",
 )  # what a student has beyond its teacher's parameters
+EARLIER = "hyena_neox"  # the model type of students before they could have teachers of any family
 # Of a generation configuration: caches of keys and values, decoding methods that shorten them, attention matrices.
 TEACHER_ONLY = (
     "cache_implementation",
@@ -119,7 +121,24 @@ def from_teacher(settings: Student, context_length: int, teacher: PreTrainedMode
 
 def load(folder: Path) -> HyenaForCausalLM:
     """The student of a folder in float32 and evaluation mode; RecipeError unless the folder has all of it."""
+    require_current(folder)
     return loading.model(HyenaForCausalLM, folder, dtype=torch.float32, use_safetensors=True).eval()
+
+
+def require_current(folder: Path):
+    """Raise RecipeError unless the folder holds a student of this version."""
+    try:
+        kind = checkpoint.read_json(folder / "config.json").get("model_type")
+    except (OSError, ValueError, AttributeError):
+        raise RecipeError(f"{folder / 'config.json'}: cannot be read; expected a student's configuration") from None
+    if kind == EARLIER:
+        raise RecipeError(
+            f"{folder}: is a student of an earlier version ({EARLIER}); expected one of this version "
+            f"({HyenaConfig.model_type}): go on with the version that made it, or make it anew in a new run_dir; "
+            "evaluations take it with --trust-remote-code"
+        )
+    if kind != HyenaConfig.model_type:
+        raise RecipeError(f"{folder}: is a {kind}; expected a student ({HyenaConfig.model_type})")
 
 
 def generation(teacher: GenerationConfig) -> GenerationConfig:

@@ -125,7 +125,7 @@ def configuration(train: TeacherTraining, context_length: int, tokenizer) -> Pre
 def shape(train: TeacherTraining, context_length: int, vocab_size: int, **more) -> PreTrainedConfig:
     """The family's architecture at the recipe's size."""
     family = families.of(train.family)
-    return family.config(
+    config = family.config(
         vocab_size=vocab_size,
         hidden_size=train.hidden_size,
         num_hidden_layers=train.num_layers,
@@ -134,6 +134,12 @@ def shape(train: TeacherTraining, context_length: int, vocab_size: int, **more) 
         **family.trained(train),
         **more,
     )
+    if family.block(config)["num_key_value_heads"] != (train.num_key_value_heads or train.num_heads):
+        raise RecipeError(
+            f"teacher.train.num_key_value_heads: found {train.num_key_value_heads}; expected nothing: in a "
+            f"{train.family} each head of q has its own k and v"
+        )
+    return config
 
 
 @torch.no_grad()

@@ -95,6 +95,12 @@ def another_shape(folder):
     change_weights(folder, lambda weights: weights.update({WEIGHT: weights[WEIGHT][:, 1:].clone()}))
 
 
+def names(folder):
+    """A teacher's or a student's own name of the weight that is damaged."""
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    return {"gpt_neox": WEIGHT, "hyena": "model.layers.1.mlp.up.weight"}[kind]
+
+
 def a_foreign_name(folder):
     change_weights(folder, lambda weights: weights.update({"other": torch.ones(3)}))
 
@@ -108,7 +114,7 @@ def not_a_number(folder):
 
 
 def infinite(folder):
-    change_weights(folder, lambda weights: weights[WEIGHT].__setitem__((3, 4), -torch.inf))
+    change_weights(folder, lambda weights: weights[names(folder)].__setitem__((3, 4), -torch.inf))
 
 
 def a_pointer(name):
@@ -147,10 +153,10 @@ DAMAGED = [
     (an_adapter, "found a PEFT adapter (adapter_config.json) beside the weights"),
     (lambda folder: change_json(folder / "config.json", vocab_size=300), "300 embedding rows"),
     (lambda folder: change_json(folder / "config.json", hidden_act="swosh"), "has hidden_act swosh"),
-    (lambda folder: change_json(folder / "config.json", hidden_size="wide"), "config.json gives hidden_size"),
+    (lambda folder: change_json(folder / "config.json", hidden_size="wide"), "field 'hidden_size'"),
     (
         lambda folder: change_json(folder / "config.json", model_type="bert"),
-        "(model_type bert); expected a GPT-NeoX checkpoint",
+        "(model_type bert); expected a checkpoint of one of the families",
     ),
     (lambda folder: change_json(folder / "config.json", attn_implementation="flash_attention_2"), "FlashAttention2"),
     (

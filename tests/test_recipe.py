@@ -201,9 +201,9 @@ def test_broken_files(tmp_path, text, parts):
         assert part in str(error.value)
 
 
-def test_a_teacher_that_is_no_gpt_neox(tmp_path):
+def test_a_teacher_of_no_known_family(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(RecipeError, match="gpt2.*GPT-NeoX"):
+    with pytest.raises(RecipeError, match="gpt2.*one of the families gemma, gpt_neox, llama, "):
         load_recipe(write(tmp_path, MINIMAL), [f"teacher.path={tmp_path}"])
 
 

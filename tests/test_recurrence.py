@@ -295,7 +295,7 @@ def test_certificate_is_true_of_what_is_saved(student, blocks, tmp_path, method)
     with torch.no_grad():
         log_p, log_q = (m(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (double, student))
     divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
-    assert model["divergence"] == pytest.approx(divergence.mean().item(), rel=1e-2, abs=1e-8)
+    assert model["divergence"] == pytest.approx(divergence.mean().item(), rel=1e-2, abs=1e-7)  # float32: measured 3e-8
     same = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     assert model["agreement"] == pytest.approx(same, abs=0.01)
     contexts = model["contexts"]
@@ -499,8 +499,8 @@ def test_mistakes_end_in_one_line(folder, workshop, tmp_path):
     for words, parts in (
         ([tmp_path / "absent"], ["absent: no such folder"]),
         ([tmp_path / "run"], ["no config.json", "did you mean", "run/transfer?"]),
-        ([tmp_path / "run/transfer"], ["is a None", "hyena_neox"]),
-        ([workshop / "teacher"], ["is a gpt_neox", "(hyena)"]),
+        ([tmp_path / "run/transfer"], ["is a None", "expected a student (hyena)"]),
+        ([workshop / "teacher"], ["is a gpt_neox", "expected a student (hyena)"]),
         ([attention], ["keeps attention in every layer"]),
         ([damaged], ["cannot be loaded"]),
         ([short], ["the checkpoint lacks model.layers.3."]),

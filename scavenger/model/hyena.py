@@ -144,10 +144,10 @@ class HyenaMixer(nn.Module):
         q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
         with torch.autocast(q.device.type, enabled=False):
             taps = layer_cache.taps_for(self.filter, k.shape[2])
-            for (q, k), own, part in zip(
+            for (after, before), own, part in zip(
                 self._steps(q, k, v, between), layer_cache.convolutions, taps.chunk(self.hyena_order), strict=True
             ):
-                y = own.advance(q, k, v, part)
+                y = own.advance(after, before, v, part)
                 v = y[:, :, 0]
             return y
 
@@ -180,13 +180,13 @@ class HyenaMixer(nn.Module):
         steps = self._steps(q, k, v, between)
         with torch.autocast(q.device.type, enabled=False):
             if length == 1:
-                for (q, k), state in zip(steps, layer_cache.modal_states, strict=True):
-                    y = state.step(q[:, :, :, 0], k, v)
+                for (after, before), state in zip(steps, layer_cache.modal_states, strict=True):
+                    y = state.step(after[:, :, :, 0], before, v)
                     v = y[:, :, :1]
                 return y[:, :, :, None]
             taps = self.filter(length).chunk(self.hyena_order)
-            for (q, k), h, state in zip(steps, taps, layer_cache.modal_states, strict=True):
-                y = self._piece(q, k, v, h, state, first)
+            for (after, before), h, state in zip(steps, taps, layer_cache.modal_states, strict=True):
+                y = self._piece(after, before, v, h, state, first)
                 v = y[:, :, 0]
             return y
 

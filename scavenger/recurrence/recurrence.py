@@ -94,12 +94,6 @@ def opened(source: Path, trust_remote_code: bool = False):
         inside = source / "transfer"
         near = f" (did you mean {inside}?)" if (inside / "config.json").is_file() else ""
         raise RecipeError(f"{source}: has no config.json; expected a student, as runs/quickstart/transfer{near}")
-    try:
-        kind = checkpoint.read_json(source / "config.json").get("model_type")
-    except (ValueError, AttributeError):
-        raise RecipeError(f"{source / 'config.json'}: cannot be read; expected a student's configuration") from None
-    if kind != HyenaConfig.model_type:
-        raise RecipeError(f"{source}: is a {kind}; expected a student of ours ({HyenaConfig.model_type})")
     student, tokenizer = students.load(source), None
     if (source / "tokenizer_config.json").is_file() or (source / "tokenizer.json").is_file():
         tokenizer = loading.tokenizer(source, student.config.vocab_size, trust_remote_code)
