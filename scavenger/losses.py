@@ -9,17 +9,43 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from scavenger.recurrence.reduction.hankel import weighted_section
 
 
-# Bytes of float32 logits in memory at a time; a handful of tensors of this size exist together. Large enough for
-# efficient matrix products (667 rows of Pythia's vocabulary), small compared with the weights of a model to distil.
+# Bytes of float32 logits in memory at a time, in training, in measurements and where the teacher's outputs are written.
+# Large enough for efficient matrix products (667 positions of 50,304 words, 220 of 152,000), small compared with the
+# weights of a model to distil.
 CHUNK_BYTES = 2**27
+# Tensors as large as a chunk that exist together at most in any loss or measurement, with the rest of a step: 7.2 were
+# measured (benchmarks/logits.md).
+CHUNK_COPIES = 8
 LEAST_LOG_MASS = -50.0  # of all tokens that were not kept: e⁻⁵⁰ is far below the float32 rounding of the others
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Positions of which the logits are computed at once: CHUNK_BYTES of float32, one position at least."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def logit_peak(vocabulary: int, positions: int) -> int:
+    """The most bytes that logits take at a time, where batches have so many positions."""
+    return CHUNK_COPIES * 4 * vocabulary * min(positions, chunk_rows(vocabulary))
+
+
+class Head(NamedTuple):
+    """A language model's last layer, logits = hidden Wᵀ + b."""
+
+    weight: Tensor  # (vocabulary, channel)
+    bias: Tensor | None  # (vocabulary)
+
+    @classmethod
+    def of(cls, model: nn.Module):
+        layer = model.get_output_embeddings()
+        return cls(layer.weight, layer.bias)
 
 
 class TopK(NamedTuple):
@@ -36,7 +62,7 @@ def activation_error(student: Tensor, teacher: Tensor, mask: Tensor | None = Non
     Both (batch, length, channel), mask (batch, length); returns (batch,). Relative to the teacher's energy, so that
     layers are comparable and need no weights.
     """
-    student, teacher = _wide(student), _wide(teacher)
+    student, teacher = wide(student), wide(teacher)
     if mask is not None:
         student, teacher = student * mask[..., None], teacher * mask[..., None]
     energy = teacher.square().sum((1, 2)).clamp_min(torch.finfo(teacher.dtype).tiny)
@@ -64,7 +90,7 @@ def logit_divergence(student: Tensor, teacher: Tensor, objective: str = "forward
 
     T² keeps the gradient's size as T grows (arXiv:1503.02531, section 2). The gradient goes to the student only.
     """
-    student, teacher = _wide(student), _wide(teacher)
+    student, teacher = wide(student), wide(teacher)
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature
     return temperature**2 * _Divergence.apply(student, teacher, objective)
@@ -117,7 +143,7 @@ def kept_divergence(student: Tensor, teacher: TopK, objective: str = "forward_kl
 
     Never above that of the full distributions (merging outcomes loses information), equal if all tokens are kept.
     """
-    log_q = F.log_softmax(_wide(student), dim=-1)
+    log_q = F.log_softmax(wide(student), dim=-1)
     named = log_q.gather(-1, teacher.tokens)
     rest = log_q.scatter(-1, teacher.tokens, -torch.inf).logsumexp(-1, keepdim=True)
     rest = rest.clamp_min(LEAST_LOG_MASS).nan_to_num(LEAST_LOG_MASS)
@@ -128,7 +154,7 @@ def kept_divergence(student: Tensor, teacher: TopK, objective: str = "forward_kl
 
 def cross_entropy(logits: Tensor, following: Tensor) -> Tensor:
     """-log q(next token) at each position, in nats; logits (…, vocabulary), next tokens (…)."""
-    return F.cross_entropy(_wide(logits), following, reduction="none")
+    return F.cross_entropy(wide(logits), following, reduction="none")
 
 
 def following(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,34 +167,37 @@ def following(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def projected(
-    hidden: Tensor, weight: Tensor, terms: Callable[[Tensor, slice], Tensor], factors: Tensor
+    hidden: Tensor, head: Head, terms: Callable[[Tensor, slice], Tensor], factors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Σ_n factors_n Σ_rows terms_n(hidden Wᵀ), without the logits of all rows in memory; and the Σ_rows of each term.
+    """Σ_n factors_n Σ_rows terms_n(hidden Wᵀ + b), without the logits of all rows in memory; and the Σ_rows of each.
 
-    hidden (row, channel), W (vocabulary, channel); `terms(logits, rows)` returns the sums (term,) over a chunk of rows.
-    A chunk's gradient is computed while its logits exist, so nothing is recomputed, and the tensors saved for the
-    backward pass have the sizes of `hidden` and `weight`.
+    hidden (row, channel); `terms(logits, rows)` returns the sums (term,) over a chunk of rows. A chunk's gradient is
+    computed while its logits exist, so nothing is recomputed, and the tensors saved for the backward pass have the
+    sizes of `hidden`, W and b.
     """
-    return _Projected.apply(hidden, weight, terms, factors)
+    return _Projected.apply(hidden, *head, terms, factors)
 
 
 class _Projected(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, terms, factors):
+    def forward(ctx, hidden, weight, bias, terms, factors):
         device = hidden.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        matrix = weight.to(kind)
+        matrix, offset = weight.to(kind), None if bias is None else bias.to(kind)
         to_hidden = torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         sums = torch.zeros_like(factors)
-        step = max(1, CHUNK_BYTES // (4 * len(weight)))
+        step = chunk_rows(len(weight))
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             part = hidden[rows].to(kind)
-            logits = _wide(part @ matrix.T).requires_grad_()
+            logits = wide(F.linear(part, matrix, offset)).requires_grad_()
             with torch.enable_grad():
                 found = terms(logits, rows)
                 (slope,) = torch.autograd.grad((factors * found).sum(), logits)
+            if to_bias is not None:
+                to_bias += slope.sum(0)
             slope = slope.to(kind)
             to_hidden[rows] = slope @ matrix
             if to_weight is not None:
@@ -177,14 +206,14 @@ class _Projected(torch.autograd.Function):
                 else:
                     to_weight += slope.T @ part
             sums += found.detach()
-        ctx.save_for_backward(to_hidden, to_weight)
+            del logits, found, slope  # or they would live on beside the next chunk's
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
         ctx.mark_non_differentiable(sums)
         return (factors * sums).sum(), sums
 
     @staticmethod
     def backward(ctx, slope, _):
-        to_hidden, to_weight = ctx.saved_tensors
-        return slope * to_hidden, None if to_weight is None else slope * to_weight, None, None
+        return *(None if gradient is None else slope * gradient for gradient in ctx.saved_tensors), None, None
 
 
 def hankel_tail(taps: Tensor, states: int) -> Tensor:
@@ -201,5 +230,6 @@ def hankel_tail(taps: Tensor, states: int) -> Tensor:
     return squares[:, states:].sum(-1) / energy
 
 
-def _wide(x):
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -2,18 +2,21 @@
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
+
+from scavenger import losses
 
 
-BATCH_TOKENS = 8192  # tokens per evaluation batch, fewer where the vocabulary is large
-LOGITS_BYTES = 2**29  # of a batch's logits in float32, unless a single sequence has more
+BATCH_TOKENS = 8192  # tokens per evaluation batch
+COMPARED = 4  # tokens on which a model's own logits are compared with its head's
 STATES = ("keys", "values", "conv_states", "recurrent_states")  # of a layer of transformers' caches
-CHUNK_BYTES = 2**26  # of log-probabilities in float32: several such tensors are held at once
 
 
 @dataclass(frozen=True)
@@ -54,50 +57,115 @@ class ByPosition:
     teacher_loss: Tensor | None
 
 
-@torch.inference_mode()
 def by_position(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None) -> ByPosition:
     """The quantities of `held_out` at each position, averaged over blocks only."""
-    device = next(model.parameters()).device
-    sums = torch.zeros(4, blocks.shape[1] - 1, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    rows = batch_rows(model.config.vocab_size, blocks.shape[1])
-    for start in range(0, len(blocks), rows):
-        ids = torch.from_numpy(blocks[start : start + rows].astype(np.int64)).to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        others = None if teacher is None else teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-        found = compared(logits, ids[:, 1:], others)
-        sums[: len(found)] += found.sum(1)
+    loss, *rest = by_token(model, blocks, teacher).mean(1)
     model.train(was_training)
-    loss, *rest = sums.cpu() / len(blocks)
     return ByPosition(loss, *(rest if teacher is not None else (None, None, None)))
 
 
-def batch_rows(vocabulary: int, length: int) -> int:
-    """Sequences of a length that are evaluated at once, for a model with so many logits a position."""
-    return max(1, min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary)) // length)
+@torch.inference_mode()
+def by_token(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None, last: int | None = None) -> Tensor:
+    """-log p of the `last` tokens of each block, of all but the first by default: (1, block, token) float64, nats.
+
+    With a teacher, (4, …): also whether the most likely token is the teacher's, KL(teacher || model), and the teacher's
+    own -log p.
+    """
+    count = blocks.shape[1] - 1 if last is None else last
+    targets = torch.from_numpy(blocks[:, -count:].astype(np.int64)).flatten()
+    found = torch.empty(1 if teacher is None else 4, len(targets), dtype=torch.float64)
+    predicting = np.arange(1, blocks.shape[1]) >= blocks.shape[1] - count
+    models = [model] if teacher is None else [model, teacher]
+    for part, logits in in_chunks(models, blocks[:, :-1], predicting):
+        found[:, part] = compared(logits[0], targets[part].to(logits[0].device), *logits[1:]).cpu()
+    return found.unflatten(1, (len(blocks), count))
+
+
+def log_probabilities(
+    model: nn.Module, ids: np.ndarray, wanted: np.ndarray, tokens: np.ndarray, what: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """log p of `tokens` (position, choice) at the wanted positions of `in_chunks`, and the most likely token at each.
+
+    (position, choice) float64, nats, and (position,). `what` names a progress bar. ValueError where a logit is NaN.
+    """
+    asked = torch.from_numpy(tokens.astype(np.int64))
+    found, likeliest = torch.empty(asked.shape, dtype=torch.float64), torch.empty(len(asked), dtype=torch.long)
+    with tqdm(total=len(asked), desc=what, unit="token", leave=False, dynamic_ncols=True, disable=not what) as bar:
+        for part, (logits,) in in_chunks([model], ids, wanted):
+            log_p = F.log_softmax(numbers(logits), dim=-1)
+            found[part] = log_p.gather(-1, asked[part].to(log_p.device)).cpu().double()
+            likeliest[part] = log_p.argmax(-1).cpu()
+            bar.update(len(log_p))
+    return found.numpy(), likeliest.numpy()
+
+
+def numbers(found: Tensor) -> Tensor:
+    """Logits, or what was made of them, unchanged; ValueError if any is NaN: every comparison with NaN is false."""
+    if found.isnan().any():
+        raise ValueError("a model's logits are not numbers (NaN); expected finite weights")
+    return found
+
+
+@torch.inference_mode()
+def in_chunks(models: Sequence[nn.Module], ids: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The models' logits (position, vocabulary), in float32 or wider, where `wanted` is true of ids (sequence, length).
+
+    In chunks of at most losses.chunk_rows positions; the slice is a chunk's place among all wanted positions in order.
+    `wanted` is (sequence, length), or (length,) for all sequences. The head runs on a chunk of the body's output. Where
+    that does not give the model's own logits, for example because it caps them, the logits of one whole sequence are
+    computed at once.
+    """
+    device = next(models[0].parameters()).device
+    wanted = np.broadcast_to(wanted, ids.shape)
+    first = torch.from_numpy(ids[:1, :COMPARED].astype(np.int64)).to(device)
+    heads, sizes = zip(*(_head(model, first) for model in models), strict=True)
+    count = losses.chunk_rows(max(sizes))
+    rows = max(1, BATCH_TOKENS // ids.shape[1]) if all(heads) else 1
+    done = 0
+    for start in range(0, len(ids), rows):
+        batch = torch.from_numpy(ids[start : start + rows].astype(np.int64)).to(device)
+        places = torch.from_numpy(np.flatnonzero(wanted[start : start + rows])).to(device)
+        states = [
+            (model.base_model(input_ids=batch, use_cache=False).last_hidden_state if head else _logits(model, batch))
+            for model, head in zip(models, heads, strict=True)
+        ]
+        for part in places.split(count):
+            chosen = [state.flatten(0, 1)[part] for state in states]
+            logits = [head(state) if head else state for head, state in zip(heads, chosen, strict=True)]
+            yield slice(done, done + len(part)), [losses.wide(each) for each in logits]
+            done += len(part)
+
+
+def _head(model, ids):
+    """The model's head, or None where the model's logits are not exactly head(body); and the size of the vocabulary."""
+    logits, body, layer = _logits(model, ids), model.base_model, model.get_output_embeddings()
+    if body is model or layer is None:
+        return None, logits.shape[-1]
+
+    def head(last):
+        return layer(last.to(layer.weight.dtype))  # some bodies keep float32 whatever the dtype of their weights
+
+    last = body(input_ids=ids, use_cache=False).last_hidden_state
+    return head if torch.equal(losses.wide(head(last)), losses.wide(logits)) else None, logits.shape[-1]
+
+
+def _logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
 
 
 def compared(logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> Tensor:
-    """-log p of each target, (1, batch, position) float64, nats, from logits (batch, position, vocabulary).
+    """-log p of each target, (1, position) float64, nats, from logits (position, vocabulary); with a teacher's (4, …).
 
-    With a teacher's logits, (4, …): also whether the most likely token is the teacher's, KL(teacher || model), and the
-    teacher's own -log p. In chunks of positions, so that no more than CHUNK_BYTES are held beside the logits.
+    The four are those of `by_token`.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    found = torch.zeros(1 if teacher is None else 4, *targets.shape, dtype=torch.float64, device=logits.device)
-    count = max(1, CHUNK_BYTES // (4 * len(logits) * logits.shape[-1]))
-    for start in range(0, targets.shape[1], count):
-        part = slice(start, start + count)
-        target = targets[:, part, None]
-        log_p = F.log_softmax(logits[:, part].to(wide), dim=-1)
-        found[0, :, part] = -log_p.gather(-1, target)[..., 0]
-        if teacher is not None:
-            log_q = F.log_softmax(teacher[:, part].to(wide), dim=-1)
-            found[1, :, part] = log_p.argmax(-1) == log_q.argmax(-1)
-            found[2, :, part] = (log_q.exp() * (log_q - log_p)).sum(-1)
-            found[3, :, part] = -log_q.gather(-1, target)[..., 0]
-    return found
+    found = [losses.cross_entropy(logits, targets)]
+    if teacher is not None:
+        found.append(logits.argmax(-1) == teacher.argmax(-1))
+        found.append(losses.logit_divergence(logits, teacher))
+        found.append(losses.cross_entropy(teacher, targets))
+    return torch.stack([each.double() for each in found])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from scavenger import families, losses, student, teacher, training
+from scavenger import families, losses, measure, student, teacher, training
 from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import Activations, Logits, Recipe, Stage, TeacherTraining
 from scavenger.recurrence import allocation
@@ -103,6 +103,7 @@ def text(recipe: Recipe, planned: list[PlannedStage], processes: int = 1) -> str
         lines.append(_student_line(recipe, config))
     if recipe.cache:
         lines.append(_cache_line(recipe, config))
+    lines.append(_logit_line(recipe, config, processes))
     if planned:
         lines += ["", *_stage_table(planned), *_memory_table(planned), *_notes(recipe, planned, processes)]
     if recipe.recurrence:
@@ -299,9 +300,7 @@ class _Step:
             even = torch.full(shape, -math.log(self.vocabulary), device=self.device)
             rest = torch.full(shape[:2], math.log1p(-shape[2] / self.vocabulary), device=self.device)
             return losses.TopK(even, torch.arange(shape[2], device=self.device).expand(shape), rest), None, []
-        return self.frozen.get_output_embeddings().weight, *teacher.hidden_states(
-            self.frozen, ids, self.phase.hidden_states > 0
-        )
+        return losses.Head.of(self.frozen), *teacher.hidden_states(self.frozen, ids, self.phase.hidden_states > 0)
 
     def _now(self):
         if self.device.type == "cuda":
@@ -396,10 +395,23 @@ def _cache_line(recipe, config):
     )
 
 
+def _logit_line(recipe, config, processes):
+    """The most memory that logits take at a time, wherever the run computes them."""
+    trained = (phase.batch_size for _, phase, _ in _trainings(recipe, config))
+    parts = processes * recipe.training.accumulate
+    most = max((-(-size // parts) * recipe.data.context_length for size in trained), default=0)
+    positions = max(most, measure.BATCH_TOKENS)
+    return (
+        f"logits    at most {losses.logit_peak(config.vocab_size, positions) / 2**30:.2f} GiB of memory at a time, on "
+        f"top of what is held: {min(positions, losses.chunk_rows(config.vocab_size)):,} positions of "
+        f"{config.vocab_size:,} words are computed at once"
+    )
+
+
 def _report_line(recipe, config, planned):
     """What the report measures, and its time and memory: that of reading at the rate of the timed steps."""
     contexts = ", ".join(f"{length:,}" for length in recipe.report.context_lengths)
-    work = report.work(recipe, config)
+    work = report.work(recipe)
     timed = [stage for stage in planned if stage.seconds]
     reading = ""
     if timed:
@@ -410,8 +422,7 @@ def _report_line(recipe, config, planned):
     return (
         f"Then all models are measured on {recipe.data.evaluation_tokens:,} held-out tokens, in recall, in generated "
         f"text, and in speed after {contexts} tokens. Each reads {work['tokens_read']:,} tokens and generates "
-        f"{work['tokens_generated']:,}{reading}; timing takes up to {_duration(work['timing_seconds'])}, logits "
-        f"up to {work['logit_bytes'] / 2**30:.1f} GiB of memory."
+        f"{work['tokens_generated']:,}{reading}; timing takes up to {_duration(work['timing_seconds'])}."
     )
 
 

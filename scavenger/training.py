@@ -23,6 +23,7 @@ from scavenger.run.run import Run
 
 BETAS = (0.9, 0.95)  # as Pythia and most models of its kind
 WEIGHT_DECAY = 0.01
+HEAD = ("head", "head_bias")  # parameters that the trained modules name a second time, beside their model
 MAX_GRADIENT_NORM = 1.0
 FINAL_RATE = 0.1  # the cosine ends at this share of the learning rate, as Pythia's
 UNITS = ("Attention", "Filter", "Mixer", "MLP")  # FSDP units: the losses call these modules without their layer
@@ -212,7 +213,8 @@ class NextTokens(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.head = model.lm_head.weight  # a parameter of this module too, so that sharded launches gather it
+        # Parameters of this module too, so that sharded launches gather them.
+        self.head, self.head_bias = losses.Head.of(model)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -222,7 +224,7 @@ class NextTokens(nn.Module):
         def terms(logits, rows):
             return (losses.cross_entropy(logits, following[rows]) * counts[rows]).sum()[None]
 
-        return losses.projected(hidden, self.head, terms, one)[0]
+        return losses.projected(hidden, losses.Head(self.head, self.head_bias), terms, one)[0]
 
 
 def next_token_loss(module: nn.Module, part: Batch, target: None, whole: Batch) -> tuple[Tensor, dict]:
@@ -346,7 +348,7 @@ def _gathered(module, model, accelerator):
     if not accelerator.is_main_process:
         return model
     made = type(model)(model.config)
-    made.load_state_dict({key.removeprefix("model."): item for key, item in weights.items() if key != "head"})
+    made.load_state_dict({key.removeprefix("model."): item for key, item in weights.items() if key not in HEAD})
     return made
 
 

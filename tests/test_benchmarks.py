@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from reference import assert_close
 from transformers import GPTNeoXForCausalLM
 
+from scavenger import losses
 from scavenger.model import hyena
 from scavenger.report import contenders
 from scavenger.report.contenders import Case, Dynamic, Exact, ModelCalls, PackedDynamic, PackedStatic, ReadAgain, Static
@@ -64,6 +65,8 @@ def decoding(benchmark):
         ("mixers", ["--hidden-size", "30"], "found width 30"),
         ("reduction", ["--filters", "0"], "found a length, number of filters"),
         ("transfer", ["--rounds", "0"], "--rounds: found 0; expected 1 or more\n"),
+        ("logits", ["--length", "31"], "found 152000 words and length 31; expected more than 64 words"),
+        ("logits", ["--hidden-size", "40"], "found 2 layers of width 40"),
         ("decoding", ["--cases", "2x1+3"], "--cases: found 2x1+3"),
         ("decoding", ["--shapes", "60,2,4,128,101"], "--shapes: found 60,2"),
         ("decoding", ["--contexts", "0"], "found 0 or less"),
@@ -257,6 +260,20 @@ def test_floors(decoding):
         if isinstance(contender.model, GPTNeoXForCausalLM):
             small = sum(p.nbytes for p in contender.model.parameters() if p.ndim == 1)
             assert floor["bytes"] == 4 * weights + small + 3 * layers * 2 * 4 * width * 32
+
+
+def test_logits_command(benchmark, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 2**22)
+    mixers = benchmark("mixers")
+    libc = SimpleNamespace(malloc_trim=ctypes.CDLL(None).malloc_trim, mallopt=lambda *setting: 1)
+    monkeypatch.setattr(mixers, "ctypes", SimpleNamespace(CDLL=lambda name: libc))
+    words = ["--vocabulary", "5003", "--hidden-size", "32", "--num-layers", "1", "--batch-size", "2", "--length", "70"]
+    assert benchmark("logits").main([*words, "--output", str(tmp_path / "logits.md")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["results"]) == 13 and found["chunk_bytes"] == 4 * 5003 * 209 and found["whole"] == 4 * 5003 * 140
+    assert all(0 <= row["peak"] < math.inf for row in found["results"])
+    shown = (tmp_path / "logits.md").read_text()
+    assert "held-out look with teacher" in shown and "--vocabulary 5003" in shown and "planned" in shown
 
 
 @pytest.fixture

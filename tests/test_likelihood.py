@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, tiny_student, tiny_teacher
-from reference import assert_close
 
-from scavenger import data, measure
+from scavenger import data, losses, measure
 from scavenger.recipe import RecipeError
 from scavenger.report import likelihood, text
 from scavenger.report.evaluated import Evaluated
@@ -105,44 +104,25 @@ def test_bits_per_byte_by_hand(models):
     assert rows["perplexity"].numerators == pytest.approx(loss)
 
 
-@pytest.mark.parametrize("positions", [1, 3, 7, 100])
-def test_chunks_of_positions_change_nothing(positions, monkeypatch):
-    """-log p, agreement, KL and the teacher's -log p, a chunk of the logits at a time."""
-    monkeypatch.setattr(measure, "CHUNK_BYTES", positions * 4 * 2 * 11 + 5)
-    logits, others = torch.randn(2, 2, 17, 11, dtype=torch.float64).unbind()
-    targets = torch.randint(0, 11, (2, 17))
-    held = []
-    softmax = torch.nn.functional.log_softmax
-    monkeypatch.setattr(measure.F, "log_softmax", lambda x, dim: held.append(x.shape[1]) or softmax(x, dim))
-    found = measure.compared(logits, targets, others)
-    assert max(held) == min(positions, 17) and sum(held) == 2 * 17
-    log_p, log_q = softmax(logits, -1), softmax(others, -1)
-    expected = [
-        -log_p.gather(2, targets[..., None])[..., 0],
-        (logits.argmax(-1) == others.argmax(-1)).double(),
-        (log_q.exp() * (log_q - log_p)).sum(-1),
-        -log_q.gather(2, targets[..., None])[..., 0],
+def test_chunks_change_nothing(models, monkeypatch):
+    """Whole batches are read, and their logits computed a chunk at a time: the figures are the same."""
+    model, read, heads = models["student"].model, [], []
+    hooks = [
+        model.get_input_embeddings().register_forward_hook(lambda m, given, out: read.append(len(given[0]))),
+        model.get_output_embeddings().register_forward_hook(lambda m, given, out: heads.append(len(given[0]))),
     ]
-    assert_close(torch.stack(expected), found, 1e-14)
-    assert_close(expected[0][None], measure.compared(logits, targets), 1e-14)
-    assert measure.compared(logits, targets, logits)[2].abs().max() == 0, "KL(p, p) = 0"
-
-
-def test_batches_are_smaller_where_the_vocabulary_is_larger(models, monkeypatch):
-    """No batch has more logits than LOGITS_BYTES unless a single sequence does; the figures are the same."""
-    assert [measure.batch_rows(*sizes) for sizes in ((4096, 256), (50_304, 512), (151_936, 512), (151_936, 2048))] == [
-        *(32, 5, 1, 1)
-    ]
-    model, read = models["student"].model, []
-    hook = model.register_forward_pre_hook(lambda m, _, given: read.append(given["input_ids"].shape), with_kwargs=True)
     blocks = np.random.default_rng(0).integers(0, VOCABULARY, (7, 13))
-    whole, many = measure.by_position(model, blocks), len(read)
-    monkeypatch.setattr(measure, "LOGITS_BYTES", 3 * 13 * 4 * VOCABULARY)
-    parts = measure.by_position(model, blocks)
-    assert many == 1 and [shape[0] for shape in read[1:]] == [3, 3, 1]
-    assert_close(whole.loss, parts.loss, 1e-14)
-    assert likelihood.predictions(model, blocks).shape == (1, 7, 12) and [s[0] for s in read[4:]] == [3, 3, 1]
-    hook.remove()
+    whole = likelihood.predictions(model, blocks, models["teacher"].model)
+    assert read == [1, 1, 7] and heads[2:] == [7 * 12]
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
+    parts = likelihood.predictions(model, blocks, models["teacher"].model)
+    assert read[3:] == [1, 1, 7] and heads[5:] == [5] * 16 + [4]
+    np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-14)
+    monkeypatch.setattr(measure, "BATCH_TOKENS", 40)
+    np.testing.assert_allclose(likelihood.predictions(model, blocks), whole[:1], rtol=1e-12)
+    assert read[8:] == [3, 3, 1] and heads[-1] == 2
+    for hook in hooks:
+        hook.remove()
 
 
 def test_blocks_are_what_the_pipeline_measures(models, finished):

@@ -209,7 +209,7 @@ def test_projected_is_the_plain_function(chunk, device):
         seen.append(len(logits))
         return terms(logits, rows)
 
-    value, sums = losses.projected(hidden, weight, watched, factors)
+    value, sums = losses.projected(hidden, losses.Head(weight, None), watched, factors)
     assert max(seen) == min(chunk, ROWS) and sum(seen) == ROWS
     expected = terms(hidden @ weight.T, slice(None))
     torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
@@ -224,17 +224,18 @@ def test_projected_is_the_plain_function(chunk, device):
 def test_projected_gradient(monkeypatch, device):
     monkeypatch.setattr(losses, "CHUNK_BYTES", 5 * 4 * WORDS)
     hidden, weight = normal(ROWS, CHANNELS, device=device), normal(WORDS, CHANNELS, device=device)
+    bias = normal(WORDS, device=device)
     factors, terms = torch.tensor([0.3, 1.9], dtype=torch.float64, device=device), two_terms(device)
     assert torch.autograd.gradcheck(
-        lambda hidden, weight: losses.projected(hidden, weight, terms, factors)[0],
-        (hidden.requires_grad_(), weight.requires_grad_()),
+        lambda hidden, weight, bias: losses.projected(hidden, losses.Head(weight, bias), terms, factors)[0],
+        (hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()),
     )
 
 
 def test_projected_with_a_frozen_head(chunk, device):
     hidden, weight = normal(ROWS, CHANNELS, device=device).requires_grad_(), normal(WORDS, CHANNELS, device=device)
     factors, terms = torch.tensor([1.0, 0.5], dtype=torch.float64, device=device), two_terms(device)
-    value, _ = losses.projected(hidden, weight, terms, factors)
+    value, _ = losses.projected(hidden, losses.Head(weight, None), terms, factors)
     (slope,) = torch.autograd.grad(value, hidden)
     (plain,) = torch.autograd.grad(factors @ terms(hidden @ weight.T, slice(None)), hidden)
     torch.testing.assert_close(slope, plain, rtol=1e-11, atol=1e-13)
@@ -244,11 +245,11 @@ def test_projected_with_a_frozen_head(chunk, device):
 def test_projected_without_rows_and_without_a_gradient(device):
     weight, terms = normal(WORDS, CHANNELS, device=device), two_terms(device)
     factors = torch.ones(2, dtype=torch.float64, device=device)
-    value, sums = losses.projected(weight.new_zeros(0, CHANNELS), weight, terms, factors)
+    value, sums = losses.projected(weight.new_zeros(0, CHANNELS), losses.Head(weight, None), terms, factors)
     assert value == 0 and sums.tolist() == [0, 0]
     with torch.no_grad():
         hidden = normal(ROWS, CHANNELS, device=device)
-        value, _ = losses.projected(hidden, weight, terms, factors)
+        value, _ = losses.projected(hidden, losses.Head(weight, None), terms, factors)
     torch.testing.assert_close(value, terms(hidden @ weight.T, slice(None)).sum(), rtol=1e-12, atol=0)
 
 
@@ -258,7 +259,7 @@ def test_projected_in_bfloat16_is_near(chunk, device):
     factors, terms = torch.tensor([0.3, 1.9], device=device), two_terms(device)
 
     def found():
-        value, sums = losses.projected(hidden, weight, terms, factors)
+        value, sums = losses.projected(hidden, losses.Head(weight, None), terms, factors)
         return value, sums, *torch.autograd.grad(value, (hidden, weight))
 
     exact = found()

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
-from scavenger import plan, teacher
+from scavenger import losses, measure, plan, teacher
 from scavenger.recipe import Cache, load_recipe
 from scavenger.report import comparison, report
 from scavenger.report.results import Results
@@ -56,6 +56,17 @@ def test_every_training_is_in_the_plan(recipe, tmp_path):
     assert "Activations end earlier where the held-out error no longer falls" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"], "a plan writes nothing"
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("chunk, processes, positions", [(10**9, 1, 192), (10**9, 2, 96), (4 * 320 * 7, 1, 7)])
+def test_memory_of_logits(recipe, monkeypatch, chunk, processes, positions):
+    """Of the largest batch of a process, 8 × 24 positions, or of a chunk; the report's batches are smaller here."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(losses, "CHUNK_COPIES", 2**20)
+    monkeypatch.setattr(measure, "BATCH_TOKENS", 50)
+    (line,) = [line for line in plan.text(recipe, [], processes).splitlines() if line.startswith("logits ")]
+    assert f"at most {4 * 320 * positions / 2**10:.2f} GiB of memory at a time" in line
+    assert f"{positions} positions of 320 words" in line
 
 
 def test_memory_by_what_it_holds(recipe):
@@ -234,7 +245,7 @@ def test_the_report_reads_and_generates_what_the_plan_says(finished, workshop):
     test = blocks(finished / "data", "test")
     asked = dataclasses.replace(report.settings(recipe, models, test.size), speed=None)
     comparison.run([models[0], distilled], Blocks("test", test), asked, Results(None))
-    work = report.work(recipe, models[0].config)
+    work = report.work(recipe)
     generated = sum(rows for rows, length in read if length == 1)
     assert sum(rows * length for rows, length in read) - generated <= work["tokens_read"]
     assert work["tokens_read"] <= 3 * (sum(rows * length for rows, length in read) - generated)

@@ -142,7 +142,9 @@ def test_what_is_kept_is_never_further_than_the_whole():
         full = losses.logit_divergence(student, last @ weight.T, objective)
         before = torch.zeros_like(full)
         for kept in (1, 3, 17, 40, 41):
-            found = losses.kept_divergence(student, teacher_outputs.most_likely(last, weight, kept), objective)
+            found = losses.kept_divergence(
+                student, teacher_outputs.most_likely(last, losses.Head(weight, None), kept), objective
+            )
             assert torch.all(found <= full + 1e-12) and torch.all(found >= before - 1e-12), "more is nearer"
             before = found
         torch.testing.assert_close(before, full, rtol=1e-12, atol=1e-12)
@@ -150,9 +152,9 @@ def test_what_is_kept_is_never_further_than_the_whole():
 
 def test_chunks_change_nothing(monkeypatch):
     last, weight = torch.randn(3, 5, 6, dtype=torch.float64), torch.randn(41, 6, dtype=torch.float64)
-    whole = teacher_outputs.most_likely(last, weight, 4)
+    whole = teacher_outputs.most_likely(last, losses.Head(weight, None), 4)
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 41 * 4)
-    for one, other in zip(whole, teacher_outputs.most_likely(last, weight, 4), strict=True):
+    for one, other in zip(whole, teacher_outputs.most_likely(last, losses.Head(weight, None), 4), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 

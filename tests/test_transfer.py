@@ -59,7 +59,7 @@ def logit_phase(**changes):
 
 
 def aims_of(frozen, ids, blocks=True):
-    return frozen.lm_head.weight, *teacher.hidden_states(frozen, ids, blocks)
+    return losses.Head.of(frozen), *teacher.hidden_states(frozen, ids, blocks)
 
 
 def counts_of(ids, mask):

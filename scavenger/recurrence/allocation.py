@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scavenger import measure
+from scavenger import losses, measure
 from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.model.filters import ModalFilter
 from scavenger.recipe import RecipeError
@@ -164,10 +164,18 @@ def responses(
 
 def score(student, ids: Tensor, leaves: dict[int, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
     """The gradient of log p(y) w.r.t. each layer's taps, y sampled from p at each position of `ids` (1, length)."""
-    with torch.enable_grad():
-        log_p = student(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+
+    def terms(logits, rows):
+        log_p = logits.log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        return torch.autograd.grad(log_p.gather(1, drawn).sum(), list(leaves.values()))
+        return log_p.gather(1, drawn).sum()[None]
+
+    with torch.enable_grad():
+        hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        weight, bias = losses.Head.of(student)
+        head = losses.Head(weight.detach(), None if bias is None else bias.detach())
+        value, _ = losses.projected(hidden, head, terms, hidden.new_ones(1))
+        return torch.autograd.grad(value, list(leaves.values()))
 
 
 @contextlib.contextmanager

@@ -116,8 +116,10 @@ class OwnState(Contender):
     uneven = True  # how to fill an unknown state is not known
 
     def _next(self, model, ids):
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "state"
-        out = model(input_ids=ids, use_cache=True, **{name: self.cache})
+        known = inspect.signature(model.forward).parameters
+        name = "cache" if "cache" in known else "state"
+        last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        out = model(input_ids=ids, use_cache=True, **{name: self.cache}, **last)
         self.cache = getattr(out, name)
         return out.logits[:, -1]
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from scavenger import losses, measure
+from scavenger import measure
 from scavenger.report import metrics
-from scavenger.report.evaluated import Evaluated, numbers, same_outputs
+from scavenger.report.evaluated import Evaluated, same_outputs
 from scavenger.report.metrics import Metric
 
 
@@ -175,21 +174,13 @@ def along(
 
     Both models read prompt and text, each (prompt, length); both results are (prompt, length of the text).
     """
-    divergence, same = [], []
-    for ids in _batches(prompts, text, model):
-        log_p, log_q = (_log_probabilities(each, ids, text.shape[1]) for each in (reference, model))
-        divergence.append(losses.divergence(log_q, log_p))
-        same.append(log_p.argmax(-1) == log_q.argmax(-1))
-    return tuple(torch.cat(parts).double().cpu().numpy() for parts in (divergence, same))
+    _, same, divergence, _ = _by_token(model, prompts, text, reference)
+    return divergence, same
 
 
 def losses_of(model: nn.Module, prompts: np.ndarray, text: np.ndarray) -> np.ndarray:
     """-log p of each token of texts that follow prompts, (prompt, length of the text), nats."""
-    found = []
-    for ids in _batches(prompts, text, model):
-        log_p = _log_probabilities(model, ids, text.shape[1])
-        found.append(-log_p.gather(2, ids[:, -text.shape[1] :, None])[..., 0])
-    return torch.cat(found).double().cpu().numpy()
+    return _by_token(model, prompts, text)[0]
 
 
 def common_prefix(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -226,18 +217,10 @@ def side_by_side(results: list[dict]) -> str:
     return "\n\n".join(blocks)
 
 
-def _batches(prompts, text, model):
-    """Batches of prompts with texts, a quarter of an evaluation batch each: several tensors of logits are alive."""
-    ids = torch.from_numpy(np.concatenate([prompts, text], axis=1).astype(np.int64))
-    rows = measure.batch_rows(model.config.vocab_size, 4 * ids.shape[1])
-    return (batch.to(model.device) for batch in ids.split(rows))
-
-
-@torch.inference_mode()
-def _log_probabilities(model, ids, count):
-    """Log-probabilities for predicting the last `count` tokens, in float32 or wider."""
-    logits = numbers(model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=count).logits)
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+def _by_token(model, prompts, text, reference=None):
+    """As measure.by_token, of texts that follow prompts."""
+    read = np.concatenate([prompts, text], axis=1)
+    return measure.numbers(measure.by_token(model, read, reference, last=text.shape[1])).numpy()
 
 
 def _metric(name, values, unit, better, headline=False, **what):

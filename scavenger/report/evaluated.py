@@ -146,13 +146,6 @@ def readable(models: list[Evaluated], tokens: int, what: str) -> int:
     return min(limit, tokens)
 
 
-def numbers(logits: torch.Tensor) -> torch.Tensor:
-    """The logits unchanged; ValueError if any is NaN, since every comparison with NaN is false."""
-    if logits.isnan().any():
-        raise ValueError("a model's logits are not numbers (NaN); expected finite weights")
-    return logits
-
-
 def same_tokenizer(models: list[Evaluated]) -> bool:
     """Whether all models have the same tokenizer vocabulary."""
     vocabularies = [model.tokenizer.get_vocab() for model in models]

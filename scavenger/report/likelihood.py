@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from scavenger import data, measure
 from scavenger.report import metrics
-from scavenger.report.evaluated import Evaluated, numbers, readable
+from scavenger.report.evaluated import Evaluated, readable
 from scavenger.report.metrics import Metric
 from scavenger.report.text import Blocks, Text
 
@@ -147,7 +146,7 @@ def sliding(
     ]
     windows.sort(key=lambda window: window[1] - window[3])  # longest first: equal lengths share a batch
     sums = np.zeros((3 if reference else 1, len(documents)))
-    rows = measure.batch_rows(model.config.vocab_size, length + 1)
+    rows = max(1, measure.BATCH_TOKENS // length)
     for start in tqdm(range(0, len(windows), rows), desc="perplexity", unit="batch", leave=False, dynamic_ncols=True):
         batch = windows[start : start + rows]
         width = batch[0][3] - batch[0][1]
@@ -161,21 +160,12 @@ def sliding(
     return sums
 
 
-@torch.inference_mode()
 def predictions(model: nn.Module, blocks: np.ndarray, reference: nn.Module | None = None) -> np.ndarray:
     """-log p of each token of the blocks except the first, (1, block, length - 1) float64, nats.
 
     With a reference, (3, …): also whether the most likely token is the reference's, and KL(reference || model).
     """
-    device = next(model.parameters()).device
-    rows, found = measure.batch_rows(model.config.vocab_size, blocks.shape[1]), []
-    for start in range(0, len(blocks), rows):
-        ids = torch.from_numpy(blocks[start : start + rows].astype(np.int64)).to(device)
-        logits, *others = (
-            numbers(each(input_ids=ids[:, :-1], use_cache=False).logits) for each in (model, reference) if each
-        )
-        found.append(measure.compared(logits, ids[:, 1:], *others)[:3].cpu())
-    return torch.cat(found, dim=1).numpy()
+    return measure.numbers(measure.by_token(model, blocks, reference)).numpy()[:3]
 
 
 def _bytes(text):

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from scavenger import measure
 from scavenger.report import metrics
@@ -181,16 +183,64 @@ def of_task(model: Evaluated, task: str, questions: Questions, settings: Setting
 
 
 def language_model(model: Evaluated, settings: Settings):
-    """The model as the harness has it, in batches of a bounded number of tokens; log p in float32 or wider."""
-    HFLM = _imported("lm_eval.models.huggingface").HFLM
-    return HFLM(
+    """The model as the harness has it, except that logits are made in chunks; log p in float32 or wider."""
+
+    class Chunked(_imported("lm_eval.models.huggingface").HFLM):
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            found = log_likelihoods(self.model, pairs, self.max_length, disable_tqdm)
+            for (asked, *_), answer in zip(requests, found, strict=True):
+                if asked is not None:  # a window of a longer text
+                    self.cache_hook.add_partial("loglikelihood", asked, answer)
+            return found
+
+    return Chunked(
         pretrained=model.model,
         tokenizer=model.tokenizer,
         backend="causal",
         max_length=settings.context_length,
         softmax_dtype=torch.promote_types(model.model.dtype, torch.float32),
-        batch_size=measure.batch_rows(model.model.config.vocab_size, settings.context_length),
+        batch_size=max(1, measure.BATCH_TOKENS // settings.context_length),
     )
+
+
+def log_likelihoods(
+    model: nn.Module, pairs: list[tuple[list[int], list[int]]], most: int, silent: bool = False
+) -> list[tuple[float, bool]]:
+    """log p of each continuation after its context, in nats, and whether greedy decoding would give it.
+
+    A model reads `most` tokens, the last ones, of each pair; continuations that differ only in their last token are
+    read once.
+    """
+    whole = [(context + continuation)[-most - 1 :] for context, continuation in pairs]
+    order = sorted(range(len(pairs)), key=lambda pair: (-len(whole[pair]), whole[pair]))
+    groups = [list(alike) for _, alike in itertools.groupby(order, key=lambda pair: whole[pair][:-1])]
+    found = [None] * len(pairs)
+    with tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=silent) as bar:
+        while groups:
+            width = len(whole[groups[0][0]]) - 1
+            rows = max(1, measure.BATCH_TOKENS // width)
+            batch, groups = groups[:rows], groups[rows:]
+            # Padded on the right, which does not affect a causal model's predictions of the tokens before.
+            ids, wanted = np.zeros((len(batch), width), dtype=np.int64), np.zeros((len(batch), width), dtype=bool)
+            counts, tokens = [], []
+            for row, group in enumerate(batch):
+                read = whole[group[0]]
+                end, count = len(read) - 1, max(len(pairs[pair][1]) for pair in group)
+                ids[row, :end], wanted[row, max(0, end - count) : end] = read[:-1], True
+                counts.append(min(count, end))
+                asked = np.tile(np.array(read[-counts[-1] :])[:, None], max(map(len, batch)))
+                asked[-1, : len(group)] = [whole[pair][-1] for pair in group]
+                tokens.append(asked)
+            log_p, likeliest = measure.log_probabilities(model, ids, wanted, np.concatenate(tokens))
+            ends = np.cumsum(counts)
+            for end, count, group, asked in zip(ends, counts, batch, tokens, strict=True):
+                for choice, pair in enumerate(group):
+                    own = min(count, len(pairs[pair][1]))
+                    greedy = (likeliest[end - own : end] == asked[-own:, choice]).all()
+                    found[pair] = float(log_p[end - own : end, choice].sum()), bool(greedy)
+            bar.update(sum(map(len, batch)))
+    return found
 
 
 def published(path: str) -> dict[str, float]:

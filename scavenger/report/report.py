@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scavenger import measure, teacher
+from scavenger import teacher
 from scavenger.recipe import Recipe, RecipeError
 from scavenger.recurrence import certificate
 from scavenger.report import comparison, continuation, drawing, likelihood, lm_eval_tasks, page, retrieval, timing
@@ -26,7 +26,6 @@ from scavenger.transfer import transfer
 NAMES = ("teacher", "pre-trained", "distilled", "recurrent")
 TIMES = ("teacher", "student", "data", "checkpoints")  # shares of a training's time in its log
 PROMPT_TOKENS = 48  # of held-out text, which every model continues
-LOGIT_COPIES = 5  # float32 tensors of an evaluation batch's logits that live together (measured: 5.0)
 
 
 def run(run: Run) -> Path:
@@ -58,12 +57,9 @@ def require_harness(recipe: Recipe):
         raise RecipeError("report.tasks: lm_eval is not installed; expected pip install 'scavenger[eval]', or no tasks")
 
 
-def work(recipe: Recipe, config) -> dict:
-    """The cost of the report, for a plan: tokens that each model reads and generates, seconds of timing, logit bytes.
-
-    `config` is the teacher's. Timings are bounded by their own setting; the bytes are an upper estimate.
-    """
-    asked, length = settings(recipe, [], recipe.data.evaluation_tokens), recipe.data.context_length
+def work(recipe: Recipe) -> dict:
+    """The cost of the report, for a plan: tokens that each model reads and generates, and seconds of timing at most."""
+    asked = settings(recipe, [], recipe.data.evaluation_tokens)
     held_out = recipe.data.evaluation_tokens
     read = 2 * held_out  # measuring a student's perplexity also runs the teacher
     read += min(likelihood.LONG_CONTEXTS * asked.perplexity.longest, held_out)
@@ -83,7 +79,6 @@ def work(recipe: Recipe, config) -> dict:
         "tokens_read": read,
         "tokens_generated": generated,
         "timing_seconds": 2 * asked.speed.seconds * rows,  # steps, and prompts
-        "logit_bytes": LOGIT_COPIES * 4 * config.vocab_size * length * measure.batch_rows(config.vocab_size, length),
     }
 
 

@@ -11,18 +11,14 @@ The items of every metric are sequences, which depend only on the seed, the text
 """
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
+from torch import nn
 
 from scavenger import measure
 from scavenger.report import metrics
-from scavenger.report.evaluated import Evaluated, numbers, readable
+from scavenger.report.evaluated import Evaluated, readable
 from scavenger.report.metrics import Metric
 
 
@@ -175,17 +171,15 @@ def associative_recall(
     """
     count = pairs_shown(distances)
     ids, order = _pair_sequences(_frequent_tokens(blocks, special, distances), count, examples, seed)
-    pending = torch.ones(count, count, dtype=torch.bool).triu(1)  # values that are queried after this one
-    top, among, gain = [], [], []
-    for rows, log_p in _log_probabilities(model, ids, range(2 * count, 4 * count, 2), "pairs"):
-        values = rows[:, 2 * count + 1 :: 2]
-        shown = log_p.gather(2, values[:, None, :].expand(-1, count, -1))  # (example, query, value)
-        top.append(log_p.argmax(-1) == values)
-        among.append(shown.argmax(-1) == torch.arange(count, device=rows.device))
-        # The last query has no others: its mean is NaN and left out below.
-        others = (shown * pending.to(rows.device)).sum(-1) / pending.sum(-1).to(rows.device)
-        gain.append(shown.diagonal(dim1=1, dim2=2) - others)
-    top, among, gain = (_joined(parts) for parts in (top, among, gain))
+    pending = np.triu(np.ones((count, count), dtype=bool), 1)  # values that are queried after this one
+    values = ids[:, 2 * count + 1 :: 2]
+    choices = np.broadcast_to(values[:, None, :], (examples, count, count))
+    shown, likeliest = _read(model, ids, range(2 * count, 4 * count, 2), choices, "pairs")  # (example, query, value)
+    top, among = likeliest == values, shown.argmax(-1) == np.arange(count)
+    # The last query has no others: its mean is NaN and left out below.
+    with np.errstate(invalid="ignore"):
+        others = (shown * pending).sum(-1) / pending.sum(-1)
+    gain = shown.diagonal(axis1=1, axis2=2) - others
     distance = 2 * (count + np.arange(count) - order)
     bins = [(low < distance) & (distance <= high) for low, high in zip([0, *distances], distances, strict=False)]
     every = np.ones_like(order, dtype=bool)
@@ -373,26 +367,14 @@ def _passages(blocks, length, examples, seed):
 
 def _predictions(model, ids, places, what):
     """Whether the tokens at these positions are the most likely ones, and their -log p: (example, place)."""
-    hits, losses = [], []
-    for rows, log_p in _log_probabilities(model, ids, [place - 1 for place in places], what):
-        targets = rows[:, list(places)]
-        hits.append(log_p.argmax(-1) == targets)
-        losses.append(-log_p.gather(2, targets[..., None])[..., 0])
-    return _joined(hits).astype(bool), _joined(losses)
+    targets = ids[:, list(places)]
+    log_p, likeliest = _read(model, ids, [place - 1 for place in places], targets[..., None], what)
+    return likeliest == targets, -log_p[..., 0]
 
 
-def _log_probabilities(model: nn.Module, ids: np.ndarray, places, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of ids (example, length) and log-probabilities after these positions (example, place, vocabulary)."""
-    device = next(model.parameters()).device
-    batches = torch.from_numpy(ids.astype(np.int64)).split(max(1, measure.BATCH_TOKENS // ids.shape[1]))
-    kept = torch.tensor(list(places), device=device)
-    for rows in tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True):
-        rows = rows.to(device)
-        with torch.inference_mode():
-            logits = numbers(model(input_ids=rows, use_cache=False, logits_to_keep=kept).logits)
-            log_p = F.log_softmax(logits.float(), dim=-1)
-        yield rows, log_p
-
-
-def _joined(parts):
-    return torch.cat(parts).double().cpu().numpy()
+def _read(model: nn.Module, ids: np.ndarray, places, choices: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of choices (example, place, choice) after these ascending places, and the most likely token."""
+    wanted = np.isin(np.arange(ids.shape[1]), list(places))
+    flat = choices.reshape(-1, choices.shape[2])
+    log_p, likeliest = measure.log_probabilities(model, ids, wanted, flat, what)
+    return log_p.reshape(choices.shape), likeliest.reshape(choices.shape[:2])

@@ -29,6 +29,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -379,9 +380,7 @@ def _outputs(frozen, ids, kinds):
     for side, recorded in (("inputs", inputs), ("outputs", outputs)):
         found |= {f"{ACTIVATIONS}.{side}.{layer}": _halved(x).cpu() for layer, x in recorded.items()}
     for kind in tops:
-        log_p, tokens, log_rest = most_likely(
-            last, frozen.get_output_embeddings().weight, int(kind.removeprefix("top"))
-        )
+        log_p, tokens, log_rest = most_likely(last, losses.Head.of(frozen), int(kind.removeprefix("top")))
         # Relative to the most likely token: float16 is finest near 0.
         log_p, log_rest = log_p - log_p[..., :1], log_rest - log_p[..., 0]
         kept = losses.TopK(log_p.half(), tokens.to(_token_type(frozen.config)), log_rest.float())
@@ -396,15 +395,14 @@ def _halved(x):
     return x.half() if x.abs().max() <= torch.finfo(torch.float16).max else x.bfloat16()
 
 
-def most_likely(last: Tensor, weight: Tensor, kept: int) -> losses.TopK:
-    """The `kept` most likely tokens of softmax(last Wᵀ) and the mass of the others, in float32 or wider.
+def most_likely(last: Tensor, head: losses.Head, kept: int) -> losses.TopK:
+    """The `kept` most likely tokens of softmax(last Wᵀ + b) and the mass of the others, in float32 or wider.
 
-    last (batch, length, channel), W (vocabulary, channel); the logits are computed in chunks of positions.
+    last (batch, length, channel); the logits are computed in chunks of positions.
     """
     found = []
-    for part in last.flatten(0, 1).split(max(1, losses.CHUNK_BYTES // (4 * len(weight)))):
-        logits = part @ weight.T  # in the teacher's own dtype, as its forward pass computes them
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    for part in last.flatten(0, 1).split(losses.chunk_rows(len(head.weight))):
+        logits = losses.wide(F.linear(part, *head))  # the teacher's own dtype, as its forward pass computes them
         log_p, tokens = logits.topk(kept)
         log_rest = logits.scatter_(-1, tokens, -torch.inf).logsumexp(-1)
         total = torch.logaddexp(log_p.logsumexp(-1), log_rest)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scavenger import data, losses, measure, student, teacher, training
 from scavenger.model import HyenaForCausalLM
@@ -127,7 +128,7 @@ def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausalLM, 
     def target(part):
         if kept is not None and kept.logits:
             return kept.top(part.rows, run.device), None, []
-        return frozen.get_output_embeddings().weight, *teacher.hidden_states(frozen, part.ids, phase.hidden_states > 0)
+        return losses.Head.of(frozen), *teacher.hidden_states(frozen, part.ids, phase.hidden_states > 0)
 
     def loss(module, part, target, whole):
         following = losses.following(whole.ids, whole.mask)[1].sum().item()
@@ -256,7 +257,8 @@ class LogitMatching(nn.Module):
         model.requires_grad_(phase.trained == "everything")
         for layer in model.model.layers:
             layer.mixer.requires_grad_(True)
-        self.head = model.lm_head.weight  # a parameter of this module too, so that sharded launches gather it
+        # Parameters of this module too, so that sharded launches gather them.
+        self.head, self.head_bias = losses.Head.of(model)
 
     def forward(
         self,
@@ -264,7 +266,7 @@ class LogitMatching(nn.Module):
         mask: Tensor,  # (batch, length)
         counts: Tensor,  # positions of the global batch that count for the divergence, and for the cross-entropy
         share: float,  # of the global batch that this micro-batch is
-        aim: Tensor | losses.TopK,  # the teacher's head (vocabulary, channel), or its kept distribution
+        aim: losses.Head | losses.TopK,  # the teacher's head, or its kept distribution
         last: Tensor | None,  # the input of the teacher's head (batch, length, channel); None with a kept distribution
         blocks: list,  # outputs of the teacher's blocks (batch, length, channel); empty where they are not matched
     ):
@@ -284,7 +286,7 @@ class LogitMatching(nn.Module):
                 found = losses.kept_divergence(logits, losses.TopK(*(item[rows] for item in aim)), phase.objective)
             else:
                 with torch.autocast(ids.device.type, enabled=False):  # the teacher in its own dtype
-                    target = last[rows] @ aim.T
+                    target = F.linear(last[rows], *aim)
                 found = losses.logit_divergence(logits, target, phase.objective, phase.temperature)
             sums = [(found * matched[rows]).sum()]
             if phase.cross_entropy:
@@ -293,7 +295,8 @@ class LogitMatching(nn.Module):
 
         weights = torch.tensor([1 - phase.cross_entropy, phase.cross_entropy], device=ids.device)
         used = 2 if phase.cross_entropy else 1
-        value, sums = losses.projected(hidden, self.head, terms, (weights / counts)[:used])
+        head = losses.Head(self.head, self.head_bias)
+        value, sums = losses.projected(hidden, head, terms, (weights / counts)[:used])
         logged = dict(zip(("divergence", "cross_entropy"), sums / counts[:used], strict=False))
         if blocks:
             pairs = zip(depths[1:], blocks, strict=True)
