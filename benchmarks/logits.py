@@ -24,9 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from mixers import memory
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scavenger import losses, measure, student, teacher, training
+from scavenger import families, losses, measure, student, teacher, training
 from scavenger.recipe import Filter, Logits, Student
 from scavenger.recurrence import allocation
 from scavenger.report import continuation, likelihood, lm_eval_tasks, retrieval
@@ -86,7 +85,8 @@ class Models:
     def __init__(self, args, device):
         torch.manual_seed(0)
         self.args, self.device = args, device
-        config = GPTNeoXConfig(
+        family = families.of(families.TRAINED)
+        config = family.config(
             vocab_size=args.vocabulary,
             hidden_size=args.hidden_size,
             num_hidden_layers=args.num_layers,
@@ -94,7 +94,7 @@ class Models:
             intermediate_size=4 * args.hidden_size,
             max_position_embeddings=args.length,
         )
-        self.frozen = GPTNeoXForCausalLM(config).requires_grad_(False).eval().to(device)
+        self.frozen = family.model(config).requires_grad_(False).eval().to(device)
         self.student = student.from_teacher(Student(attention_layers=()), args.length, self.frozen, 0).to(device)
         self.head_bytes = self.student.get_output_embeddings().weight.nbytes
 
