@@ -29,10 +29,11 @@ def require_template(tokenizer, assistant: bool):
     """Raise RecipeError for a tokenizer that cannot render conversations, or with `assistant` not mark its tokens."""
     try:
         tokenizer.get_chat_template()
-    except ValueError as error:  # none at all, or several of which none is the default
+    except ValueError as error:
+        found = "chat templates, none of them called default" if tokenizer.chat_template else "no chat template"
         raise RecipeError(
-            f"data.chat_column: the teacher's tokenizer has no chat template to use ({_first_line(error)[:80]}); "
-            "expected one beside its other files (chat_template.jinja), or data.text_column in place of chat_column"
+            f"data.chat_column: the teacher's tokenizer has {found}; expected one beside its other files "
+            "(chat_template.jinja), or data.text_column in place of chat_column"
         ) from error
     if assistant and not tokenizer.is_fast:
         raise RecipeError(
@@ -60,8 +61,9 @@ def tokens(conversations: list[Conversation], tokenizer, assistant: bool) -> lis
     found = tokenizer(texts, return_offsets_mapping=assistant, **options)
     if not assistant:
         return [(ids, None) for ids in found["input_ids"]]
+    ends = tuple(tokenizer.get_added_vocab())
     read = zip(conversations, texts, found["input_ids"], found["offset_mapping"], strict=True)
-    return [(ids, _inside(offsets, _spans(one, text, tokenizer))) for one, text, ids, offsets in read]
+    return [(ids, _inside(offsets, _spans(one, text, tokenizer, ends))) for one, text, ids, offsets in read]
 
 
 def _rendered(conversation, messages, tokenizer, **options):
@@ -81,10 +83,12 @@ def _rendered(conversation, messages, tokenizer, **options):
         ) from error
 
 
-def _spans(conversation, whole, tokenizer):
-    """Where in the rendered text `whole` the assistant's messages stand: (begin, end) of each, characters."""
+def _spans(conversation, whole, tokenizer, ends):
+    """Where in the rendered text `whole` the assistant's messages stand: (begin, end) of each, characters.
+
+    `ends` are the tokens of which one may end a turn.
+    """
     messages, where = conversation
-    ends_turn = tuple(str(token) for token in tokenizer.get_added_vocab())
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -96,14 +100,18 @@ def _spans(conversation, whole, tokenizer):
             )
         before = _rendered(conversation, messages[:index], tokenizer, add_generation_prompt=True)
         after = _rendered(conversation, messages[: index + 1], tokenizer)
-        if not (after.startswith(before) and whole.startswith(after)):
+        changed = None
+        if not after.startswith(before):
+            changed = f"does not begin message {index + 1} with its generation prompt, or changes earlier ones for it"
+        elif not whole.startswith(after):
+            changed = f"changes its first {index + 1} messages for later ones"
+        if changed is not None:
             raise RecipeError(
-                f"data: {where}: the chat template changes earlier text when message {index + 1} or a later one "
-                "follows, so the assistant's tokens cannot be told; expected a template with generation blocks, or one "
-                f"that only appends ({USE_ALL})"
+                f"data: {where}: the chat template {changed}, so the assistant's tokens cannot be told; expected a "
+                f"template with generation blocks, or one that only appends ({USE_ALL})"
             )
         turn = after.rstrip()
-        spans.append((len(before), len(turn if turn.endswith(ends_turn) else after)))
+        spans.append((len(before), len(turn if turn.endswith(ends) else after)))
     return spans
 
 

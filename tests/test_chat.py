@@ -4,7 +4,9 @@ import io
 import json
 import os
 import shutil
+import types
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -17,6 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scavenger import chat, data, losses, measure, student, teacher, training
 from scavenger.recipe import Activations, Data, Filter, Logits, Recipe, RecipeError, Transfer, load_recipe
+from scavenger.report import likelihood
+from scavenger.report.text import Blocks
 from scavenger.run import checkpoint
 from scavenger.run.run import Run, blocks, counted
 from scavenger.transfer import transfer
@@ -210,6 +214,27 @@ def test_tables_and_lines_are_the_same_conversations(tmp_path):
     assert read[0] == read[1] and len(read[0]) == 150
 
 
+def test_conversations_of_the_hub(tmp_path, monkeypatch):
+    load = datasets.load_dataset
+
+    def found(name, *args, **kwargs):
+        return load(str(tmp_path / "hub"), **kwargs) if name == "some/chats" else load(name, *args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", found)
+    (tmp_path / "hub").mkdir()
+    for number in range(2):
+        write(tmp_path / f"hub/train-0000{number}-of-00002.parquet", conversations(100, 100 * number))
+    asked = recipe(20, name="some/chats", chat_loss="assistant")
+    folder = data.run(asked, tmp_path, made(CHATML))
+    read = [json.loads(words) for _, words in data.documents(asked.data, asked.seed)]
+    assert sorted(read, key=str) == sorted(conversations(200), key=str)
+    assert counted(folder, "train").shape == blocks(folder, "train").shape == (20, 11)
+    for number in range(2):
+        write(tmp_path / f"hub/train-0000{number}-of-00002.parquet", [[{"role": "wizard", "content": "a"}]] * 9)
+    with pytest.raises(RecipeError, match="data: some/chats, train . of ., row 1: the chat template.*no role wizard"):
+        data.run(asked, tmp_path / "other", made(CHATML))
+
+
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -303,10 +328,8 @@ def test_text_and_tokenizers_that_have_no_conversations_are_refused(tmp_path):
         data.run(recipe(path=str(tmp_path / "a.txt")), tmp_path, made(CHATML))
     write(tmp_path / "a.jsonl", conversations(200))
     asked = recipe(path=str(tmp_path / "a.jsonl"), chat_loss="assistant")
-    for template in (None, {"other": CHATML}):
-        with pytest.raises(
-            RecipeError, match="^data.chat_column: the teacher's tokenizer has no chat template.*expected"
-        ):
+    for template, found in ((None, "no chat template"), ({"other": CHATML}, "chat templates, none.* called default")):
+        with pytest.raises(RecipeError, match=f"^data.chat_column: the teacher's tokenizer has {found}; expected one"):
             data.run(asked, tmp_path, made(template))
     slow_one = made(CHATML)
     slow_one.__class__ = type("Slow", (PreTrainedTokenizerFast,), {"is_fast": False})
@@ -323,11 +346,13 @@ def test_a_template_that_changes_earlier_messages(tmp_path):
     write(tmp_path / "a.jsonl", [turns("a", "so\nb")] * 3 + [turns("a", "so\nb", "c", "d")] * 3)
     for loss in ("all", "assistant"):
         asked = recipe(path=str(tmp_path / "a.jsonl"), chat_loss=loss)
-        message = (
-            "a.jsonl, line .: the chat template changes earlier text when message 2 or a later one.*chat_loss: all"
-        )
+        message = "a.jsonl, line .: the chat template .* so the assistant's tokens cannot be told.*chat_loss: all works"
         with pytest.raises(RecipeError, match=message if loss == "assistant" else "less than one context"):
             data.run(asked, tmp_path, made(FORGETFUL))
+    with pytest.raises(RecipeError, match=r"does not begin message 2 with its generation prompt"):
+        marked(made(FORGETFUL), turns("y\na", "b"))
+    with pytest.raises(RecipeError, match=r"here: the chat template changes its first 2 messages for later ones"):
+        marked(made(FORGETFUL), turns("a", "so\nb", "c"))
     assert "[so\nb<|im_end|>]" in marked(made(FORGETFUL), turns("a", "so\nb")), "of one turn nothing is dropped"
 
 
@@ -457,6 +482,38 @@ def test_held_out_figures_are_those_of_the_assistants_tokens():
     assert transfer.held_out_loss(model, text, own)["held_out_loss"] == measure.held_out(model, text, counted=own).loss
 
 
+def test_the_reports_perplexity_is_that_of_the_assistants_tokens():
+    """By document and by position, token by token; a bin without the assistant's tokens has no metric."""
+    whole, model, tokenizer = batch(), tiny_student(), made(CHATML, None, "a")
+    tokenizer.bos_token_id = tokenizer.eos_token_id = 5
+    text, own = whole.ids.numpy().copy(), whole.counted.numpy().copy()
+    text[text == 5], text[0, 0], text[2, 7] = 6, 5, 5  # two documents
+    own[:, 2:4] = False
+    evaluated = types.SimpleNamespace(model=model, tokenizer=tokenizer)
+    perplexity, size = likelihood.of_blocks(evaluated, Blocks("", text, own), None)
+    log_p = model(input_ids=torch.from_numpy(text), use_cache=False).logits.log_softmax(-1)
+    sums, counts, sizes = np.zeros(3), np.zeros(3), np.zeros(3)
+    at = [(i, t) for i in range(4) for t in range(1, 17) if own[i, t]]
+    for i, t in at:
+        document = 1 + int((i, t) >= (2, 7))
+        sums[document] -= log_p[i, t - 1, text[i, t]].item()
+        counts[document] += 1
+        sizes[document] += len(tokenizer.decode([text[i, t]]).encode().replace("\ufffd".encode(), b"?"))
+    np.testing.assert_allclose(perplexity.numerators, sums[1:], rtol=1e-6)
+    assert perplexity.denominators == counts[1:].tolist() and min(counts[1:]) > 0
+    assert sum(size.denominators) == pytest.approx(sum(sizes), abs=2)
+    settings = likelihood.Settings(7, 7, 17)
+    found = {m.name: m for m in likelihood.by_position(evaluated, text.reshape(-1), settings, own.reshape(-1))}
+    assert "perplexity at 1" in found and "perplexity at 2–3" not in found
+    for name, first, last in (("at 1", 1, 1), ("at 4–7", 4, 7), ("past 7, up to 17", 7, 16)):
+        inside = [(i, t) for i, t in at if first <= t <= last]
+        assert sum(found[f"perplexity {name}"].denominators) == len(inside) > 0
+        expected = -sum(log_p[i, t - 1, text[i, t]].item() for i, t in inside)
+        assert sum(found[f"perplexity {name}"].numerators) == pytest.approx(expected, rel=1e-6)
+    record = Blocks("", text, own).settings
+    assert record["counted_tokens"] == len(at) and "counted_tokens" not in Blocks("", text).settings
+
+
 TALK = (
     "{% for message in messages %}{{ message.role + ': ' + message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -486,6 +543,7 @@ def test_a_run_on_conversations(workshop, tmp_path):
         "recurrence.max_state_size=4",
         "recurrence.method=balanced",
         "report.context_lengths=[20]",
+        "report.cases=[2x8+3]",
         "report.examples=1",
     ]
     scavenger(workshop / "recipe.yaml", *overrides)

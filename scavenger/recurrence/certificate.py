@@ -180,8 +180,11 @@ def model_facts(
 ) -> dict:
     """Comparison of the recurrent and the exact student on the same text, at its context length and longer ones."""
     length = blocks.shape[1]
+    whose = ""
     if counted is None or not counted[:, 1:].any():  # half of a very short split may have none
         counted = np.ones_like(blocks, dtype=bool)
+    else:
+        whose = " Measured where the next token is the assistant's; a budget's predicted KL is that of all tokens."
 
     def joined(array, times):
         return array[: len(array) // times * times].reshape(-1, times * length)
@@ -193,7 +196,7 @@ def model_facts(
     ]
     return {
         "compared": "KL(exact student || recurrent student), both reading the same text. Past the horizon the exact "
-        "student's implicit filters continue by their formula, while a recurrence continues to decay.",
+        f"student's implicit filters continue by their formula, while a recurrence continues to decay.{whose}",
         **{key: value for key, value in contexts[0].items() if key not in ("context_length", "positions")},
         "predicted_divergence": predicted["divergence"] if predicted is not None else None,
         "predicted_sum_of_filters": predicted["sum_of_filters"] if predicted is not None else None,
