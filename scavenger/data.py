@@ -5,6 +5,9 @@ each document (train 90 %, validation 5 %, test 5 %), so a document is in the sa
 or the amount read. A plain text file has no documents and is cut into pieces. Tokens are packed end to end, documents
 separated by the tokenizer's end-of-text token, and cut into blocks of `context_length`. They go to disk as they are
 made; an interrupted run resumes with the next document.
+
+A document of the recipe's `chat_column` is a conversation: as a text, the JSON of its messages; as tokens, what chat.py
+makes of them. With `chat_loss: assistant`, which tokens the assistant wrote is written beside the tokens.
 """
 
 import codecs
@@ -27,10 +30,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scavenger import loading
+from scavenger import chat, loading
 from scavenger.recipe import Data, Recipe, RecipeError
 from scavenger.run import checkpoint
-from scavenger.run.run import blocks
+from scavenger.run.run import blocks, counted
 
 
 SPLITS = ("train", "validation", "test")
@@ -58,6 +61,7 @@ PACKED = {".gz", ".zip", ".zst", ".xz", ".bz2"}
 COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 SHUFFLED_BYTES = 2**30  # up to this, local text is held in memory and its documents are shuffled; above, the files are
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 2**22  # per tokenizer call: enough for many cores, about 100 MB of memory
+CONTENT = ("content", "tool_calls")  # a message has one of them: a call of a tool may have no content
 WINDOW = 13  # tokens: the GPT-3 paper searches for test text by 13-grams (arXiv:2005.14165, appendix C)
 OVERLAP_CHUNK = 2**16  # windows of the train split per pass: half a MB of hashes fits in a core's cache
 FACTOR = 0x9E3779B97F4A7C15  # base of the windows' hash: 2**64 / golden ratio, an odd number with irregular bits
@@ -69,6 +73,12 @@ class Batch(NamedTuple):
     rows: np.ndarray  # (batch,) row indices in the train array
     ids: Tensor  # (batch, length) int64
     mask: Tensor  # (batch, length) bool
+    counted: Tensor | None = None  # (batch, length) bool: tokens whose prediction has a loss; None: all of the mask
+
+    @property
+    def predicted(self) -> Tensor:
+        """The tokens whose prediction from those before has a loss, (batch, length) bool."""
+        return self.mask if self.counted is None else self.counted
 
 
 class Document(NamedTuple):
@@ -77,6 +87,7 @@ class Document(NamedTuple):
     name: str
     text: str
     place: int | list
+    where: str = ""  # the file and row of a conversation, for messages
 
 
 class Part(NamedTuple):
@@ -91,12 +102,16 @@ class Shard(NamedTuple):
     """A file, or one shard of a data set on the Hub."""
 
     name: str
-    read: Callable[[int | list | None], Iterator[tuple[str, int | list]]]  # texts, each with the place after it
+    # Texts, each with its file and row if it is a conversation, and the place after it.
+    read: Callable[[int | list | None], Iterator[tuple[str, str, int | list]]]
     complaint: Callable[[Exception], str]  # the one-line message for an error while it is read
 
 
 def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
-    """Write `data/{train,validation,test}.npy` and `data/source.json`; returns the folder."""
+    """Write `data/{train,validation,test}.npy` and `data/source.json`; returns the folder.
+
+    With `chat_loss: assistant` also `data/{train,validation,test}_counted.npy`.
+    """
     folder = run_dir / "data"
     if checkpoint.complete(folder):
         return folder
@@ -104,6 +119,7 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
     made = tokenise(recipe, tokenizer, beside)
     tokens = {split: blocks(beside, split).size for split in SPLITS}
     overlap = overlaps(beside)
+    conversations = _chat_facts(recipe.data, tokenizer, beside) if recipe.data.chat_column is not None else {}
     checkpoint.write_json(
         beside / "source.json",
         source(recipe.data)
@@ -116,6 +132,7 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
             "packing": {"kind": recipe.data.packing, "padding": _padding_share(blocks(beside, "train"))},
             "begins_with": tokenizer.convert_ids_to_tokens(beginning(tokenizer)),  # before each document's first token
             "overlap": {"window": WINDOW} | overlap,
+            **conversations,
             "sha256": {split: hashlib.sha256(blocks(beside, split)).hexdigest() for split in SPLITS},
         },
     )
@@ -130,15 +147,16 @@ def run(recipe: Recipe, run_dir: Path, tokenizer) -> Path:
     return folder
 
 
-def batch(array: np.ndarray, first: int, size: int, seed: int) -> Batch:
+def batch(array: np.ndarray, first: int, size: int, seed: int, counted: np.ndarray | None = None) -> Batch:
     """Sequences `first … first + size - 1` of an endless stream that is reshuffled at each pass.
 
-    They depend on position and seed only, so a resumed or distributed run sees the same text.
+    They depend on position and seed only, so a resumed or distributed run sees the same text. `counted` (block, length)
+    says which tokens have a loss; None: all.
     """
     places = rows(len(array), first, size, seed)
     ids = torch.from_numpy(array[places].astype(np.int64))
     mask = ids != padding(array.dtype)
-    return Batch(places, ids * mask, mask)
+    return Batch(places, ids * mask, mask, None if counted is None else torch.from_numpy(np.array(counted[places])))
 
 
 def rows(count: int, first: int, size: int, seed: int) -> np.ndarray:
@@ -174,6 +192,19 @@ def framed(ids: list[int], tokenizer) -> list[int]:
     return [*([] if first == end else [first]), *ids, end]
 
 
+def frame(ids: list[int], tokenizer) -> tuple[list[int], list[int]]:
+    """What precedes and follows a conversation in running text, as in `framed`, but nothing that its template wrote.
+
+    The template wrote the end-of-text token also if whitespace follows it, and where that token begins every document
+    also if it wrote it at the beginning only.
+    """
+    first, end = beginning(tokenizer), tokenizer.eos_token_id
+    begun = ids[:1] == [first]
+    last = next((token for token in reversed(ids) if not tokenizer.decode([token]).isspace()), None)
+    ended = last == end or (begun and first == end)
+    return [] if begun or first == end else [first], [] if ended else [end]
+
+
 def split_of(name: str) -> str:
     """train, validation or test, by a hash of the document's name."""
     place = int.from_bytes(_digest(name)[:4], "big") % 100
@@ -184,9 +215,9 @@ def in_split(data: Data, seed: int, split: str) -> Iterator[str]:
     """The documents that a run has in a split, or with "all" every document."""
     parts = text_parts(data, seed)
     for part in parts if split == "all" else [part for part in parts if part.split in (None, split)]:
-        for name, text, _ in part.read(None):
-            if part.split is not None or split in ("all", split_of(name)):
-                yield text
+        for document in part.read(None):
+            if part.split is not None or split in ("all", split_of(document.name)):
+                yield document.text
 
 
 def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
@@ -195,23 +226,28 @@ def tokenise(recipe: Recipe, tokenizer, folder: Path) -> dict:
     Each chunk of documents is appended, then `state.json` says so: an interrupted run resumes with the
     first document that is not in it. Returns the state.
     """
+    if recipe.data.chat_column is not None:
+        chat.require_template(tokenizer, recipe.data.chat_loss == "assistant")
     length = recipe.data.context_length
     wanted = dict.fromkeys(SPLITS, recipe.data.evaluation_tokens) | {"train": tokens_needed(recipe)}
     kind = np.dtype(np.uint16 if _largest_id(tokenizer) < padding(np.uint16) else np.uint32)
     whole_blocks = recipe.data.packing == "documents"
     parts = text_parts(recipe.data, recipe.seed)
     print(f"data: {taken(recipe.data, parts)}", flush=True)
-    with _Files(folder, kind, length, wanted, parts) as files:
+    with _Files(folder, kind, length, wanted, parts, recipe.data.chat_loss == "assistant") as files:
         for number in range(files.state["part"], len(parts)):
             split, read, _ = parts[number]
             awaited = SPLITS if split is None else (split,)
             for chunk in _chunks(read(files.state["place"])) if not files.full(*awaited) else ():
-                named = [(split or split_of(document.name), document.text) for document in chunk]
-                named = [(split, text) for split, text in named if not files.full(split)]
-                for (into, text), ids in zip(named, _ids(tokenizer, [text for _, text in named]), strict=True):
-                    if not files.full(into) and not files.held_out(into, text):
-                        ids = np.array(framed(ids, tokenizer), kind)
-                        files.append(into, _padded(ids, length) if whole_blocks and into == "train" else ids)
+                named = [(split or split_of(document.name), document) for document in chunk]
+                named = [(split, document) for split, document in named if not files.full(split)]
+                made = _tokens(tokenizer, [document for _, document in named], recipe.data)
+                for (into, document), (ids, own) in zip(named, made, strict=True):
+                    if not files.full(into) and not files.held_out(into, document.text):
+                        ids, padded = np.array(ids, kind), whole_blocks and into == "train"
+                        files.append(into, _padded(ids, length, padding(kind)) if padded else ids)
+                        if own is not None:
+                            files.count(into, _padded(own, length, False) if padded else own)
                 files.save(place=chunk[-1].place)
                 if files.full(*awaited):
                     break
@@ -247,8 +283,8 @@ def documents(data: Data, seed: int) -> Iterator[tuple[str, str]]:
     """(name, text) of every document (of the train split only, if the text has its own), in the seed's order."""
     for part in text_parts(data, seed):
         if part.split in (None, "train"):
-            for name, text, _ in part.read(None):
-                yield name, text
+            for document in part.read(None):
+                yield document.name, document.text
 
 
 def text_parts(data: Data, seed: int) -> list[Part]:
@@ -343,10 +379,10 @@ class _Files:
     The header of a `.npy` file has room for any number of blocks: it is overwritten at the end without moving data.
     """
 
-    def __init__(self, folder, kind, length, wanted, parts):
-        self.folder, self.kind, self.length, self.wanted = folder, kind, length, wanted
-        self.state = _state(folder, kind, length, parts)
-        sizes = _sizes(self.state, kind, length)
+    def __init__(self, folder, kind, length, wanted, parts, counts):
+        self.folder, self.kind, self.length, self.wanted, self.counts = folder, kind, length, wanted, counts
+        self.state = _state(folder, kind, length, parts, counts)
+        sizes = _sizes(self.state, kind, length, counts)
         self.files = {name: _open(folder / name, size) for name, size in sizes.items()}
         digests = (folder / "held_out.bin").read_bytes()
         self.digests = {digests[place : place + 8] for place in range(0, len(digests), 8)}
@@ -382,6 +418,10 @@ class _Files:
         self.state["tokens"][split] += len(ids)
         self.bar.update(len(ids))
 
+    def count(self, split, counted):
+        """Which of the tokens appended last have a loss."""
+        self.files[f"{split}_counted.npy"].write(counted.data)
+
     def save(self, **changes):
         for file in self.files.values():
             file.flush()
@@ -401,14 +441,15 @@ class _Files:
                     + ("expected more text in it" if self.state["named"] else by_hash)
                 )
         self.save(tokens={split: count * self.length for split, count in whole.items()})
-        for name, size in _sizes(self.state, self.kind, self.length).items():
+        for name, size in _sizes(self.state, self.kind, self.length, self.counts).items():
             self.files[name].truncate(size)
         for split, count in whole.items():
-            self.files[f"{split}.npy"].seek(0)
-            self.files[f"{split}.npy"].write(_header(self.kind, count, self.length))
+            for name, kind in _arrays(split, self.kind, self.counts).items():
+                self.files[name].seek(0)
+                self.files[name].write(_header(kind, count, self.length))
 
 
-def _state(folder, kind, length, parts):
+def _state(folder, kind, length, parts, counts):
     """The state to resume from: the saved one, or an empty one if there is no valid one."""
     files = {part.split or "all": part.shards for part in parts}
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # KeyError: a state of an earlier version
@@ -422,7 +463,7 @@ def _state(folder, kind, length, parts):
                 f"data: {name} {how}, but {folder} holds tokens of the earlier text; expected the same text "
                 "(or delete that folder to start again)"
             )
-        sizes = _sizes(state, kind, length)
+        sizes = _sizes(state, kind, length, counts)
         if all((folder / name).stat().st_size >= size for name, size in sizes.items()):  # else data was lost in a crash
             return state
     shutil.rmtree(folder, ignore_errors=True)
@@ -440,12 +481,18 @@ def _state(folder, kind, length, parts):
     }
 
 
-def _sizes(state, kind, length):
+def _sizes(state, kind, length, counts):
     """Number of valid bytes of each file."""
-    header = len(_header(kind, 0, length))
-    return {f"{split}.npy": header + kind.itemsize * state["tokens"][split] for split in SPLITS} | {
-        "held_out.bin": 8 * state["held_out"]
-    }
+    return {
+        name: len(_header(own, 0, length)) + own.itemsize * state["tokens"][split]
+        for split in SPLITS
+        for name, own in _arrays(split, kind, counts).items()
+    } | {"held_out.bin": 8 * state["held_out"]}
+
+
+def _arrays(split, kind, counts):
+    """The files of a split and their types: tokens, and where tokens are counted which of them."""
+    return {f"{split}.npy": kind} | ({f"{split}_counted.npy": np.dtype(bool)} if counts else {})
 
 
 def _header(kind, count, length):
@@ -465,6 +512,20 @@ def _open(path, size):
     return file
 
 
+def _tokens(tokenizer, documents, settings):
+    """Each document's tokens as they stand in running text, and which of them have a loss (None: all)."""
+    if settings.chat_column is None:
+        return [(framed(ids, tokenizer), None) for ids in _ids(tokenizer, [document.text for document in documents])]
+    conversations = [chat.Conversation(json.loads(document.text), document.where) for document in documents]
+    made = []
+    for ids, own in chat.tokens(conversations, tokenizer, settings.chat_loss == "assistant"):
+        before, after = frame(ids, tokenizer)
+        # What is put around a conversation is nobody's.
+        own = None if own is None else np.pad(own, (len(before), len(after)))
+        made.append(([*before, *ids, *after], own))
+    return made
+
+
 def _ids(tokenizer, texts):
     """Token ids of each text; a fast tokenizer processes a list on all cores."""
     if not texts:
@@ -476,11 +537,11 @@ def _largest_id(tokenizer):
     return max(tokenizer.get_vocab().values())
 
 
-def _padded(ids, length):
+def _padded(values, length, filler):
     """A document padded to whole blocks; a single token in the last block would predict nothing and is dropped."""
-    if len(ids) % length == 1:
-        ids = ids[:-1]
-    return np.pad(ids, (0, -len(ids) % length), constant_values=padding(ids.dtype))
+    if len(values) % length == 1:
+        values = values[:-1]
+    return np.pad(values, (0, -len(values) % length), constant_values=filler)
 
 
 def _chunks(stream):
@@ -497,6 +558,25 @@ def _chunks(stream):
             chunk, characters, most = [], 0, min(2 * most, CHUNK_CHARACTERS)
     if isinstance(fault, RecipeError):
         raise fault
+
+
+def _chat_facts(settings, tokenizer, folder):
+    """What source.json says of conversations; RecipeError where a split has no token with a loss."""
+    facts = {
+        "column": settings.chat_column,
+        "loss": settings.chat_loss,
+        "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
+    }
+    if settings.chat_loss == "assistant":
+        facts["counted"] = {split: int(counted(folder, split)[:, 1:].sum()) for split in SPLITS}
+        for split, count in facts["counted"].items():
+            if count == 0:
+                shutil.rmtree(folder)  # so that other text can be tried
+                raise RecipeError(
+                    f"data: the {split} split has no token that the assistant wrote; expected messages whose role is "
+                    "assistant (chat_loss: all counts every token)"
+                )
+    return {"chat": facts}
 
 
 def _padding_share(array):
@@ -533,6 +613,11 @@ def _local_parts(data, seed):
             f"files of one kind: {', '.join(LOADERS)}"
         )
     kind = kinds.pop()
+    if data.chat_column is not None and kind == "text":
+        raise RecipeError(
+            f"data.path: {path}: found plain text, which has no column {data.chat_column}; expected .jsonl, .json, "
+            ".parquet or .arrow with data.chat_column"
+        )
     sizes = {file: file.stat().st_size for file in files}
     for split, group in groups.items():
         if not any(sizes[file] for file in group):
@@ -540,7 +625,7 @@ def _local_parts(data, seed):
             raise RecipeError(f"data.path: {where} empty; expected text")
     read = _shuffled if sum(sizes.values()) <= SHUFFLED_BYTES else _streamed
     return [
-        _part(split, [_file_shard(file, kind, data.text_column) for file in group if sizes[file]], seed, read)
+        _part(split, [_file_shard(file, kind, data) for file in group if sizes[file]], seed, read)
         for split, group in groups.items()
     ]
 
@@ -635,7 +720,7 @@ def _some(path, files):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _file_shard(file, kind, column):
+def _file_shard(file, kind, data):
     def opened():
         from datasets import disable_progress_bars, load_dataset
         from datasets.utils.logging import CRITICAL, set_verbosity
@@ -659,9 +744,9 @@ def _file_shard(file, kind, column):
         case "text":
             read = _pieces(file)
         case "json":
-            read = _json_rows(file, column)
+            read = _json_rows(file, data)
         case _:
-            read = _rows(opened, column, str(file))
+            read = _rows(opened, data, str(file))
     return Shard(str(file), read, complaint)
 
 
@@ -681,23 +766,20 @@ def _hub_parts(data, seed):
     splits = {split: named[split] for split in ("validation", "test", "train") if split in named}
     if len(splits) < 3:
         splits = {None: "train"}
-    return [
-        _part(split, _hub_shards(data.name, name, found[name], data.text_column), seed, _streamed)
-        for split, name in splits.items()
-    ]
+    return [_part(split, _hub_shards(data, name, found[name]), seed, _streamed) for split, name in splits.items()]
 
 
-def _hub_shards(name, split, rows, column):
+def _hub_shards(data, split, rows):
     def complaint(error):
         return (
-            f"data.name: {name} could not be read to the end ({_first_line(error)}); what is tokenised is kept: run "
-            "the same command again to resume"
+            f"data.name: {data.name} could not be read to the end ({_first_line(error)}); what is tokenised is kept: "
+            "run the same command again to resume"
         )
 
     count, shards = rows.num_shards, []
     for number in range(count):
-        where = f"{name}, {split} {number + 1} of {count}"
-        shards.append(Shard(where, _rows(lambda n=number: rows.shard(count, n), column, where), complaint))
+        where = f"{data.name}, {split} {number + 1} of {count}"
+        shards.append(Shard(where, _rows(lambda n=number: rows.shard(count, n), data, where), complaint))
     return shards
 
 
@@ -707,7 +789,7 @@ def _part(split, shards, seed, read):
 
 def _shuffled(shards, seed, place):
     """All documents of small files, shuffled; a place is [documents read, documents in all]."""
-    texts = [document.text for document in _in_order(shards, None)]
+    texts = [(document.text, document.where) for document in _in_order(shards, None)]
     begin, count = place or (0, len(texts))
     if count != len(texts):
         raise RecipeError(
@@ -716,7 +798,8 @@ def _shuffled(shards, seed, place):
         )
     order = np.random.default_rng(seed).permutation(count)
     for number in range(begin, count):
-        yield Document(texts[order[number]], texts[order[number]], [number + 1, count])
+        text, where = texts[order[number]]
+        yield Document(text, text, [number + 1, count], where)
 
 
 def _streamed(shards, seed, place):
@@ -730,9 +813,9 @@ def _in_order(shards, place):
     begin, inside = place or (0, None)
     for number in range(begin, len(shards)):
         try:
-            for text, after in shards[number].read(inside):
+            for text, where, after in shards[number].read(inside):
                 if text:
-                    yield Document(text, text, [number, after])
+                    yield Document(text, text, [number, after], where)
         except RecipeError:
             raise
         except Exception as error:  # parsers, file systems and the network have no common class
@@ -740,24 +823,24 @@ def _in_order(shards, place):
         inside = None
 
 
-def _rows(opened, column, where):
+def _rows(opened, data, where):
     """Reads the texts of a streaming data set; a place is [rows read, state of the rest]."""
 
     def read(place):
         first, state = place or (0, None)
         rows = opened()
         if rows.column_names:
-            _require_column(rows.column_names, column, where)
-            rows = rows.select_columns([column])
+            _require_column(rows.column_names, data, where)
+            rows = rows.select_columns([_column(data)[1]])
         if state is not None:
             rows.load_state_dict(state)
         for count, row in enumerate(rows, first + 1):
-            yield _text_of(row, column, f"{where}, row {count}"), [count, rows.state_dict()]
+            yield *_text_of(row, data, f"{where}, row {count}"), [count, rows.state_dict()]
 
     return read
 
 
-def _json_rows(file, column):
+def _json_rows(file, data):
     """Reads the texts of a file of JSON lines, or of one JSON list; a place is [rows read, place in the file].
 
     Without `datasets`, whose parser ends the process at some lines (null) and reads others as something else.
@@ -769,14 +852,14 @@ def _json_rows(file, column):
             if _is_list(opened):
                 rows = json.loads(opened.read().decode("utf-8-sig"))
                 for number, row in enumerate(rows[first:], first + 1):
-                    yield _text_of(row, column, f"{file}, row {number}"), [number, 0]
+                    yield *_text_of(row, data, f"{file}, row {number}"), [number, 0]
                 return
             opened.seek(offset)
             number = first
             while line := opened.readline():
                 number += 1
                 if line.removeprefix(codecs.BOM_UTF8).strip():
-                    yield _text_of(_parsed(line, number), column, f"{file}, line {number}"), [number, opened.tell()]
+                    yield *_text_of(_parsed(line, number), data, f"{file}, line {number}"), [number, opened.tell()]
 
     return read
 
@@ -795,29 +878,62 @@ def _parsed(line, number):
         raise ValueError(f"line {number}: {getattr(error, 'msg', None) or _first_line(error)}") from error
 
 
-def _text_of(row, column, where):
-    """The text of a row; an empty string for null."""
+def _text_of(row, data, where):
+    """The text of a row, an empty string for null; and if it is a conversation `where`, the file and row."""
+    key, column = _column(data)
     if not isinstance(row, dict):
         raise RecipeError(f"data: {where}: found {json.dumps(row)[:20]}; expected an object with the column {column}")
-    _require_column(row, column, where)
+    _require_column(row, data, where)
     text = row[column]
+    if text is not None and data.chat_column is not None:
+        text = _conversation(text, column, where)
     if text is not None and not isinstance(text, str):
         raise RecipeError(
-            f"data: {where}: found {type(text).__name__} values in {column}; expected data.text_column to name a "
-            "column of text"
+            f"data: {where}: found {type(text).__name__} values in {column}; expected data.{key} to name a column of "
+            "text"
         )
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
         raise RecipeError(f"data: {where}: found half a surrogate pair in {column}; expected Unicode text") from error
-    return text or ""
+    return text or "", where if data.chat_column is not None else ""
 
 
-def _require_column(columns, column, where):
+def _conversation(messages, column, where):
+    """A list of messages as JSON, without the nulls that tables have in place of absent keys."""
+    found = None
+    if not isinstance(messages, list) or not messages:
+        found = f"an empty list in {column}" if messages == [] else f"{type(messages).__name__} values in {column}"
+    for number, message in enumerate(messages if found is None else (), 1):
+        if not isinstance(message, dict):
+            found = f"{type(message).__name__} as message {number} of {column}"
+        elif not isinstance(message.get("role"), str) or message.keys().isdisjoint(CONTENT):
+            found = f"the keys {', '.join(map(str, message)) or '(none)'} in message {number} of {column}"
+        if found is not None:
+            break
+    try:
+        if found is None:
+            kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+            return json.dumps(kept, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:  # bytes and dates of a table
+        found = f"values in {column} that JSON does not have ({_first_line(error)})"
+    raise RecipeError(
+        f"data: {where}: found {found}; expected data.chat_column to name a column of conversations, lists of messages "
+        "{role, content}"
+    )
+
+
+def _column(data):
+    """The key of the recipe that names the column that is read, and the column."""
+    return ("text_column", data.text_column) if data.chat_column is None else ("chat_column", data.chat_column)
+
+
+def _require_column(columns, data, where):
+    key, column = _column(data)
     if column not in columns:
         raise RecipeError(
-            f"data: {where}: found columns {', '.join(columns) or '(none)'}; expected data.text_column to name one of "
-            f"them (it is {column})"
+            f"data: {where}: found columns {', '.join(columns) or '(none)'}; expected data.{key} to name one of them "
+            f"(it is {column})"
         )
 
 
@@ -830,7 +946,7 @@ def _pieces(file):
             while piece := _piece(text):
                 if "\0" in piece:
                     raise ValueError("found a NUL character, expected UTF-8 text")
-                yield piece, text.tell()
+                yield piece, "", text.tell()
 
     return read
 

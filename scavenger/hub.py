@@ -226,6 +226,8 @@ def _comparison(recipe, figures, label):
     if figures is None:
         return "## What it reaches\n\nThe run made no report: nothing was measured or compared."
     header, rows = report.cells(figures)
+    # A report made by an earlier version has no chat_loss.
+    whose = " of the assistant" if figures.get("chat_loss") == "assistant" else ""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(
         [
@@ -235,7 +237,8 @@ def _comparison(recipe, figures, label):
             "",
             *lines,
             "",
-            f"Held-out text: {figures['test_tokens']:,} predicted tokens of the test split of {_text_name(recipe)}. "
+            f"Held-out text: {figures['test_tokens']:,} predicted tokens{whose} of the test split of "
+            f"{_text_name(recipe)}. "
             "Agreement is the share of positions where the most likely token is the teacher's. "
             f"Seed {figures['seed']}; speeds are of one run on the machine that made the model.",
             *(["", comparison.verdict(figures["comparison"], [label])] if "comparison" in figures else []),
@@ -291,7 +294,9 @@ def _limits(recipe, config, figures):
         f"One seed ({recipe['seed']}): how much another would differ was not measured.",
         "It learned from its teacher's distribution: what the teacher's text taught it wrongly, or never, is not put "
         "right here.",
-        "It is a language model only: not tuned to follow instructions, nor checked for what it may say.",
+        "It was not checked for what it may say."
+        if recipe["data"].get("chat_column")
+        else "It is a language model only: not tuned to follow instructions, nor checked for what it may say.",
         "Its code is in this repository and runs with `trust_remote_code=True`: read it first, and pin a revision.",
     ]
     if config.attention_layers:

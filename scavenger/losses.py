@@ -157,13 +157,12 @@ def cross_entropy(logits: Tensor, following: Tensor) -> Tensor:
     return F.cross_entropy(wide(logits), following, reduction="none")
 
 
-def following(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token at each position, and 1 where there is one (0 at the end, on padding and before it), both flat.
+def following(ids: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token at each position, and 1 where `predicted` has that token (0 elsewhere and at the end), both flat.
 
-    ids and mask (batch, length).
+    ids and predicted (batch, length): the tokens whose prediction counts, those that are no padding or fewer.
     """
-    counts = mask & F.pad(mask[:, 1:], (0, 1))
-    return F.pad(ids[:, 1:], (0, 1)).flatten(), counts.flatten().float()
+    return F.pad(ids[:, 1:], (0, 1)).flatten(), F.pad(predicted[:, 1:], (0, 1)).flatten().float()
 
 
 def projected(

@@ -26,44 +26,67 @@ class HeldOut:
     loss: float  # cross-entropy, nats per token
     agreement: float | None  # share of positions where the most likely token is the teacher's
     divergence: float | None  # KL(teacher || model), nats per token
-    tokens: int  # predicted positions
+    tokens: int  # predicted positions that count
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
 
 
-def held_out(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None) -> HeldOut:
+def held_out(
+    model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None, counted: np.ndarray | None = None
+) -> HeldOut:
     """Cross-entropy of `model` on blocks (block, length), and agreement with and divergence from `teacher`, if given.
 
-    Blocks are independent; the first token is context only, so a block has length - 1 predicted tokens.
+    Blocks are independent; the first token is context only, so a block has length - 1 predicted tokens. With `counted`
+    (block, length) the means are over the predictions of those tokens only.
     """
-    found = by_position(model, blocks, teacher)
+    found = by_position(model, blocks, teacher, counted)
     return HeldOut(
-        found.loss.mean().item(),
-        found.agreement.mean().item() if teacher is not None else None,
-        found.divergence.mean().item() if teacher is not None else None,
-        len(blocks) * (blocks.shape[1] - 1),
+        found.mean("loss"),
+        found.mean("agreement") if teacher is not None else None,
+        found.mean("divergence") if teacher is not None else None,
+        found.tokens(),
     )
 
 
 @dataclass(frozen=True)
 class ByPosition:
-    """Means over blocks at each predicting position, (length - 1,) float64; the first is a block's first token."""
+    """Means over blocks at each predicting position, (length - 1,) float64; the first is a block's first token.
+
+    `counts` is the number of predictions in each mean; a mean of none is 0.
+    """
 
     loss: Tensor
     agreement: Tensor | None
     divergence: Tensor | None
     teacher_loss: Tensor | None
+    counts: Tensor
+
+    def tokens(self, part: slice = slice(None)) -> int:
+        """The number of predictions at some positions."""
+        return int(self.counts[part].sum())
+
+    def mean(self, name: str, part: slice = slice(None)) -> float:
+        """The mean over all predictions at some positions; NaN where there is none."""
+        counts = self.counts[part]
+        return ((getattr(self, name)[part] * counts).sum() / counts.sum()).item()
 
 
-def by_position(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None) -> ByPosition:
+def by_position(
+    model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None, counted: np.ndarray | None = None
+) -> ByPosition:
     """The quantities of `held_out` at each position, averaged over blocks only."""
     was_training = model.training
     model.eval()
-    loss, *rest = by_token(model, blocks, teacher).mean(1)
+    found = by_token(model, blocks, teacher)
     model.train(was_training)
-    return ByPosition(loss, *(rest if teacher is not None else (None, None, None)))
+    own = torch.ones(found.shape[1:], dtype=torch.bool)
+    if counted is not None:
+        own = torch.from_numpy(np.array(counted[:, 1:]))
+    counts = own.sum(0, dtype=torch.float64)
+    loss, *rest = torch.where(own, found, 0.0).sum(1) / counts.clamp_min(1)
+    return ByPosition(loss, *(rest if teacher is not None else (None, None, None)), counts)
 
 
 @torch.inference_mode()

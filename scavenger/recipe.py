@@ -196,6 +196,15 @@ class Data(Section):
     revision: str | None = key("commit, tag or branch of the data set", None)
     path: str | None = key("local file or folder of .txt, .md, .py, .jsonl, .json, .parquet or .arrow", None)
     text_column: str = key("column that holds the text", "text")
+    chat_column: str | None = key(
+        "column that holds conversations, lists of messages {role, content}, which go through the chat template of the "
+        "teacher's tokenizer; null: text_column is read",
+        None,
+    )
+    chat_loss: Literal["all", "assistant"] = key(
+        "tokens that have a loss: all, or only those that the assistant wrote, with the end of its turn; all are read",
+        "all",
+    )
     context_length: int = key("length of a training example", 256, unit="tokens", least=8, right="8 tokens or more")
     evaluation_tokens: int = key("held-out text in each of validation and test", 65_536, unit="tokens")
     packing: Literal["stream", "documents"] = key(
@@ -215,6 +224,18 @@ class Data(Section):
             value = getattr(self, name)
             _require(value is None or self.name is not None, name, value, f"a {name} goes with a name")
         _require(not _is_folder(self.name), "name", self.name, "a name on the Hub; a local folder goes into path")
+        _require(
+            self.chat_loss == "all" or self.chat_column is not None,
+            "chat_loss",
+            self.chat_loss,
+            "all, or a chat_column: plain text has no assistant",
+        )
+        _require(
+            self.chat_column is None or self.name is not None or self.path is not None,
+            "chat_column",
+            self.chat_column,
+            "a name or path with it: the standard library has no conversations",
+        )
 
 
 @dataclass(frozen=True)
@@ -573,6 +594,12 @@ class Recipe(Section):
             "transfer",
             None,
             "a transfer section, or teacher.train: the recipe makes nothing",
+        )
+        _require(
+            self.data.chat_column is None or self.teacher.train is None,
+            "data.chat_column",
+            self.data.chat_column,
+            "nothing with teacher.train: the tokenizer made there has no chat template",
         )
         for phase in self.transfer.activations if self.transfer else ():
             _require(

@@ -208,7 +208,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 class NextTokens(nn.Module):
-    """Σ -log q(next token) over the positions of a micro-batch that have one, of a teacher or a student."""
+    """Σ -log q(next token) over the `predicted` tokens of a micro-batch, of a teacher or a student."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -216,9 +216,9 @@ class NextTokens(nn.Module):
         # Parameters of this module too, so that sharded launches gather them.
         self.head, self.head_bias = losses.Head.of(model)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, predicted: Tensor) -> Tensor:
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        following, counts = losses.following(ids, mask)
+        following, counts = losses.following(ids, predicted)
         one = torch.ones(1, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
 
         def terms(logits, rows):
@@ -228,8 +228,9 @@ class NextTokens(nn.Module):
 
 
 def next_token_loss(module: nn.Module, part: Batch, target: None, whole: Batch) -> tuple[Tensor, dict]:
-    """The micro-batch's contribution to the mean over the global batch, nats per token."""
-    return module(part.ids, part.mask) / losses.following(whole.ids, whole.mask)[1].sum(), {}
+    """The micro-batch's contribution to the mean over the predicted tokens of the global batch, nats per token."""
+    count = losses.following(whole.ids, whole.predicted)[1].sum()
+    return module(part.ids, part.predicted) / count.clamp_min(1), {}  # 0 where the batch has no such token
 
 
 @dataclasses.dataclass
@@ -337,7 +338,8 @@ def _micro_batches(whole, accelerator, count):
     first, stride = accelerator.process_index, accelerator.num_processes
     for part in range(count):
         rows = slice(first + part * stride, None, stride * count)
-        yield Batch(whole.rows[rows], whole.ids[rows].to(accelerator.device), whole.mask[rows].to(accelerator.device))
+        tensors = (item if item is None else item[rows].to(accelerator.device) for item in whole[1:])
+        yield Batch(whole.rows[rows], *tensors)
 
 
 def _gathered(module, model, accelerator):

@@ -648,7 +648,9 @@ def test_text_without_line_ends_is_cut_by_characters(tmp_path):
     text = "".join(chr(0x4E00 + index % 999) for index in range(40_000))
     (tmp_path / "a.txt").write_text(text)
     (part,) = data.text_parts(Data(path=str(tmp_path)), 0)
-    pieces = [document.text for document in data._streamed([data._file_shard(tmp_path / "a.txt", "text", "")], 0, None)]
+    pieces = [
+        document.text for document in data._streamed([data._file_shard(tmp_path / "a.txt", "text", Data())], 0, None)
+    ]
     assert sorted(pieces) == sorted(document.text for document in part.read(None))
     assert "".join(pieces) == text and [len(piece) for piece in pieces] == [16_385, 16_385, 7_230]
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports from layers above its own, or from its own layer.
 LAYERS = (
     ("model", "recipe"),
-    ("recurrence.reduction", "run", "loading"),
+    ("recurrence.reduction", "run", "loading", "chat"),
     ("losses", "measure", "data"),
     ("training",),
     ("teacher", "student"),

@@ -150,6 +150,17 @@ CACHE = "cache={logits: 8}"
         (["teacher.path=/no/such/folder"], ["teacher.path", "/no/such/folder", "config.json"]),
         (["data.path=/no/such/text"], ["data.path", "/no/such/text", "existing"]),
         (["data.revision=abc"], ["data.revision", "abc", "name"]),
+        (["data.chat_loss=assistant"], ["data.chat_loss", "assistant", "all, or a chat_column"]),
+        (["data.chat_column=messages"], ["data.chat_column", "messages", "name or path", "standard library"]),
+        (
+            [
+                "data.name=some/chats",
+                "data.chat_column=messages",
+                "teacher.train={hidden_size: 30, num_layers: 1, num_heads: 3, vocab_size: 300,"
+                " steps: 1, batch_size: 1, learning_rate: 0.1}",
+            ],
+            ["data.chat_column", "messages", "nothing with teacher.train"],
+        ),
         (["data.context_length=0"], ["data.context_length", "0", "8 tokens"]),
         (["training.checkpoint_every=15"], ["training.checkpoint_every", "15", "multiple of log_every"]),
         (

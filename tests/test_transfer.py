@@ -313,9 +313,9 @@ def test_phases_follow_one_another(workshop, tmp_path, monkeypatch):
     """Parallel until it is flat, then joint, then two phases of logits; the baseline reads what they read."""
     read, batch = [], data.batch
 
-    def watched(array, first, size, seed):
+    def watched(array, first, size, *more):
         read.append((first, size))
-        return batch(array, first, size, seed)
+        return batch(array, first, size, *more)
 
     monkeypatch.setattr(data, "batch", watched)
     activations = phases(

@@ -30,6 +30,7 @@ def measure_all(
     settings: Recurrence,
     blocks: np.ndarray | None,  # (block, length) held-out text; None: filters only
     predicted: dict | None = None,  # from the allocation of a budget
+    counted: np.ndarray | None = None,  # (block, length) tokens whose predictions are compared; None: all
 ) -> dict:
     """The certificate: settings, every filter, every layer, the model, and a one-sentence verdict."""
     config = recurrent.config
@@ -60,7 +61,7 @@ def measure_all(
         "break_even_length": config.break_even_length,  # of a KV cache in float32
         "break_even_length_16_bit": config.break_even_length_of(2),
         "layers": layers,
-        "model": model_facts(student, recurrent, blocks, horizon, predicted) if blocks is not None else None,
+        "model": model_facts(student, recurrent, blocks, horizon, predicted, counted) if blocks is not None else None,
     }
     return {"verdict": verdict(found)} | found
 
@@ -172,17 +173,28 @@ def output_errors(student: HyenaForCausalLM, recurrent: HyenaForCausalLM, blocks
     ]
 
 
-def model_facts(student, recurrent, blocks: np.ndarray, horizon: int, predicted: dict | None) -> dict:
+def model_facts(
+    student, recurrent, blocks: np.ndarray, horizon: int, predicted: dict | None, counted: np.ndarray | None = None
+) -> dict:
     """Comparison of the recurrent and the exact student on the same text, at its context length and longer ones."""
     length = blocks.shape[1]
+    whose = ""
+    if counted is None or not counted[:, 1:].any():  # half of a very short split may have none
+        counted = np.ones_like(blocks, dtype=bool)
+    else:
+        whose = " Measured where the next token is the assistant's; a budget's predicted KL is that of all tokens."
+
+    def joined(array, times):
+        return array[: len(array) // times * times].reshape(-1, times * length)
+
     contexts = [
-        context_facts(student, recurrent, blocks[: len(blocks) // times * times].reshape(-1, times * length), horizon)
+        context_facts(student, recurrent, joined(blocks, times), horizon, joined(counted, times))
         for times in CONTEXTS
-        if len(blocks) >= times
+        if len(blocks) >= times and joined(counted, times)[:, 1:].any()
     ]
     return {
         "compared": "KL(exact student || recurrent student), both reading the same text. Past the horizon the exact "
-        "student's implicit filters continue by their formula, while a recurrence continues to decay.",
+        f"student's implicit filters continue by their formula, while a recurrence continues to decay.{whose}",
         **{key: value for key, value in contexts[0].items() if key not in ("context_length", "positions")},
         "predicted_divergence": predicted["divergence"] if predicted is not None else None,
         "predicted_sum_of_filters": predicted["sum_of_filters"] if predicted is not None else None,
@@ -190,29 +202,34 @@ def model_facts(student, recurrent, blocks: np.ndarray, horizon: int, predicted:
     }
 
 
-def context_facts(student, recurrent, blocks: np.ndarray, horizon: int) -> dict:
-    """Means over all positions of a context, over buckets of positions, and over positions beyond the horizon."""
-    found = measure.by_position(recurrent, blocks, student)
+def context_facts(student, recurrent, blocks: np.ndarray, horizon: int, counted: np.ndarray | None = None) -> dict:
+    """Means over all positions of a context, over buckets of positions, and over positions beyond the horizon.
+
+    Of the predictions of `counted` tokens (block, length) where it is given; positions without any have no means.
+    """
+    found = measure.by_position(recurrent, blocks, student, counted)
     positions = blocks.shape[1] - 1  # predicted; at position t the filters reach back t tokens
     edges = np.unique(np.linspace(0, positions, BUCKETS + 1).round().astype(int)).tolist()
 
     def mean(first, end):
         part = slice(first, end)
         return {
-            "tokens": len(blocks) * (end - first),
-            "divergence": found.divergence[part].mean().item(),
-            "agreement": found.agreement[part].mean().item(),
-            "perplexity": found.loss[part].mean().exp().item(),
-            "exact_perplexity": found.teacher_loss[part].mean().exp().item(),
+            "tokens": found.tokens(part),
+            "divergence": found.mean("divergence", part),
+            "agreement": found.mean("agreement", part),
+            "perplexity": float(np.exp(found.mean("loss", part))),
+            "exact_perplexity": float(np.exp(found.mean("teacher_loss", part))),
         }
 
     return {
         "context_length": blocks.shape[1],
         **mean(0, positions),
         "positions": [
-            {"from": first, "to": end - 1} | mean(first, end) for first, end in zip(edges, edges[1:], strict=False)
+            {"from": first, "to": end - 1} | mean(first, end)
+            for first, end in zip(edges, edges[1:], strict=False)
+            if found.tokens(slice(first, end))
         ],
-        "beyond_horizon": mean(horizon, positions) if positions > horizon else None,
+        "beyond_horizon": mean(horizon, positions) if found.tokens(slice(horizon, positions)) else None,
     }
 
 

@@ -39,8 +39,9 @@ def run(run: Run) -> Path:
     folder = run.folder / "recurrence"
     if checkpoint.complete(folder):
         return folder
-    student = students.load(run.folder / "transfer")
-    return distil(student, run.recipe.recurrence, folder, run.accelerator, run.tokenizer, run.blocks("validation"))
+    student, text = students.load(run.folder / "transfer"), run.blocks("validation")
+    counted = run.counted("validation")
+    return distil(student, run.recipe.recurrence, folder, run.accelerator, run.tokenizer, text, counted=counted)
 
 
 def of_folder(
@@ -127,6 +128,7 @@ def distil(
     tokenizer,  # None: there is none to write
     blocks: np.ndarray | None,  # (block, length) held-out text; None: nothing is measured on text
     more: dict | None = None,  # facts for the certificate
+    counted: np.ndarray | None = None,  # (block, length) tokens whose predictions it measures; None: all
 ) -> Path:
     """Make `folder`, the recurrent student with its certificate; resumes after the layers that are done.
 
@@ -144,12 +146,13 @@ def distil(
     read, measured = blocks, blocks
     if settings.state_bytes is not None and len(blocks) > 1:  # a budget is not measured on the text it was spent on
         read, measured = np.array_split(blocks, 2)
+        counted = None if counted is None else np.array_split(counted, 2)[1]
     made, predicted = reduced(student, settings, horizon, read, beside / "layers", accelerator)
     recurrent = recurrent_student(student, made)
     there = list(beside.iterdir())
     with checkpoint.written(beside, beside / "steps", accelerator, keep=there):
         if accelerator.is_main_process:
-            facts = certificate.measure_all(student, recurrent, made, settings, measured, predicted)
+            facts = certificate.measure_all(student, recurrent, made, settings, measured, predicted, counted)
             recurrent.save_pretrained(beside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)

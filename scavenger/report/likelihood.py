@@ -55,8 +55,9 @@ def of(model: Evaluated, text: Text | Blocks, settings: Settings, reference: Eva
     """Perplexity, agreement with a reference on the same tokens, and perplexity by position."""
     measure_all = of_blocks if isinstance(text, Blocks) else of_documents
     found = measure_all(model, text, settings, reference)
-    stream = text.stream(model.tokenizer)
-    return {"metrics": [metrics.packed(metric) for metric in found + by_position(model, stream, settings)]}
+    stream, counted = text.stream(model.tokenizer), getattr(text, "counted", None)
+    counted = None if counted is None else np.asarray(counted).reshape(-1)
+    return {"metrics": [metrics.packed(metric) for metric in found + by_position(model, stream, settings, counted)]}
 
 
 def of_documents(model: Evaluated, text: Text, settings: Settings, reference: Evaluated | None = None) -> list[Metric]:
@@ -79,49 +80,56 @@ def of_blocks(model: Evaluated, text: Blocks, settings: Settings, reference: Eva
     """Metrics on a run's held-out blocks (block, length), each read independently; its first token is only context.
 
     Items are documents, each beginning with `data.beginning`'s token; the parts of a document in several blocks are
-    summed.
+    summed. Only the predictions that the text counts are measured.
     """
     blocks, first = np.asarray(text.blocks).astype(np.int64), data.beginning(model.tokenizer)
     document = np.cumsum(blocks.reshape(-1) == first).reshape(blocks.shape)[:, 1:]
-    count, places = document.max() + 1, document.reshape(-1)
+    count, places, counted = document.max() + 1, document.reshape(-1), text.predictions
     found = predictions(model.model, blocks, reference and reference.model)
-    sums = np.stack([np.bincount(places, each.reshape(-1), count) for each in found])
-    tokens, sizes = np.bincount(places, minlength=count), np.zeros(count)
-    for ids, own in zip(blocks[:, 1:], document, strict=True):
-        for number in np.unique(own):
-            part = ids[own == number]
+    sums = np.stack([np.bincount(places, np.where(counted, each, 0).reshape(-1), count) for each in found])
+    tokens, sizes = np.bincount(places[counted.reshape(-1)], minlength=count), np.zeros(count)
+    for ids, own, counts in zip(blocks[:, 1:], document, counted, strict=True):
+        for number in np.unique(own[counts]):
+            part = ids[counts & (own == number)]
             frame = [first, model.tokenizer.eos_token_id]
             sizes[number] += _bytes(model.tokenizer.decode(part[~np.isin(part, frame)]))
     seen = tokens > 0
     return _metrics(sums[:, seen], tokens[seen], sizes[seen])
 
 
-def by_position(model: Evaluated, stream: np.ndarray, settings: Settings) -> list[Metric]:
+def by_position(
+    model: Evaluated, stream: np.ndarray, settings: Settings, counted: np.ndarray | None = None
+) -> list[Metric]:
     """Perplexity by position, in contexts of `longest` tokens (or the whole of a shorter text), read independently.
 
     Positions are in bins of doubling width, 1, 2-3, 4-7, …; the last metric covers those beyond the window. Items are
-    documents, as in `of_blocks`: contexts from one document are much alike.
+    documents, as in `of_blocks`: contexts from one document are much alike. `counted` (token,) says which predictions
+    are measured (None: all); a bin without any has no metric.
     """
     longest = min(settings.longest, len(stream))
     count = min(LONG_CONTEXTS, len(stream) // longest)
     ids = stream[: count * longest].reshape(count, longest)
     loss = predictions(model.model, ids)[0]
+    counted = np.ones(len(stream), dtype=bool) if counted is None else counted
+    counted = counted[: ids.size].reshape(ids.shape)[:, 1:]
     document = np.cumsum(ids.reshape(-1) == data.beginning(model.tokenizer)).reshape(ids.shape)[:, 1:]
     position = np.arange(1, longest)  # tokens read before the predicted one
     found = []
 
     def of_places(inside):
-        own = document[:, inside].reshape(-1)
-        sums = np.bincount(own, loss[:, inside].reshape(-1), document.max() + 1)
+        inside = counted & inside
+        own = document[inside]
+        sums = np.bincount(own, loss[inside], document.max() + 1)
         return sums.tolist(), np.bincount(own, minlength=len(sums)).astype(float).tolist()
 
     for power in range(int(math.log2(longest - 1)) + 1):
         inside = (position >= 2**power) & (position < 2 ** (power + 1))
         first, last = 2**power, min(2 ** (power + 1), longest) - 1
         name = f"perplexity at {first:,}" + (f"–{last:,}" if last > first else "")
-        found.append(Metric(name, *of_places(inside), "", "lower", True, "position", float(2**power)))
+        if counted[:, inside].any():
+            found.append(Metric(name, *of_places(inside), "", "lower", True, "position", float(2**power)))
     past = position >= settings.context_length
-    if past.any():
+    if counted[:, past].any():
         found.append(
             Metric(
                 f"perplexity past {settings.context_length:,}, up to {longest:,}",

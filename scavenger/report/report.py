@@ -87,7 +87,8 @@ def measure_run(run: Run, results: Results) -> dict:
     recipe, folder = run.recipe, run.folder
     models = evaluated(recipe, folder)
     test = run.blocks("test")
-    text = Blocks(f"test split of {folder.name}", test)
+    text = Blocks(f"test split of {folder.name}", test, run.counted("test"))
+    validation = run.blocks("validation"), run.counted("validation")
     asked = settings(recipe, models, test.size)
     try:
         found = comparison.run(models, text, asked, results, required=("perplexity", "speed"))
@@ -99,9 +100,10 @@ def measure_run(run: Run, results: Results) -> dict:
         "run": str(folder),
         "seed": recipe.seed,
         "student": dataclasses.asdict(recipe.student),
-        "test_tokens": len(test) * (test.shape[1] - 1),
+        "test_tokens": int(text.predictions.sum()),
+        "chat_loss": recipe.data.chat_loss,
         "models": rows(found, recipe, folder),
-        "teacher_held_out_loss": transfer.held_out_loss(models[0].model, run.blocks("validation"))["held_out_loss"],
+        "teacher_held_out_loss": transfer.held_out_loss(models[0].model, *validation)["held_out_loss"],
         "comparison": found,
         "left_out": left_out(recipe, asked, test.size),
         "history": {
@@ -367,9 +369,12 @@ def _bytes(count):
 
 
 def _quality_note(figures):
+    # A report made by an earlier version has no chat_loss.
+    whose = " that the assistant wrote" if figures.get("chat_loss") == "assistant" else ""
     return page.paragraph(
-        f"Perplexity on {figures['test_tokens']:,} predicted tokens of the test split, each block read independently; "
-        "intervals are paired, over documents. Agreement: positions where the most likely token is the teacher's. "
+        f"Perplexity on {figures['test_tokens']:,} predicted tokens of the test split{whose}, each block read "
+        "independently; intervals are paired, over documents. Agreement: positions where the most likely token is the "
+        "teacher's. "
         "Speeds: one sequence, each model with its fastest cache, timed in turn on one machine.",
         "note",
     )

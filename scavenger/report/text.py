@@ -65,10 +65,19 @@ def read(
 
 @dataclass(frozen=True)
 class Blocks:
-    """A run's held-out blocks of tokens (block, length), each read independently."""
+    """A run's held-out blocks of tokens (block, length), each read independently.
+
+    `counted` (block, length) says which tokens' predictions are measured as perplexity; None: all.
+    """
 
     name: str
     blocks: np.ndarray
+    counted: np.ndarray | None = None
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """Whether the prediction of each token but a block's first is measured, (block, length - 1) bool."""
+        return np.ones_like(self.blocks[:, 1:], dtype=bool) if self.counted is None else np.array(self.counted[:, 1:])
 
     def stream(self, tokenizer) -> np.ndarray:
         """All blocks concatenated: (token,) int64."""
@@ -78,4 +87,5 @@ class Blocks:
     def settings(self) -> dict:
         """What is recorded about the text with each measurement."""
         digest = hashlib.sha256(np.ascontiguousarray(self.blocks)).hexdigest()[:16]
-        return {"text": self.name, "text_sha256": digest, "tokens": int(self.blocks.size)}
+        found = {"text": self.name, "text_sha256": digest, "tokens": int(self.blocks.size)}
+        return found if self.counted is None else found | {"counted_tokens": int(self.predictions.sum())}

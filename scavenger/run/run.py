@@ -29,13 +29,29 @@ class Run:
         """The tokens of a split (train, validation or test), memory-mapped: (block, length)."""
         return blocks(self.folder / "data", split)
 
+    def counted(self, split: str) -> np.ndarray | None:
+        """Which tokens of a split have a loss, memory-mapped: (block, length) bool; None: all of them."""
+        return counted(self.folder / "data", split) if self.recipe.data.chat_loss == "assistant" else None
+
 
 def blocks(folder: Path, split: str) -> np.ndarray:
     """The tokens of a split in a run's `data` folder, memory-mapped: (block, length).
 
     Raises RecipeError where the file is missing or damaged.
     """
-    path = folder / f"{split}.npy"
+    return _mapped(folder, f"{split}.npy")
+
+
+def counted(folder: Path, split: str) -> np.ndarray:
+    """Which tokens of a split have a loss, from the same folder, memory-mapped: (block, length) bool.
+
+    Raises RecipeError where the file is missing or damaged.
+    """
+    return _mapped(folder, f"{split}_counted.npy")
+
+
+def _mapped(folder, name):
+    path = folder / name
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

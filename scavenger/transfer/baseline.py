@@ -29,14 +29,15 @@ def run(run: Run) -> Path:
 
 def pretraining(run: Run, model: HyenaForCausalLM, steps_dir: Path) -> training.Optimisation:
     """Next-token training in the batches of the run's transfer."""
-    recipe, blocks = run.recipe, run.blocks("train")
+    recipe, blocks, counted = run.recipe, run.blocks("train"), run.counted("train")
+    held_out = partial(transfer.held_out_loss, model, run.blocks("validation"), run.counted("validation"))
     turns = checkpoint.read_json(run.folder / "transfer" / "turns.json")
     begins = [sum(turn["steps"] for turn in turns[:index]) for index in range(len(turns) + 1)]
 
     def batch(step):
         index = bisect.bisect_right(begins, step) - 1
         size = turns[index]["batch_size"]
-        return data.batch(blocks, turns[index]["first"] + (step - begins[index]) * size, size, recipe.seed)
+        return data.batch(blocks, turns[index]["first"] + (step - begins[index]) * size, size, recipe.seed, counted)
 
     warmup = min(recipe.baseline.warmup_steps, begins[-1])  # a transfer that ended early has fewer steps than planned
     settings = Stage(begins[-1], turns[-1]["batch_size"], recipe.baseline.learning_rate, warmup)
@@ -47,6 +48,6 @@ def pretraining(run: Run, model: HyenaForCausalLM, steps_dir: Path) -> training.
         steps_dir=steps_dir,
         batch=batch,
         loss=training.next_token_loss,
-        watch=transfer.watched_unless_sharded(run, partial(transfer.held_out_loss, model, run.blocks("validation"))),
+        watch=transfer.watched_unless_sharded(run, held_out),
         first_step=transfer.teacher_steps(recipe) + settings.steps,
     )

@@ -36,7 +36,7 @@ def run(run: Run) -> list[dict]:
         beside = checkpoint.partial(folder)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        found = measured(frozen, matched, run.blocks("validation"), run.device)
+        found = measured(frozen, matched, run.blocks("validation"), run.device, run.counted("validation"))
         checkpoint.write_json(beside / "ranking.json", found)
         _draw(found, beside / "ranking.png")
         checkpoint.finish(folder)
@@ -78,11 +78,11 @@ def without_attention(recipe: Recipe) -> Recipe:
     )
 
 
-def measured(frozen: PreTrainedModel, matched: HyenaForCausalLM, blocks, device) -> list[dict]:
-    """For each layer KL(teacher || teacher with that layer's mixer), nats per token, largest first."""
+def measured(frozen: PreTrainedModel, matched: HyenaForCausalLM, blocks, device, counted=None) -> list[dict]:
+    """For each layer KL(teacher || teacher with that layer's mixer), nats per (counted) token, largest first."""
     entries = []
     for layer in tqdm(range(matched.config.num_hidden_layers), desc="ranking", unit="layer", dynamic_ncols=True):
-        against = measure.held_out(alone(frozen, matched, layer).to(device), blocks, frozen)
+        against = measure.held_out(alone(frozen, matched, layer).to(device), blocks, frozen, counted)
         entries.append(
             {
                 "layer": layer,

@@ -189,7 +189,10 @@ def _facts(run, frozen):
     for part in _as_bytes(frozen.state_dict()):
         digest.update(part)
     text = dataclasses.asdict(recipe.data)
-    del text["evaluation_tokens"]  # held-out text is not trained on
+    # Held-out text is not trained on, and the outputs are those at every token, whether it has a loss or not.
+    del text["evaluation_tokens"], text["chat_loss"]
+    if text["chat_column"] is None:  # caches of earlier versions keep their names
+        del text["chat_column"]
     return {
         "format": FORMAT,
         "teacher": {

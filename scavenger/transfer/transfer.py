@@ -131,10 +131,11 @@ def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausalLM, 
         return losses.Head.of(frozen), *teacher.hidden_states(frozen, part.ids, phase.hidden_states > 0)
 
     def loss(module, part, target, whole):
-        following = losses.following(whole.ids, whole.mask)[1].sum().item()
-        counts = torch.tensor([whole.mask.sum().item(), following], device=part.ids.device)
+        following = losses.following(whole.ids, whole.predicted)[1].sum().item()
+        matched = whole.mask.sum().item() if whole.counted is None else following
+        counts = torch.tensor([matched, following], device=part.ids.device).clamp_min(1)  # a batch may have none
         share = len(part.rows) / len(whole.rows)
-        value, logged, tail = module(part.ids, part.mask, counts, share, *target)
+        value, logged, tail = module(part.ids, part.mask, counts, share, *target, part.counted)
         return _with_penalty(value, logged, tail, share, filter)
 
     return Optimisation(
@@ -269,13 +270,15 @@ class LogitMatching(nn.Module):
         aim: losses.Head | losses.TopK,  # the teacher's head, or its kept distribution
         last: Tensor | None,  # the input of the teacher's head (batch, length, channel); None with a kept distribution
         blocks: list,  # outputs of the teacher's blocks (batch, length, channel); empty where they are not matched
+        predicted: Tensor | None = None,  # (batch, length) tokens that alone are predicted for the loss; None: mask
     ):
         """The micro-batch's contribution to the loss, its contributions to the logged values, the mean Hankel tail."""
         phase, body = self.phase, self.model.model
         depths = list(_depths(body, ids))
         hidden = body.norm(depths[-1]).flatten(0, 1)
-        following, counted = losses.following(ids, mask)
-        counted, matched = counted.to(hidden.dtype), mask.flatten().to(hidden.dtype)
+        following, counted = losses.following(ids, mask if predicted is None else predicted)
+        counted = counted.to(hidden.dtype)
+        matched = mask.flatten().to(hidden.dtype) if predicted is None else counted
         if isinstance(aim, losses.TopK):
             aim = losses.TopK(*(item.flatten(0, 1) for item in aim))
         else:
@@ -347,12 +350,18 @@ def watched(run: Run, model: HyenaForCausalLM) -> dict[str, float]:
     """Logged of the student with every checkpoint: the floors of its filters, and its held-out loss."""
     recipe = run.recipe
     found = floors(model, recipe.data.context_length, recipe.student.filter.hankel_states)
-    return found | held_out_loss(model, run.blocks("validation"))
+    return found | held_out_loss(model, run.blocks("validation"), run.counted("validation"))
 
 
-def held_out_loss(model: nn.Module, blocks: np.ndarray) -> dict[str, float]:
-    """Cross-entropy on the first HELD_OUT of the blocks (block, length), nats per token."""
-    return {"held_out_loss": measure.held_out(model, blocks[:HELD_OUT]).loss}
+def held_out_loss(model: nn.Module, blocks: np.ndarray, counted: np.ndarray | None = None) -> dict[str, float]:
+    """Cross-entropy on the first HELD_OUT of the blocks (block, length), nats per token.
+
+    With `counted` (block, length), on the counted tokens of the first blocks that have some.
+    """
+    if counted is not None:
+        rows = np.flatnonzero(counted[:, 1:].any(1))[:HELD_OUT]
+        blocks, counted = blocks[rows], counted[rows]
+    return {"held_out_loss": measure.held_out(model, blocks[:HELD_OUT], counted=counted).loss}
 
 
 @torch.no_grad()
@@ -404,4 +413,4 @@ def turns_of(phase, layers):
 
 def _batch(run, turn, step):
     size = turn.phase.batch_size
-    return data.batch(run.blocks("train"), turn.first + step * size, size, run.recipe.seed)
+    return data.batch(run.blocks("train"), turn.first + step * size, size, run.recipe.seed, run.counted("train"))
