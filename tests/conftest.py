@@ -262,6 +262,33 @@ def tiny_student(filters=5, modal=False, **changes):
     return model
 
 
+def shape_of(family, **changes):
+    """3 layers of width 48 with 6 heads; 3 heads of k and v, of 10 channels, where the family's may be so."""
+    from scavenger import teacher
+    from scavenger.recipe import TeacherTraining
+
+    sizes = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": 300}
+    train = TeacherTraining(family=family, steps=1, batch_size=1, learning_rate=1e-3, **sizes)
+    config = teacher.shape(train, 63, 97, bos_token_id=0, eos_token_id=0)
+    fields = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", ())}
+    own = {"num_key_value_heads": 3, "head_dim": 10, "pad_token_id": 0}
+    return type(config).from_dict(
+        config.to_dict() | {key: value for key, value in own.items() if key in fields} | changes
+    )
+
+
+def tiny_of(family, **changes):
+    """A teacher with random weights, norms and biases too."""
+    from scavenger import families
+
+    torch.manual_seed(3)
+    model = families.of(family).model(shape_of(family, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
 class Graphs:
     """A backend of torch.compile that counts the graphs it is given and runs them without generating code."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCHED, random_ids, shared
+from conftest import LAUNCHED, random_ids, shape_of, shared, tiny_of
 from reference import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -25,26 +25,6 @@ SIZES = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": 300}
 TRAINING = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3}
 
 
-def shape(family, **changes):
-    """3 layers of width 48 with 6 heads; 3 heads of k and v, of 10 channels, where the family's may be so."""
-    config = teacher.shape(TeacherTraining(family=family, **SIZES, **TRAINING), 63, 97, bos_token_id=0, eos_token_id=0)
-    fields = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", ())}
-    own = {"num_key_value_heads": 3, "head_dim": 10, "pad_token_id": 0}
-    return type(config).from_dict(
-        config.to_dict() | {key: value for key, value in own.items() if key in fields} | changes
-    )
-
-
-def tiny(family, **changes):
-    """A teacher with random weights, norms and biases too."""
-    torch.manual_seed(3)
-    model = families.of(family).model(shape(family, **changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def student_of(model, **settings):
     return student.from_teacher(Student(filter=FILTERS, **settings), 63, model, 0).eval()
 
@@ -59,7 +39,7 @@ def logits_of(model, ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_student_with_all_attention_is_its_teacher(family, shard, dtype, tmp_path, device):
     """Bit for bit, from files as stock transformers writes them."""
-    tiny(family).to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
+    tiny_of(family).to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "40KB")
     frozen = teacher.load(Teacher(path=str(tmp_path), dtype="float32"), tmp_path, device)
     made = student.from_teacher(EVERYTHING, 63, frozen, 0).eval().to(device)
@@ -70,7 +50,7 @@ def test_a_student_with_all_attention_is_its_teacher(family, shard, dtype, tmp_p
 @pytest.mark.parametrize("family", ALL)
 def test_a_student_with_all_attention_is_its_teacher_in_half_precision(family, tmp_path):
     """Bit for bit too, but for Gemma, which adds one to a norm's factor in float32 and rounds after it."""
-    tiny(family).bfloat16().save_pretrained(tmp_path)
+    tiny_of(family).bfloat16().save_pretrained(tmp_path)
     frozen = teacher.load(Teacher(path=str(tmp_path), dtype="bfloat16"), tmp_path)
     made, ids = student.from_teacher(EVERYTHING, 63, frozen, 0).eval().bfloat16(), random_ids(2, 51, device="cpu")
     expected, found = logits_of(frozen, ids), logits_of(made, ids)
@@ -79,7 +59,7 @@ def test_a_student_with_all_attention_is_its_teacher_in_half_precision(family, t
 
 @pytest.mark.parametrize("family", ALL)
 def test_only_filters_are_new(family):
-    model = tiny(family)
+    model = tiny_of(family)
     made = student.new(Student(filter=FILTERS), 63, model.config, 0)
     missing, unexpected = made.load_state_dict(families.of(family).student_weights(model, ()), strict=False)
     assert unexpected == []
@@ -101,9 +81,9 @@ def test_only_filters_are_new(family):
 )
 def test_rotary_frequencies_are_those_of_transformers(family, scaling):
     """Whatever their scaling; the rotary module's own angles are compared, as are the logits."""
-    rope = shape(family).rope_parameters
-    model = tiny(family, rope_parameters=rope | scaling | {"original_max_position_embeddings": 16})
-    plain = tiny(family)
+    rope = shape_of(family).rope_parameters
+    model = tiny_of(family, rope_parameters=rope | scaling | {"original_max_position_embeddings": 16})
+    plain = tiny_of(family)
     made, ids = student.from_teacher(EVERYTHING, 63, model, 0).eval(), random_ids(2, 51, device="cpu")
     positions = torch.arange(51)[None]
     cos, sin = model.base_model.rotary_emb(torch.zeros(1), positions)
@@ -117,22 +97,22 @@ def test_rotary_frequencies_are_those_of_transformers(family, scaling):
 
 @pytest.mark.parametrize("family", ALL)
 def test_frequencies_that_change_with_the_length_are_refused(family):
-    rope = shape(family).rope_parameters
-    config = shape(family, rope_parameters=rope | {"rope_type": "dynamic", "factor": 2.0})
+    rope = shape_of(family).rope_parameters
+    config = shape_of(family, rope_parameters=rope | {"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(RecipeError, match="teacher: its rotary embedding is of type dynamic.*expected"):
         student.configuration(Student(), 63, config)
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if hasattr(shape(name), "sliding_window")])
+@pytest.mark.parametrize("family", [name for name in ALL if hasattr(shape_of(name), "sliding_window")])
 def test_sliding_windows(family):
     """Kept attention sees no more than the teacher's. With a mask, kernels sum in other orders: measured 1e-6."""
     changes = {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
-    model = tiny(family, **{key: value for key, value in changes.items() if hasattr(shape(family), key)})
+    model = tiny_of(family, **{key: value for key, value in changes.items() if hasattr(shape_of(family), key)})
     made, ids = student.from_teacher(EVERYTHING, 63, model, 0).eval(), random_ids(2, 51, device="cpu")
     windows = [made.config.window(layer) for layer in range(3)]
     assert 7 in windows and set(windows) <= {0, 7}
     assert_close(logits_of(model, ids), logits_of(made, ids), 2e-5)
-    assert not torch.allclose(logits_of(tiny(family), ids), logits_of(made, ids), rtol=1e-3)
+    assert not torch.allclose(logits_of(tiny_of(family), ids), logits_of(made, ids), rtol=1e-3)
     narrow = student.from_teacher(dataclasses.replace(EVERYTHING, attention_window=5), 63, model, 0)
     assert [narrow.config.window(layer) for layer in range(3)] == [5, 5, 5]
 
@@ -145,7 +125,7 @@ def test_sliding_windows(family):
 )
 def test_every_form_gives_the_same(family, settings, monkeypatch):
     """FFT = Toeplitz = prefill and steps, before stage two; after it also the scan and the recurrence."""
-    model = tiny(family).double()
+    model = tiny_of(family).double()
     settings = dict(settings)
     if settings.pop("heads_apart", False):  # filters that split a head, between its turned pairs
         block = families.of(family).block(model.config)
@@ -187,7 +167,7 @@ def reduced(made):
 @pytest.mark.parametrize("family", ALL)
 def test_the_state_is_shared_by_a_group(family):
     """Filters and modes are one for each head of k and v, or one for each head of q; the cache holds what is said."""
-    model = tiny(family)
+    model = tiny_of(family)
     block = families.of(family).block(model.config)
     heads, shared_heads = model.config.num_attention_heads, block["num_key_value_heads"]
     sizes = {}
@@ -204,7 +184,7 @@ def test_the_state_is_shared_by_a_group(family):
 
 @pytest.mark.parametrize("family", ALL)
 def test_greedy_text_is_the_teacher_s(family):
-    model = tiny(family)
+    model = tiny_of(family)
     made, ids = student.from_teacher(EVERYTHING, 63, model, 0).eval(), random_ids(2, 11, low=1, device="cpu")
     settings = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(made.generate(ids, **settings), model.generate(ids, **settings))
@@ -215,7 +195,7 @@ def test_what_people_do_with_a_model(family):
     """Left padding, beams, streaming, more tokens, LoRA."""
     from peft import LoraConfig, get_peft_model
 
-    made = student_of(tiny(family), attention_layers=(1,), attention_window=9)
+    made = student_of(tiny_of(family), attention_layers=(1,), attention_window=9)
     made = recurrence.recurrent_student(made, reduced(made))
     made.generation_config = GenerationConfig(pad_token_id=0, do_sample=False, max_new_tokens=9)
     ids = random_ids(1, 12, low=1, device="cpu")
@@ -257,13 +237,13 @@ def elsewhere(tmp_path_factory):
     def make(folder):
         ids = torch.arange(1, 22)[None]
         for family in ALL:
-            made = student_of(tiny(family), attention_layers=(1,), attention_window=9)
+            made = student_of(tiny_of(family), attention_layers=(1,), attention_window=9)
             made = recurrence.recurrent_student(made, reduced(made))
             made.save_pretrained(folder / family)
             torch.save(logits_of(made, ids), folder / family / "logits.pt")
         code = f"""
 import sys, torch
-assert "scavenger" not in sys.modules
+sys.modules["scavenger"] = None
 from transformers import AutoModelForCausalLM
 for family in {ALL!r}:
     folder = {str(folder)!r} + "/" + family
@@ -271,7 +251,6 @@ for family in {ALL!r}:
     assert type(model).__module__.startswith("transformers_modules"), type(model)
     with torch.no_grad():
         torch.save(model(input_ids=torch.arange(1, 22)[None], use_cache=False).logits, folder + "/elsewhere.pt")
-assert not any(name == "scavenger" or name.startswith("scavenger.") for name in sys.modules)
 """
         environment = {key: value for key, value in LAUNCHED.items() if key != "PYTHONPATH"}
         environment["HF_HOME"] = str(folder / "home")
