@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scavenger import teacher
+from scavenger import student, teacher
 from scavenger.recipe import Recipe, RecipeError
 from scavenger.recurrence import certificate
 from scavenger.report import comparison, continuation, drawing, likelihood, lm_eval_tasks, page, retrieval, timing
@@ -137,12 +137,12 @@ def evaluated(recipe: Recipe, run_dir: Path) -> list[Evaluated]:
             trust_remote_code=trusted,
         )
     ]
-    folders = {"pre-trained": "baseline", "distilled": "transfer", "recurrent": "recurrence"}
-    return models + [
-        Evaluated(name, str(run_dir / folder), trust_remote_code=trusted)
-        for name, folder in folders.items()
-        if (run_dir / folder).is_dir()
-    ]
+    for name, place in (("pre-trained", "baseline"), ("distilled", "transfer"), ("recurrent", "recurrence")):
+        folder = run_dir / place
+        if folder.is_dir():
+            student.require_current(folder)
+            models.append(Evaluated(name, str(folder), trust_remote_code=trusted))
+    return models
 
 
 def settings(recipe: Recipe, models: list[Evaluated], test_tokens: int) -> comparison.Settings:
