@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from layers above its own, or from its own layer.
 LAYERS = (
-    ("model", "recipe"),
+    ("model", "families", "recipe"),
     ("recurrence.reduction", "run", "loading", "chat"),
     ("losses", "measure", "data"),
     ("training",),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_teacher
+from conftest import command_line, tiny_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
 from scavenger import losses, measure, plan, teacher
@@ -226,7 +226,8 @@ def test_seconds_of_turns(tmp_path):
 def test_the_teacher_is_planned_in_its_own_dtype(workshop):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     published = load_recipe("recipes/neox70m.yaml")
-    config = plan._configuration(published)
+    config = tiny_teacher().half().config
+    config.dtype = torch.float16
     assert plan._teacher_dtype(published, config, cuda) == torch.float16
     assert plan._teacher_dtype(published, config, cpu) == torch.float32
     named = load_recipe("recipes/neox70m.yaml", ["teacher.dtype=bfloat16"])
@@ -252,3 +253,10 @@ def test_the_report_reads_and_generates_what_the_plan_says(finished, workshop):
     prompts = asked.generation.prompts
     assert work["tokens_generated"] == 2 * prompts * asked.generation.new_tokens == generated + 2 * prompts
     assert work["timing_seconds"] == 2 * 10 * 7 * 2, "seconds of steps and of prompts, caches, contexts"
+
+
+def test_a_mixer_that_does_not_fit_the_teacher_ends_before_any_work(workshop, tmp_path):
+    done = command_line(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", "student.num_filter_heads=7")
+    expected = "student.num_filter_heads: found 7; expected a divisor of the 30 channels of 5 heads"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"scavenger: error: {expected}"
+    assert not (tmp_path / "run" / "data").exists()

@@ -131,7 +131,6 @@ CACHE = "cache={logits: 8}"
         ),
         (["transfer.logits=3"], ["transfer.logits", "3", "section"]),
         (["transfer.logits=null"], ["transfer.logits", "null", "section"]),
-        (["student.num_filter_heads=7"], ["student.num_filter_heads", "7", "divisor of the teacher's width"]),
         (["student.mixer=hyena", "student.num_filter_heads=4"], ["student.num_filter_heads", "multihyena"]),
         (["student.attention_layers=[4]"], ["student.attention_layers", "[4]", "layers 0 to 3"]),
         (["student.attention_layers=[0, 1, 2, 3]"], ["student.attention_layers", "not all"]),
