@@ -143,10 +143,9 @@ class HyenaMixer(nn.Module):
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
         with torch.autocast(q.device.type, enabled=False):
-            taps = layer_cache.taps_for(self.filter, k.shape[2])
-            for (q, k), own, part in zip(
-                self._steps(q, k, v, between), layer_cache.convolutions, taps.chunk(self.hyena_order), strict=True
-            ):
+            taps = layer_cache.taps_for(self.filter, k.shape[2]).chunk(self.hyena_order)
+            steps = self._steps(q, k, v, between)
+            for (q, k), own, part in zip(steps, layer_cache.convolutions, taps, strict=True):
                 y = own.advance(q, k, v, part)
                 v = y[:, :, 0]
             return y
