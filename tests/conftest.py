@@ -212,6 +212,34 @@ def tiny_teacher(**changes):
     return GPTNeoXForCausalLM(config).double().eval()
 
 
+# A student's shape that differs from tiny_teacher's in all that it can: 6 heads of q share 2 of k and v, 10 channels
+# each, which do not add up to the width.
+GROUPED = {
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "rotary_channels": 4,
+    "rotary_scaling": 1.3,
+    "embedding_scale": 5.5,
+    "qk_norm": True,
+    "norm": "rms",
+    "mlp": "gated",
+    "hidden_act": "silu",
+    "parallel_residual": False,
+    "qkv_bias": False,
+    "out_bias": False,
+    "mlp_bias": False,
+    "head_bias": True,
+}
+GROUPED_SHAPES = [
+    {"filters": 2, **GROUPED},
+    {"filters": 4, **GROUPED},  # groups of 5 channels, half a head, whose first 4 are turned
+    {"filters": 20, **GROUPED, "hyena_order": 3},
+    {"filters": 6, **GROUPED, "share_state": False},
+    {"filters": 2, **GROUPED, "attention_layers": [0, 2], "attention_window": 7, "sliding_windows": [3, 0, 0]},
+]
+
+
 def tiny_student(filters=5, modal=False, **changes):
     """A student of the tiny teacher's shape, in float64; `filters` 5 is multihyena by head, 30 is hyena."""
     count = filters * changes.get("hyena_order", 1)
@@ -249,6 +277,9 @@ def tiny_student(filters=5, modal=False, **changes):
             mixer = layer.mixer
             for linear in (mixer.q, mixer.k, mixer.v, mixer.out):
                 linear.weight.mul_(20)  # large enough that a wrong mixer shows in the logits
+            if config.qk_norm:
+                for norm in (mixer.q_norm, mixer.k_norm):
+                    norm.weight.add_(0.3 * torch.randn_like(norm.weight))
             if isinstance(mixer, WindowedAttention):
                 continue
             mixer.short_filter.add_(0.3 * torch.randn_like(mixer.short_filter))

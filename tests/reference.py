@@ -33,6 +33,11 @@ def mixer(q, k, v, taps):
     return y
 
 
+def for_each_query(form, q, *others):
+    """A form that knows one query, for each query of q (batch, filter, query, …), which is its first argument."""
+    return torch.stack([form(query, *others) for query in q.unbind(2)], dim=2)
+
+
 def full_recurrence(gates, v, taps):
     """z^1 = v, z^{n+1}_t = x^n_t (h^n * z^n)_t; gates and v are (batch, channel, length), taps a set for each gate."""
     for gate, h in zip(gates, taps, strict=True):

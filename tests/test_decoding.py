@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import Graphs, normal, random_ids, tiny_student
+from conftest import GROUPED_SHAPES, Graphs, normal, random_ids, tiny_student
 from reference import assert_close, relative_error
 
 from scavenger.model import HyenaCache
@@ -26,12 +26,14 @@ SHAPES = [
     {"filters": 3},  # groups of 10 channels, in 5 slices
     {"filters": 30, "hyena_order": 2},
     {"filters": 5, "attention_layers": [1], "attention_window": 7},
+    *GROUPED_SHAPES,
 ]
 COMPILED = [
     {"filters": 5, "state_sizes": [[2, 1, 2, 4, 1], [4, 2, 2, 1, 4]]},  # three sizes in each layer
     {"filters": 30},
     {"filters": 30, "hyena_order": 2},
     {"filters": 5, "attention_layers": [1], "attention_window": 7},
+    {**GROUPED_SHAPES[1], "attention_layers": [1], "attention_window": 7},
 ]
 LENGTH = 41
 
@@ -63,10 +65,10 @@ def test_steps_are_the_recurrence(width, in_place, device):
     with torch.set_grad_enabled(not in_place):
         for t in range(23):
             here = slice(t, t + 1)
-            assert_close(expected[:, :, here], state.step(q[:, :, here], k[:, :, here], v[:, :, here]), 2e-14)
+            assert_close(expected[:, :, :, t], state.step(q[:, :, :, t], k[:, :, here], v[:, :, here]), 2e-14)
             settled = copy.deepcopy(state)
             settled.settle()
-            _, final = _recurrence(filter, q[:, :, : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], start)
+            _, final = _recurrence(filter, q[:, :, :, : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], start)
             assert_close(final, _complex(modes, settled), 2e-14)
     assert in_place == (before == [tensor.data_ptr() for tensor in state.parts])
 
@@ -88,7 +90,7 @@ def test_gradients_of_outputs_and_of_the_final_state(width, pieces, device):
     state, _ = _some_state(modes, width)
     parts = [part.requires_grad_() for part in state.parts if part.numel()]
     start = _complex(modes, state)
-    weight, state_weight = normal(*v.shape, device=device), normal(*start.shape, device=device)
+    weight, state_weight = normal(*q.shape, device=device), normal(*start.shape, device=device)
     variables = [*(x.requires_grad_() for x in (q, k, v)), *parts, *filter.parameters()]
 
     def gradients(y, final):
@@ -97,15 +99,15 @@ def test_gradients_of_outputs_and_of_the_final_state(width, pieces, device):
 
     slow = gradients(*_recurrence(filter, q, k, v, start))
     found = []
-    for a, b, c in zip(*(x.split(pieces, 2) for x in (q, k, v)), strict=True):
-        if a.shape[2] == 1:
-            found.append(state.step(a, b, c))
+    for a, b, c in zip(*(x.split(pieces, -2) for x in (q, k, v)), strict=True):
+        if b.shape[2] == 1:
+            found.append(state.step(a[:, :, :, 0], b, c)[:, :, :, None])
         else:
             state.settle()
-            found.append(long_convolution(a, b, c, filter(a.shape[2])) + state.read(a))
+            found.append(long_convolution(a, b, c, filter(b.shape[2])) + state.read(a))
             state.advance(b, c)
     state.settle()
-    for expected, gradient in zip(slow, gradients(torch.cat(found, dim=2), _complex(modes, state)), strict=True):
+    for expected, gradient in zip(slow, gradients(torch.cat(found, dim=3), _complex(modes, state)), strict=True):
         assert_close(expected, gradient, 1e-14)  # measured 1e-15 at most
 
 
@@ -403,7 +405,7 @@ def test_what_a_decoder_refuses():
 
 
 def _inputs(width, length, device):
-    """A filter of each state size from 0 to 3, two of size 2, one of its poles slow; and q, k, v."""
+    """A filter of each state size from 0 to 3, two of size 2, one of its poles slow; and q of three queries, k, v."""
     filter = ModalFilter([2, 0, 3, 1, 2]).double().requires_grad_(False)
     with torch.no_grad():
         radius = 0.3 + 0.69 * torch.rand(8, dtype=F64)
@@ -412,7 +414,8 @@ def _inputs(width, length, device):
         filter.residue.normal_()
         filter.direct.normal_()
     filter.to(device)
-    return filter, filter.modes(), *normal(3, 2, 5, length, width, device=device)
+    q = normal(2, 5, 3, length, width, device=device)
+    return filter, filter.modes(), q, *normal(2, 2, 5, length, width, device=device)
 
 
 def _some_state(modes, width):
@@ -436,7 +439,14 @@ def _complex(modes, state):
 def _recurrence(filter, q, k, v, start):
     mode_filter = [index for index, size in enumerate(filter.state_sizes) for _ in range(size)]
     mode_filter = torch.tensor(mode_filter, device=filter.pole.device)
-    return reference.recurrence(q, k, v, filter.poles, filter.residues, mode_filter, filter.direct, start)
+    return _of_queries(q, k, v, filter.poles, filter.residues, mode_filter, filter.direct, start)
+
+
+def _of_queries(q, *others):
+    """The outputs of the recurrence for each query, and the final state, which is the same for all of them."""
+    outputs, states = zip(*(reference.recurrence(query, *others) for query in q.unbind(2)), strict=True)
+    assert all(torch.equal(states[0], state) for state in states)
+    return torch.stack(outputs, dim=2), states[0]
 
 
 def _loop_state(modes, batch, width=1):
@@ -454,8 +464,8 @@ class _Loop:
 
     def step(self, q, k, v):
         poles, residues, direct, _ = self.modes
-        y, self.state = reference.recurrence(q, k, v, poles, residues, self.mode_filter, direct, self.state)
-        return y
+        y, self.state = _of_queries(q[:, :, :, None], k, v, poles, residues, self.mode_filter, direct, self.state)
+        return y[:, :, :, 0]
 
 
 def _prompt_and_steps(model, ids, prompt):

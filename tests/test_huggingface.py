@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Graphs, command, tiny_student, tiny_teacher
+from conftest import GROUPED_SHAPES, Graphs, command, tiny_student, tiny_teacher
 from datasets import Dataset
 from reference import assert_close
 from transformers import (
@@ -26,7 +26,8 @@ from transformers import (
     set_seed,
 )
 
-from scavenger.model import HyenaForCausalLM
+from scavenger import families
+from scavenger.model import HyenaCache, HyenaForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +47,8 @@ def test_a_cache_under_its_old_name():
     model = tiny_student(modal=True)
     ids = torch.arange(1, 12)[None]
     first = model(input_ids=ids[:, :7], use_cache=True)
-    with pytest.warns(FutureWarning, match="Use `cache`"):
-        second = model(input_ids=ids[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+    second = model(input_ids=ids[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+    assert second.cache is first.cache and second.cache.get_seq_length() == 11
     assert_close(model(input_ids=ids, use_cache=False).logits[:, 7:], second.logits, 1e-12)
 
 
@@ -295,22 +296,42 @@ def test_the_body_continues_from_a_cache_under_its_old_name():
     model, ids = tiny_student(modal=True).model, torch.randint(1, 97, (2, 9))
     whole = model(ids).last_hidden_state
     cache = model(ids[:, :5], use_cache=True).cache
-    with pytest.warns(FutureWarning, match="Use `cache`"):
-        found = model(ids[:, 5:], past_key_values=cache).last_hidden_state
+    found = model(ids[:, 5:], past_key_values=cache).last_hidden_state
     assert_close(whole[:, 5:], found, 1e-12)
 
 
 def test_return_dict_in_the_configuration():
     model, ids = tiny_student(modal=True, return_dict=False), torch.randint(1, 97, (2, 9))
-    logits, *_ = model(ids)
-    assert torch.equal(logits, model(ids, return_dict=True).logits)
+    for called, name in ((model, "logits"), (model.model, "last_hidden_state")):
+        found, cache = called(ids)
+        assert torch.equal(found, called(ids, return_dict=True)[name]) and isinstance(cache, HyenaCache)
     assert model.generate(ids, max_new_tokens=3, **GREEDY).shape == (2, 12)
+
+
+def test_hidden_states_in_the_configuration():
+    model, ids = tiny_student(modal=True, output_hidden_states=True), torch.randint(1, 97, (2, 9))
+    plain = tiny_student(modal=True)
+    for called, other in ((model, plain), (model.model, plain.model)):
+        found, expected = called(ids).hidden_states, other(ids, output_hidden_states=True).hidden_states
+        assert len(found) == 4 and all(map(torch.equal, found, expected))
+        assert called(ids, output_hidden_states=False).hidden_states is other(ids).hidden_states is None
+
+
+@pytest.mark.parametrize("modal", [False, True])
+def test_use_cache_in_the_configuration(modal):
+    ids = torch.randint(1, 97, (2, 9))
+    for kept in (True, False):
+        model = tiny_student(modal=modal, use_cache=kept)
+        for called in (model, model.model):
+            assert isinstance(called(ids).cache, HyenaCache if kept else type(None))
+            assert called(ids, use_cache=False).cache is None
+            assert called(ids, use_cache=True).cache.get_seq_length() == 9
 
 
 def test_loss_is_gpt_neox_s():
     teacher = tiny_teacher()
     model = tiny_student(attention_layers=[0, 1, 2], attention_window=63)
-    model.load_state_dict({key.replace(".attention.", ".mixer."): value for key, value in teacher.state_dict().items()})
+    model.load_state_dict(families.of("gpt_neox").student_weights(teacher, [0, 1, 2]))
     ids = torch.randint(0, 97, (3, 17))
     labels = ids.clone()
     labels[0, 3:9], labels[2, :15] = -100, -100
@@ -328,7 +349,7 @@ def test_loss_is_gpt_neox_s():
 def test_hidden_states_are_gpt_neox_s():
     teacher = tiny_teacher()
     model = tiny_student(attention_layers=[0, 1, 2], attention_window=63)
-    model.load_state_dict({key.replace(".attention.", ".mixer."): value for key, value in teacher.state_dict().items()})
+    model.load_state_dict(families.of("gpt_neox").student_weights(teacher, [0, 1, 2]))
     ids = torch.randint(0, 97, (2, 17))
     expected, found = (m(input_ids=ids, output_hidden_states=True).hidden_states for m in (teacher, model))
     assert len(found) == len(expected) == 4
@@ -367,7 +388,7 @@ def test_trainer_weighs_tokens_and_not_batches(tmp_path):
         trained.append(trainer.model.state_dict())
     for key, before in tiny_student().state_dict().items():
         assert_close(trained[0][key], trained[1][key], 1e-9)
-        assert not torch.equal(before, trained[0][key]), key
+        assert torch.equal(before, trained[0][key]) == (key == "model.rotary.inv_freq"), key
     trainer.save_model()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "2", dtype="auto")
     assert torch.equal(loaded.lm_head.weight, trained[1]["lm_head.weight"])
@@ -396,9 +417,10 @@ def test_filters_stay_wide_through_every_round_trip(tmp_path, dtype, modal):
     assert_close(model(input_ids=ids).logits, narrow.to(wide), tolerance)
 
 
+@pytest.mark.parametrize("shape", [{}, GROUPED_SHAPES[1]])  # with scaled embeddings and a bias of the head
 @pytest.mark.parametrize("tied", [False, True])
-def test_vocabulary_grows_and_shrinks(tmp_path, tied):
-    model = tiny_student(modal=True, tie_word_embeddings=tied)
+def test_vocabulary_grows_and_shrinks(tmp_path, tied, shape):
+    model = tiny_student(modal=True, tie_word_embeddings=tied, **shape)
     model.tie_weights()
     ids = torch.randint(0, 89, (2, 17))
     before = model(input_ids=ids).logits
@@ -413,10 +435,12 @@ def test_vocabulary_grows_and_shrinks(tmp_path, tied):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert (loaded.lm_head.weight is loaded.model.embed.weight) == tied
     assert_close(loaded(input_ids=ids).logits, found.logits, 1e-14)
-    saved = 89 * 30 if tied else 2 * 89 * 30
-    body = sum(parameter.numel() for parameter in tiny_student(modal=True).model.layers.parameters()) + 2 * 30
-    assert loaded.num_parameters() == body + saved
-    assert loaded.get_memory_footprint() == 8 * (body + saved)
+    numbers = 89 * 30 if tied else 2 * 89 * 30
+    numbers += 89 if loaded.config.head_bias else 0
+    for module in (model.model.layers, model.model.norm):
+        numbers += sum(parameter.numel() for parameter in module.parameters())
+    assert loaded.num_parameters() == numbers
+    assert loaded.get_memory_footprint() == 8 * (numbers + loaded.config.rotary_channels // 2)
 
 
 @pytest.mark.parametrize("modal", [False, True])
@@ -455,6 +479,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(modal, monkey
     [
         {"filters": 5, "num_hidden_layers": 2, "attention_layers": [1], "attention_window": 7},
         {"filters": 30, "num_hidden_layers": 1},
+        {**GROUPED_SHAPES[1], "num_hidden_layers": 1},
     ],
 )
 @pytest.mark.parametrize("modal", [False, True])
@@ -513,7 +538,7 @@ def test_lora_on_the_projections(tmp_path):
     config = LoraConfig(r=3, lora_alpha=30, target_modules=["q", "v", "out"], task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(base), config)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert len(trained) == 3 * 2 * 2 and all("lora_" in name for name in trained)
+    assert len(trained) == 3 * 3 * 2 and all("lora_" in name for name in trained)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.3)
     losses = []
     for _ in range(3):

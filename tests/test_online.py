@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import normal, random_ids, tiny_student
-from reference import assert_close, relative_error
+from conftest import GROUPED_SHAPES, normal, random_ids, tiny_student
+from reference import assert_close, for_each_query, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scavenger.model import online
@@ -24,12 +24,13 @@ SHAPES = [
     {"filters": 30, "hyena_order": 3},
     {"filters": 5, "attention_layers": [1], "attention_window": 7},
     {"filters": 30, "attention_layers": [0, 2], "attention_window": 0},
+    *GROUPED_SHAPES,
 ]
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
 def plain(q, k, v, taps):
-    """The dot products, all at once: ((q kᵀ) ⊙ T) v with T_ts = h_{t-s}, 0 where s > t."""
+    """The dot products of one query, all at once: ((q kᵀ) ⊙ T) v with T_ts = h_{t-s}, 0 where s > t."""
     places = torch.arange(q.shape[2], device=q.device)
     lags = places[:, None] - places
     return ((q @ k.transpose(-1, -2)) * taps[:, lags.clamp(min=0)] * (lags >= 0)) @ v
@@ -38,10 +39,16 @@ def plain(q, k, v, taps):
 def in_pieces(form, q, k, v, taps, lengths):
     """The outputs of a piece after the other; taps as a cache gives them."""
     each, outputs, read = form(), [], 0
-    for piece in zip(*(z.split(lengths, dim=2) for z in (q, k, v)), strict=True):
-        read += piece[0].shape[2]
+    for piece in zip(*(z.split(lengths, dim=-2) for z in (q, k, v)), strict=True):
+        read += piece[1].shape[2]
         outputs.append(each.advance(*piece, taps[:, : 1 << max(0, read - 1).bit_length()]))
-    return torch.cat(outputs, dim=2)
+    return torch.cat(outputs, dim=3)
+
+
+def inputs(batch, filters, queries, length, width, device):
+    """q, k and v."""
+    q = normal(batch, filters, queries, length, width, device=device)
+    return q, *normal(2, batch, filters, length, width, device=device)
 
 
 def splits(length):
@@ -58,11 +65,12 @@ def splits(length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form, width", FORMS)
+@pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 63, 64, 65, 200])
-def test_any_pieces_give_the_plain_dot_product(form, width, length, monkeypatch, device):
-    q, k, v = normal(3, 3, 5, length, width, device=device)
+def test_any_pieces_give_the_plain_dot_product(form, width, queries, length, monkeypatch, device):
+    q, k, v = inputs(4, 5, queries, length, width, device)
     taps = normal(5, 256, device=device)
-    expected = plain(q, k, v, taps)
+    expected = for_each_query(plain, q, k, v, taps)
     for near in (1, 4, online.NEAR):
         monkeypatch.setattr(online, "NEAR", near)
         monkeypatch.setattr(online, "PIECE", near * 500)  # some tiles row by row, some not
@@ -72,22 +80,23 @@ def test_any_pieces_give_the_plain_dot_product(form, width, length, monkeypatch,
 
 @pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-14), (torch.float32, 5e-6)])  # measured 1e-15 and 5e-7
 def test_a_thousand_tokens(dtype, tolerance, device):
-    q, k, v = normal(3, 1, 7, 1000, 1, device=device)
+    q, k, v = inputs(1, 7, 2, 1000, 1, device)
     taps = normal(7, 1024, device=device)
-    expected = plain(q, k, v, taps).to(dtype)
+    expected = for_each_query(plain, q, k, v, taps).to(dtype)
     q, k, v, taps = (z.to(dtype) for z in (q, k, v, taps))
     for lengths in ([1] * 1000, [17] + [1] * 983, [999, 1], [500, 3, 1, 496]):
         assert_close(expected, in_pieces(OnlineConvolution, q, k, v, taps, lengths), tolerance)
 
 
 def test_without_the_tiles_it_would_be_wrong(monkeypatch, device):
-    q, k, v = normal(3, 2, 3, 100, 1, device=device)
-    taps = normal(3, 128, device=device)
-    expected = plain(q, k, v, taps)
+    q, k, v = inputs(2, 5, 3, 100, 1, device)
+    taps = normal(5, 128, device=device)
+    expected = for_each_query(plain, q, k, v, taps)
     monkeypatch.setattr(online, "tile", lambda u, spectrum: torch.zeros_like(u))
     found = in_pieces(OnlineConvolution, q, k, v, taps, [1] * 100)
-    assert_close(expected[:, :, : online.NEAR], found[:, :, : online.NEAR], 1e-14)
-    assert relative_error(expected[:, :, online.NEAR :], found[:, :, online.NEAR :]) > 0.5
+    near, far = slice(online.NEAR), slice(online.NEAR, None)
+    assert_close(expected[:, :, :, near], found[:, :, :, near], 1e-14)
+    assert relative_error(expected[:, :, :, far], found[:, :, :, far]) > 0.5
 
 
 class Work(TorchDispatchMode):
@@ -110,7 +119,7 @@ class Work(TorchDispatchMode):
 @pytest.mark.slow
 def test_work_grows_as_the_length_and_two_logarithms():
     def work(form, length):
-        q, k, v = torch.randn(3, 1, 2, length, 1)
+        q, (k, v) = torch.randn(1, 2, 1, length, 1), torch.randn(2, 1, 2, length, 1)
         taps = torch.randn(2, length)
         with Work() as count:
             in_pieces(form, q, k, v, taps, [1] * length)
@@ -229,14 +238,18 @@ def test_memory_is_linear_and_taps_grow_by_doubling(shape, monkeypatch, device):
     for read in range(1, 150):
         cache = model(input_ids=torch.full((2, 1), 7, device=device), cache=cache).cache
         sizes[read] = cache.nbytes
-    mixers = 3 - len(shape.get("attention_layers", []))
+    config, kept = model.config, len(model.config.attention_layers)
+    mixers = 3 - kept
     assert asked == [length for length in (1, 2, 4, 8, 16, 32, 64, 128, 256) for _ in range(mixers)]
-    width = 30 // shape["filters"]
-    numbers = 2 * 30 * max(2, width) * shape.get("hyena_order", 1)  # a token, in both rows: u, or keys and values
-    taps = shape["filters"] * shape.get("hyena_order", 1)
+    # A token, in both rows: u, or keys and values.
+    numbers = 2 * config.filtered_width * max(2, config.filter_head_width) * config.hyena_order
+    taps = config.num_filters * config.hyena_order
+    inputs = config.num_attention_heads * config.head_dim + 2 * config.key_value_width
+    inputs += max(0, config.hyena_order - 2) * config.filtered_width
     for read, size in sizes.items():
         held = mixers * (numbers + taps) * 4 * 2 * max(read, online.NEAR)  # twice the tokens at most
-        others = 3 * 4 * 2 * 30 * (2 * (read + 7) + 2 * 4) + 3 * 2 * (read + 7)  # windows, short convolutions
+        others = 2 * 4 * mixers * 2 * inputs  # short convolutions
+        others += 2 * kept * (2 * 4 * config.key_value_width + 1) * (read + 7)  # windows
         assert size <= held + others
 
 
@@ -259,11 +272,11 @@ def test_gradients_are_those_of_the_whole_or_refused(device):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("filters", [3, 5, 30])
+@pytest.mark.parametrize("shape", [*SHAPES[:3], *GROUPED_SHAPES[:2]])
 @torch.no_grad()
-def test_half_precision_and_autocast(filters, device):
+def test_half_precision_and_autocast(shape, device):
     """Convolutions and what they keep are float32: what is lost is the rounding around them."""
-    exact, ids = tiny_student(filters).float().to(device), random_ids(2, 63, device=device)
+    exact, ids = tiny_student(**shape).float().to(device), random_ids(2, 63, device=device)
     half = copy.deepcopy(exact).to(torch.bfloat16)
     expected = exact(input_ids=ids, use_cache=False).logits[:, 40:]
     for model, autocast in ((half, False), (exact, True)):

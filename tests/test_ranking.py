@@ -5,6 +5,7 @@ import torch
 from conftest import command_line, tiny_student, tiny_teacher
 from reference import assert_close
 
+from scavenger import families
 from scavenger.recipe import RecipeError, load_recipe
 from scavenger.transfer import ranking
 
@@ -12,9 +13,7 @@ from scavenger.transfer import ranking
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_mixer_alone_is_the_teacher_with_one_output_replaced(layer):
     frozen, matched = tiny_teacher(), tiny_student()
-    matched.load_state_dict(
-        {key.replace(".attention.", ".mixer."): value for key, value in frozen.state_dict().items()}, strict=False
-    )
+    matched.load_state_dict(families.of("gpt_neox").student_weights(frozen, []), strict=False)
     ids = torch.randint(0, 97, (2, 23))
     _, cos, sin = matched.model.mask_and_angles(torch.zeros(2, 23, 30, dtype=torch.float64))
     mixer = matched.model.layers[layer].mixer

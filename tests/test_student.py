@@ -8,7 +8,7 @@ from conftest import tiny_student, tiny_teacher
 from reference import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from scavenger import student, teacher
+from scavenger import families, student, teacher
 from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.recipe import Student
 
@@ -42,7 +42,7 @@ def test_the_teacher_s_generation_is_one_that_the_student_can_do(tmp_path, lacki
 def test_only_filters_and_short_filters_are_new(mixer):
     model = tiny_teacher()
     made = student.from_teacher(Student(mixer=mixer), LENGTH, model, seed=0)
-    theirs = {key.replace(".attention.", ".mixer."): value for key, value in model.state_dict().items()}
+    theirs = families.of("gpt_neox").student_weights(model, [])
     new = set(made.state_dict()) - set(theirs)
     filter_parts = [
         "direct",
@@ -68,7 +68,7 @@ def test_a_student_that_keeps_all_attention_is_the_teacher(parallel_residual):
     config = student.configuration(Student(), LENGTH, model.config)
     config.attention_layers, config.attention_window = [0, 1, 2], 23
     made = HyenaForCausalLM(config).double()
-    made.load_state_dict({key.replace(".attention.", ".mixer."): value for key, value in model.state_dict().items()})
+    made.load_state_dict(families.of("gpt_neox").student_weights(model, [0, 1, 2]))
     ids = torch.randint(0, 97, (2, 23))
     assert_close(model(input_ids=ids).logits, made(input_ids=ids).logits, 1e-6)  # the teacher's angles are float32
 
@@ -85,11 +85,11 @@ def test_attention_is_what_goes_in_and_out_of_it():
     inputs, outputs = teacher.attention(model, ids, [0, 1, 2])
     assert list(inputs) == list(outputs) == [0, 1, 2]
     assert {x.shape for x in [*inputs.values(), *outputs.values()]} == {(2, 23, 30)}
-    last = model.model.layers[-1]
+    last = model.gpt_neox.layers[-1]
     hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-2]  # what goes into the last block
     assert torch.equal(last.input_layernorm(hidden), inputs[2])
     block = hidden + outputs[2] + last.mlp(last.post_attention_layernorm(hidden))
-    assert_close(logits, model.lm_head(model.model.final_layer_norm(block)), 1e-14)
+    assert_close(logits, model.lm_head(model.gpt_neox.final_layer_norm(block)), 1e-14)
     (only,) = teacher.attention(model, ids, [1])[1].items()
     assert only[0] == 1 and torch.equal(only[1], outputs[1])
     read, blocks = teacher.hidden_states(model, ids, blocks=True)
@@ -186,6 +186,19 @@ def test_saved_and_loaded(tmp_path, modal):
 def test_impossible_configurations():
     with pytest.raises(ValueError, match="num_filters 7"):
         HyenaConfig(hidden_size=30, num_attention_heads=5, num_filters=7)
+    for changes, message in (
+        ({"num_attention_heads": 7}, "hidden_size 512 is not a multiple of num_attention_heads 7; expected head_dim"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
+        ({"rotary_channels": 7}, r"rotary_channels is 7; expected an even number up to head_dim \(64\)"),
+        ({"rotary_channels": 66}, r"rotary_channels is 66; expected an even number up to head_dim \(64\)"),
+        ({"num_key_value_heads": 2, "num_filters": 256}, "the 128 channels of the heads are not a multiple"),
+        ({"num_key_value_heads": 2, "num_filters": 64, "hyena_order": 2}, r"one filter for each channel \(128\)"),
+        ({"norm": "batch"}, "norm is 'batch'; expected one of layer, rms"),
+        ({"mlp": "wide"}, "mlp is 'wide'; expected one of plain, gated"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HyenaConfig(**changes)
+    assert HyenaConfig(num_key_value_heads=2, num_filters=256, share_state=False).filter_head_width == 2
     with pytest.raises(ValueError, match="state_sizes has 0 layers"):
         HyenaConfig(filter="modal")
     for wrong in ("geluu", None, ["gelu"]):

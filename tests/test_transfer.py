@@ -75,7 +75,7 @@ def test_the_teachers_own_attention_has_no_error_and_no_gradient(reading, device
         errors, tail = matching(ids, mask, *teacher.attention(frozen, ids, layers))
         assert errors.shape == (len(layers), len(ids)) and errors.max() < 1e-10 and tail == 0
         trained = [p for p in matching.parameters() if p.requires_grad]
-        assert len(trained) == 4 * len(layers), "weights and biases of both projections"
+        assert len(trained) == 8 * len(layers), "weights and biases of q, k, v and out"
         for slope in torch.autograd.grad(errors.sum(), trained):
             assert slope.abs().max() < 1e-4  # of a sum whose own scale is one; 1e-6 to 1e-5 by the angles
 
@@ -168,7 +168,7 @@ def test_only_matched_mixers_are_trained(device):
 def calls(model):
     """Counts the calls of each layer's mixer and MLP, which a list in use gets."""
     found = []
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(model.base_model.layers):
         mixer = layer.attention if hasattr(layer, "attention") else layer.mixer
         for what, module in (("mixer", mixer), ("mlp", layer.mlp)):
             module.register_forward_hook(lambda *args, entry=(what, index): found.append(entry))
@@ -223,7 +223,7 @@ def test_the_loss_of_logits_is_its_definition(changes, rows, monkeypatch, device
     outputs = {"own": [], "theirs": []}
     hooks = []
     for name, network in (("own", model), ("theirs", frozen)):
-        for layer in network.model.layers:
+        for layer in network.base_model.layers:
             keep = outputs[name].append
             hooks.append(layer.register_forward_hook(lambda module, args, out, keep=keep: keep(out)))
     own, theirs = (network(input_ids=ids, use_cache=False).logits for network in (model, frozen))
@@ -245,8 +245,8 @@ def test_the_loss_of_logits_is_its_definition(changes, rows, monkeypatch, device
     matching = transfer.LogitMatching(model, phase, Filter())
     aim = aims_of(frozen, ids, phase.hidden_states > 0)
     value, logged, _ = matching(ids, mask, counts_of(ids, mask), 1.0, *aim)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-7)  # float32 weights of the terms
-    assert logged["divergence"].item() == pytest.approx(divergence.item(), rel=1e-7)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)  # measured 1.5e-7: weights of the terms are float32
+    assert logged["divergence"].item() == pytest.approx(divergence.item(), rel=1e-6)
     assert ("cross_entropy" in logged) == (phase.cross_entropy > 0)
     assert ("hidden_states" in logged) == (phase.hidden_states > 0)
     parameters = [p for name, p in model.named_parameters() if "filter.frequency" not in name]
@@ -426,7 +426,7 @@ def test_what_a_step_moves_and_how_far(workshop, tmp_path, changes):
         step = (after[name] - value).abs().max().item()
         if ".mixer." in name:
             assert step == pytest.approx(1e-2, rel=0.05), name
-        elif "trained" in changes:
+        elif "trained" in changes or name == "model.rotary.inv_freq":  # a constant
             assert step == 0, name
         else:
             assert step == pytest.approx(1e-4, rel=0.05), name
