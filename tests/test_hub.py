@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import yaml
-from conftest import BIN, LAUNCHED, ROOT, launch
+from conftest import BIN, LAUNCHED, ROOT, launch, tiny_of
+from conftest import scavenger as whole_run
 from hub_server import Commit, Hub
+from transformers import AutoTokenizer, GenerationConfig
 
 from scavenger.hub import model_card, student_folder
 from scavenger.recipe import Hub as Target
@@ -161,6 +163,85 @@ def test_a_pushed_run_comes_back_the_same(hub, environment, scavenger, finished,
     ((kind, perplexity),) = json.loads(done.stdout.splitlines()[-1])
     expected = read_json(finished / "report/report.json")["models"]["recurrent"]["perplexity"]
     assert kind == "perplexity" and perplexity == pytest.approx(expected, abs=1e-4)
+
+
+# The same for students of other families; those with a chat template answer messages.
+FAMILIES = """
+import sys
+sys.modules["scavenger"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+messages = [{"role": "user", "content": "import os"}]
+for pair in sys.argv[1:]:
+    name, run = pair.split("=")
+    found, local = (
+        AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True) for where in (name, run + "/recurrence")
+    )
+    assert type(found).__module__.startswith("transformers_modules.") and found.config.model_type == "hyena"
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    ids = tokenizer("import os", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, local(ids).logits)
+    if tokenizer.chat_template:
+        talk = pipeline("text-generation", model=found, tokenizer=tokenizer)
+        (answer,) = talk(messages, max_new_tokens=5, do_sample=False)
+        text = answer["generated_text"]
+        assert text[:-1] == messages and text[-1]["role"] == "assistant" and isinstance(text[-1]["content"], str)
+        kept = GenerationConfig.from_pretrained(name)
+        assert (kept.temperature, kept.top_p, kept.eos_token_id) == (0.6, 0.9, [0, 7])
+print("the same")
+"""
+TALK = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_students_of_other_families_come_back_the_same(hub, environment, scavenger, workshop, tmp_path):
+    """The whole way of each, and a push: teachers from folders with a chat template, and one trained in the run."""
+    pairs = []
+    for family in ("llama", "qwen3", "phi"):
+        run, made = tmp_path / family, tmp_path / f"{family}-teacher"
+        if family == "phi":
+            own = [
+                "teacher.path=null",
+                "teacher.train={family: phi, hidden_size: 24, num_layers: 3, num_heads: 3, vocab_size: 320, steps: 4, "
+                "batch_size: 4, learning_rate: 1e-2}",
+            ]
+        else:
+            shutil.copytree(workshop / "teacher", made)
+            tokenizer = AutoTokenizer.from_pretrained(made)
+            tokenizer.chat_template = TALK
+            tokenizer.save_pretrained(made)
+            teacher = tiny_of(family, vocab_size=320)
+            teacher.generation_config = GenerationConfig(
+                do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[0, 7], bos_token_id=0
+            )
+            teacher.save_pretrained(made)
+            own = [f"teacher.path={made}"]
+        whole_run(
+            workshop / "recipe.yaml",
+            f"run_dir={run}",
+            *own,
+            "transfer.activations.steps=4",
+            "transfer.logits.steps=4",
+            "recurrence.max_state_size=6",
+            "recurrence.method=balanced",
+            "report.context_lengths=[20]",
+            "report.cases=[1x8+3]",
+            "report.examples=1",
+        )
+        figures = json.loads((run / "report/report.json").read_text())
+        assert set(figures["models"]) == {"teacher", "pre-trained", "distilled", "recurrent"}
+        code, out, err = scavenger("push", run, "--to", f"tester/{family}")
+        assert code == 0 and err == "", err
+        pairs.append(f"tester/{family}={run}")
+    done = subprocess.run(
+        [sys.executable, "-c", FAMILIES, *pairs], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.stdout == "the same\n", done.stderr
 
 
 def test_branch_and_privacy(hub, scavenger, finished):
