@@ -1,3 +1,3 @@
 """Turn a Transformer into a Hyena student, and the student into a recurrence."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
