@@ -22,6 +22,7 @@ from scavenger.run.run import Run
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"  # as in Pythia's tokenizer
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # Files that transformers reads of a checkpoint: weights, configurations, tokenizers. Cards and figures may change.
 LOADED = re.compile(
     r"\.(safetensors|bin|model|index\.json)$|^(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)"
@@ -88,6 +89,9 @@ def load_configuration(settings: Teacher, run_dir: Path) -> PreTrainedConfig:
             f"teacher: {where} is a {config.model_type}; expected one of the families {', '.join(families.MODEL_TYPES)}"
         )
     family = families.of(config.model_type)
+    for key in SIZES:
+        if not getattr(config, key) >= 1:
+            raise RecipeError(f"teacher: {where} has {key} {getattr(config, key)}; expected 1 or more")
     if config.hidden_act not in ACT2FN:
         raise RecipeError(f"teacher: {where} has hidden_act {config.hidden_act}; expected one that transformers has")
     if getattr(config, "quantization_config", None) is not None:

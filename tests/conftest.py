@@ -53,6 +53,7 @@ class Done(NamedTuple):
 def command(script, *words):
     """A command of eval/ as typed in the project's folder, called in this process."""
     path = ROOT / script
+    sys.modules.pop("mixers", None)  # eval/ and benchmarks/ have one each
     with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
         spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)

@@ -419,7 +419,7 @@ def test_the_loss_of_logits_is_the_sum_over_the_assistants(kept):
     entropy = torch.stack([-own[i, t].log_softmax(-1)[whole.ids[i, t + 1]] for i, t in at]).mean()
     expected = 0.7 * divergence + 0.3 * entropy
     counts = torch.tensor([len(at), len(at)])
-    aim = frozen.lm_head.weight, *teacher.hidden_states(frozen, whole.ids, not kept)
+    aim = losses.Head.of(frozen), *teacher.hidden_states(frozen, whole.ids, not kept)
     if kept:
         top = theirs.detach().log_softmax(-1).topk(97, -1)
         nothing = torch.full(whole.ids.shape, -torch.inf, dtype=torch.float64)

@@ -476,7 +476,7 @@ def test_a_teacher_whose_outputs_overflow(workshop, tmp_path):
     """Its weights are finite. One line, the batch by name, from the program itself."""
     shutil.copytree(workshop / "teacher", tmp_path / "teacher")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
-    model.model.layers[1].attention.dense.weight.data[3] = 1e38
+    model.gpt_neox.layers[1].attention.dense.weight.data[3] = 1e38
     model.save_pretrained(tmp_path / "teacher")
     program = Program(tmp_path, workshop / "recipe.yaml", *TRANSFER, f"teacher.path={tmp_path}/teacher")
     assert program.end() == 2, program.err

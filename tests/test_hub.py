@@ -509,7 +509,7 @@ def test_names_are_code_in_the_card(own_run):
     values["data"] |= {"path": None, "name": "some_body/_text_"}
     (own_run / "recipe.yaml").write_text(yaml.safe_dump(values))
     text = model_card(own_run, Target("tester/model")).text
-    assert "from `a__b__ <i>`, a GPT-NeoX" in text and "tokens of `some_body/_text_`" in text
+    assert "from `a__b__ <i>`, a Transformer of 3 layers" in text and "tokens of `some_body/_text_`" in text
 
 
 def test_the_card_of_less(hub, scavenger, own_run):
