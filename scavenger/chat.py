@@ -3,9 +3,11 @@
 A conversation is rendered by the tokenizer's own template, to the tokens of `apply_chat_template`. A template with
 {% generation %} blocks says itself what the assistant wrote. For any other, it is what each of its messages adds to the
 conversation so far with the generation prompt, up to the end of its turn; whitespace that the template puts after the
-token that ends the turn is not the assistant's.
+token that ends the turn is not the assistant's. Where the template writes a turn differently once others follow, it is
+the content that is still shown, and the end of the turn.
 """
 
+import os
 import re
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from scavenger.recipe import RecipeError
 
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+MARK = "\ue000"  # a private character, in no text
 USE_ALL = "chat_loss: all works with every template"
 
 
@@ -105,14 +108,34 @@ def _spans(conversation, whole, tokenizer, ends):
             changed = f"does not begin message {index + 1} with its generation prompt, or changes earlier ones for it"
         elif not whole.startswith(after):
             changed = f"changes its first {index + 1} messages for later ones"
-        if changed is not None:
+        if changed is None:
+            turn = after.rstrip()
+            spans.append((len(before), len(turn if turn.endswith(ends) else after)))
+        elif (span := _content(conversation, index, whole, tokenizer, ends)) is not None:
+            spans.append(span)
+        else:
             raise RecipeError(
                 f"data: {where}: the chat template {changed}, so the assistant's tokens cannot be told; expected a "
-                f"template with generation blocks, or one that only appends ({USE_ALL})"
+                f"template with generation blocks, or one that shows each content unchanged ({USE_ALL})"
             )
-        turn = after.rstrip()
-        spans.append((len(before), len(turn if turn.endswith(ends) else after)))
     return spans
+
+
+def _content(conversation, index, whole, tokenizer, ends):
+    """Where in `whole` the content of a message and the token that ends its turn stand, (begin, end) in characters.
+
+    For templates that write earlier turns differently, without their reasoning for example: the content is what
+    changes in the whole conversation with another content. None where that is not all that changes.
+    """
+    messages = list(conversation.messages)
+    messages[index] = messages[index] | {"content": MARK}
+    marked = _rendered(conversation, messages, tokenizer)
+    begin = len(os.path.commonprefix([whole, marked]))
+    after = len(os.path.commonprefix([whole[begin:][::-1], marked[begin:][::-1]]))
+    if marked[begin : len(marked) - after] != MARK:
+        return None
+    end = len(whole) - after
+    return begin, end + next((len(token) for token in ends if whole.startswith(token, end)), 0)
 
 
 def _inside(offsets, spans):

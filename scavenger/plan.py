@@ -11,7 +11,7 @@ import torch
 
 from scavenger import families, losses, measure, student, teacher, training
 from scavenger.model import HyenaForCausalLM
-from scavenger.recipe import Activations, Logits, Recipe, Stage, TeacherTraining
+from scavenger.recipe import Activations, Logits, Recipe, Stage, TeacherTraining, require_layers
 from scavenger.recurrence import allocation
 from scavenger.report import report
 from scavenger.run import checkpoint
@@ -140,7 +140,9 @@ def _configuration(recipe):
     train = recipe.teacher.train
     if train is not None:
         return teacher.shape(train, recipe.data.context_length, train.vocab_size)
-    return teacher.load_configuration(recipe.teacher, Path(recipe.run_dir))
+    config = teacher.load_configuration(recipe.teacher, Path(recipe.run_dir))
+    require_layers(recipe, config.num_hidden_layers)
+    return config
 
 
 def _trainings(recipe, config):
@@ -342,8 +344,9 @@ def _empty(recipe, config, phase):
     """The model that a phase trains, without weights."""
     if isinstance(phase, TeacherTraining):
         return _empty_teacher(config)
+    made = _student_configuration(recipe, config)
     with torch.device("meta"):
-        return HyenaForCausalLM(_student_configuration(recipe, config))
+        return HyenaForCausalLM(made)
 
 
 def _teacher(config):

@@ -22,7 +22,6 @@ from scavenger import families
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher-stdlib"
 
-# Published shapes (config.json of each model), so that a plan needs no network.
 # Keys of earlier versions, with the only value that today's code stands for: a saved recipe may still have them.
 REMOVED = {"recurrence.prefill_outputs": "recurrent"}
 
@@ -632,21 +631,25 @@ class Recipe(Section):
             "an existing file or folder of .txt, .md, .py, .jsonl, .json, .parquet or .arrow",
         )
         layers = teacher_layers(self)
-        if self.transfer is not None and layers is not None:
-            kept = set(self.student.attention_layers)
-            for phase in self.transfer.activations:
-                _require(
-                    phase.schedule != "progressive" or phase.steps >= layers,
-                    "transfer.activations.steps",
-                    phase.steps,
-                    f"at least one step for each of the teacher's {layers} layers, one after the other",
-                )
+        if layers is not None:
+            self.fit(layers)
+
+    def fit(self, layers: int):
+        """Raise _Wrong where the recipe does not fit a teacher of so many layers."""
+        for phase in self.transfer.activations if self.transfer is not None else ():
             _require(
-                all(0 <= layer < layers for layer in kept) and len(kept) < layers,
-                "student.attention_layers",
-                list(self.student.attention_layers),
-                f"some, not all, of the teacher's layers 0 to {layers - 1}",
+                phase.schedule != "progressive" or phase.steps >= layers,
+                "transfer.activations.steps",
+                phase.steps,
+                f"at least one step for each of the teacher's {layers} layers, one after the other",
             )
+        kept = set(self.student.attention_layers)
+        _require(
+            self.transfer is None or (all(0 <= layer < layers for layer in kept) and len(kept) < layers),
+            "student.attention_layers",
+            list(self.student.attention_layers),
+            f"some, not all, of the teacher's layers 0 to {layers - 1}",
+        )
 
 
 def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
@@ -662,6 +665,14 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
         return _build(Recipe, values, "")
     except _Wrong as wrong:
         raise RecipeError(f"{path}: {wrong.key}: found {_show(wrong.found)}; expected {wrong.right}") from None
+
+
+def require_layers(recipe: Recipe, layers: int):
+    """Raise RecipeError where the recipe does not fit a teacher of so many layers, as is known once it is loaded."""
+    try:
+        recipe.fit(layers)
+    except _Wrong as wrong:
+        raise RecipeError(f"{wrong.key}: found {_show(wrong.found)}; expected {wrong.right}") from None
 
 
 def resolved(recipe: Recipe) -> str:

@@ -143,6 +143,12 @@ def shape(train: TeacherTraining, context_length: int, vocab_size: int, **more) 
             f"teacher.train.num_key_value_heads: found {train.num_key_value_heads}; expected nothing: in a "
             f"{train.family} each head of q has its own k and v"
         )
+    turned = int(train.hidden_size // train.num_heads * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    if turned < 2 or turned % 2:
+        raise RecipeError(
+            f"teacher.train.num_heads: found {train.num_heads}; expected heads of which an even number of channels is "
+            f"turned by rotary, 2 or more, not {turned}: wider heads, that is fewer"
+        )
     return config
 
 

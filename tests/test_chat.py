@@ -45,6 +45,12 @@ FORGETFUL = (
     "{% else %}{{ message.content.split('\n')[-1] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Earlier turns of the assistant stand there twice.
+REPEATING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    "{% if message.role == 'assistant' and not loop.last %}{{ ' ' + message.content }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # No token of its own ends a turn, and a merged token begins in the prompt.
 PLAIN = (
     "{% for message in messages %}{{ message.role + ':' }}"
@@ -348,12 +354,18 @@ def test_a_template_that_changes_earlier_messages(tmp_path):
         asked = recipe(path=str(tmp_path / "a.jsonl"), chat_loss=loss)
         message = "a.jsonl, line .: the chat template .* so the assistant's tokens cannot be told.*chat_loss: all works"
         with pytest.raises(RecipeError, match=message if loss == "assistant" else "less than one context"):
-            data.run(asked, tmp_path, made(FORGETFUL))
-    with pytest.raises(RecipeError, match=r"does not begin message 2 with its generation prompt"):
-        marked(made(FORGETFUL), turns("y\na", "b"))
+            data.run(asked, tmp_path, made(REPEATING))
     with pytest.raises(RecipeError, match=r"here: the chat template changes its first 2 messages for later ones"):
-        marked(made(FORGETFUL), turns("a", "so\nb", "c"))
+        marked(made(REPEATING), turns("a", "so\nb", "c"))
+
+
+def test_earlier_turns_that_lose_their_reasoning():
+    """What is still shown of them is the assistant's, with the end of the turn."""
     assert "[so\nb<|im_end|>]" in marked(made(FORGETFUL), turns("a", "so\nb")), "of one turn nothing is dropped"
+    shown = marked(made(FORGETFUL), turns("a", "so\nb", "c", "so\nd"))
+    assert shown.count("[") == 2 and "assistant\n[b<|im_end|>]\n" in shown and "assistant\n[so\nd<|im_end|>]" in shown
+    shown = marked(made(FORGETFUL), turns("y\na", "b"))
+    assert "user\na<|im_end|>" in shown and "assistant\n[b<|im_end|>]" in shown
 
 
 LENGTHS = (17, 9, 2, 13)

@@ -2,17 +2,19 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCHED, random_ids, shape_of, shared, tiny_of
+from conftest import LAUNCHED, command_line, random_ids, shape_of, shared, tiny_of
 from reference import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from scavenger import families, student, teacher
+from scavenger import recipe as recipes
 from scavenger.model import HyenaForCausalLM, hyena
 from scavenger.recipe import Filter, RecipeError, Student, Teacher, TeacherTraining
 from scavenger.recurrence import recurrence
@@ -182,6 +184,34 @@ def test_the_state_is_shared_by_a_group(family):
     assert (sizes[True] < sizes[False]) == (shared_heads < heads)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL)
+def test_a_run_of_each(family, workshop, tmp_path):
+    """The plan, and both steps of the transfer, as a recipe has them."""
+    shutil.copytree(workshop / "teacher", tmp_path / "teacher")
+    tiny_of(family, vocab_size=320).save_pretrained(tmp_path / "teacher")
+    words = [workshop / "recipe.yaml", f"run_dir={tmp_path}/run", f"teacher.path={tmp_path}/teacher"]
+    words += ["transfer.activations.steps=1", "transfer.logits.steps=1", "student.attention_layers=[1]"]
+    words += ["baseline=null", "recurrence=null", "report=null"]
+    planned = command_line(*words, "--plan")
+    assert planned.returncode == 0 and f": {family}, " in planned.stdout, planned.stderr
+    assert command_line(*words).returncode == 0
+    made = student.load(tmp_path / "run/transfer")
+    assert made.config.model_type == "hyena" and list(made.config.attention_layers) == [1]
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("rotary", [True, False])
+def test_training_under_autocast(family, rotary):
+    """Norms and rotary angles are float32 there, values are not."""
+    made = student_of(tiny_of(family), rotary=rotary, attention_layers=(1,)).train()
+    ids = random_ids(2, 19, device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = made(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_greedy_text_is_the_teacher_s(family):
     model = tiny_of(family)
@@ -299,3 +329,38 @@ def test_a_family_is_named_in_its_own_files_only():
 def test_heads_of_k_and_v_where_the_family_has_none():
     with pytest.raises(RecipeError, match="num_key_value_heads: found 3; expected nothing"):
         teacher.shape(TeacherTraining(family="gpt_neox", num_key_value_heads=3, **SIZES, **TRAINING), 63, 97)
+
+
+def test_heads_whose_turned_part_is_odd():
+    """Phi turns half of each head, GPT-NeoX a quarter."""
+    for family, heads in (("phi", 8), ("gpt_neox", 24)):
+        train = TeacherTraining(family=family, **SIZES | {"num_heads": heads}, **TRAINING)
+        with pytest.raises(RecipeError, match=f"num_heads: found {heads}; expected heads of which an even number"):
+            teacher.shape(train, 63, 97)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma"])
+def test_options_that_are_llama_s_alone_are_not_believed(family):
+    """A config.json may say them; transformers passes over them."""
+    model = tiny_of(family)
+    model.config.mlp_bias = True
+    made, ids = student.from_teacher(EVERYTHING, 63, model, 0).eval(), random_ids(1, 9, device="cpu")
+    assert torch.equal(logits_of(made, ids), logits_of(model, ids))
+
+
+def test_layers_that_the_teacher_does_not_have(workshop, monkeypatch):
+    """Known only once the teacher is loaded, where it is on the Hub."""
+    monkeypatch.setattr(recipes, "teacher_layers", lambda recipe: None)
+    for override, said in (
+        (
+            "student.attention_layers=[3]",
+            r"student.attention_layers: found \[3\]; expected some, not all, of .* 0 to 2",
+        ),
+        ("student.attention_layers=[0, 1, 2]", "student.attention_layers: .* expected some, not all"),
+        (
+            "transfer.activations={steps: 2, batch_size: 4, learning_rate: 1e-2, schedule: progressive}",
+            "at least one step",
+        ),
+    ):
+        done = command_line(workshop / "recipe.yaml", override, "--plan")
+        assert done.returncode == 2 and re.search(f"^scavenger: error: .*{said}", done.stderr, re.M), done.stderr

@@ -13,8 +13,9 @@ def block(config):
     if config.use_bidirectional_attention:
         raise ValueError("its attention sees later tokens (use_bidirectional_attention)")
     # Gemma rounds the factor √width to the dtype of its weights.
-    scale = torch.tensor(config.hidden_size**0.5, dtype=config.dtype or torch.float32).item()
-    return llama.block(config) | {"embedding_scale": scale}
+    scale = torch.tensor(config.hidden_size**0.5, dtype=config.dtype or torch.float32, device="cpu").item()
+    biased = config.attention_bias
+    return llama.gated(config) | {"qkv_bias": biased, "out_bias": biased, "embedding_scale": scale}
 
 
 def prepared(weights, config):

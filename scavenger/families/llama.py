@@ -23,7 +23,15 @@ NAMES = {
 
 
 def block(config):
-    biased = getattr(config, "attention_bias", False)
+    return gated(config) | {
+        "qkv_bias": config.attention_bias,
+        "out_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+
+
+def gated(config):
+    """What is Llama's in its relatives too, which have none of its options for biases."""
     return {
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -31,9 +39,9 @@ def block(config):
         "norm_eps": config.rms_norm_eps,
         "mlp": "gated",
         "parallel_residual": False,
-        "qkv_bias": biased,
-        "out_bias": biased,
-        "mlp_bias": getattr(config, "mlp_bias", False),
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
     }
 
 

@@ -9,7 +9,7 @@ from . import llama
 
 
 def block(config):
-    return llama.block(config) | {"sliding_windows": [config.sliding_window or 0] * config.num_hidden_layers}
+    return llama.gated(config) | {"sliding_windows": [config.sliding_window or 0] * config.num_hidden_layers}
 
 
 FAMILY = dataclasses.replace(

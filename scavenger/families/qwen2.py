@@ -9,7 +9,7 @@ from . import llama
 
 
 def block(config):
-    return llama.block(config) | {"qkv_bias": True, "out_bias": False, "sliding_windows": sliding_windows(config)}
+    return llama.gated(config) | {"qkv_bias": True, "sliding_windows": sliding_windows(config)}
 
 
 def sliding_windows(config):

@@ -15,7 +15,13 @@ NAMES = llama.NAMES | {
 
 
 def block(config):
-    return llama.block(config) | {"qk_norm": True, "sliding_windows": qwen2.sliding_windows(config)}
+    biased = config.attention_bias
+    return llama.gated(config) | {
+        "qkv_bias": biased,
+        "out_bias": biased,
+        "qk_norm": True,
+        "sliding_windows": qwen2.sliding_windows(config),
+    }
 
 
 FAMILY = dataclasses.replace(

@@ -115,6 +115,10 @@ class HyenaConfig(PreTrainedConfig):
             raise ValueError(
                 f"rotary is true; expected false: groups of {self.filter_head_width} channels split the turned pairs"
             )
+        if not set(self.attention_layers) <= set(range(self.num_hidden_layers)):
+            raise ValueError(
+                f"attention_layers is {list(self.attention_layers)}; expected some of 0 to {self.num_hidden_layers - 1}"
+            )
         for name, allowed in (
             ("hidden_act", sorted(ACT2FN)),
             ("filter", ["implicit", "modal"]),

@@ -108,8 +108,8 @@ class HyenaMixer(nn.Module):
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            # Under autocast cos and sin are wider than the outputs of the projections.
-            q, k = (turn(z, cos, sin, adjacent=True).to(v.dtype) for z in (q, k))
+            q, k = (turn(z, cos, sin, adjacent=True) for z in (q, k))
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms, cos and sin are wider than the projections
         if k.shape[2] < self.filtered_heads:
             k, v = (z.repeat_interleave(self.filtered_heads // z.shape[2], dim=2) for z in (k, v))
         q = q.unflatten(2, (self.filtered_heads, -1)).transpose(2, 3).flatten(3).unflatten(3, (self.num_filters, -1))

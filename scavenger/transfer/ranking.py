@@ -49,9 +49,10 @@ def check(recipe: Recipe, keep: int, path: Path):
     if recipe.transfer is None:
         raise RecipeError("transfer: found nothing; expected a section: layers are ranked by matching activations")
     layers = teacher_layers(recipe)
-    if keep < 1 or (layers is not None and keep >= layers):
-        right = f"1 to {layers - 1}" if layers else "1 or more"
-        raise RecipeError(f"--keep: found {keep}; expected {right}, some and not all of the teacher's layers")
+    if layers is None:
+        layers = teacher.load_configuration(recipe.teacher, Path(recipe.run_dir)).num_hidden_layers
+    if not 1 <= keep < layers:
+        raise RecipeError(f"--keep: found {keep}; expected 1 to {layers - 1}, some and not all of the teacher's layers")
     if path.is_dir():
         raise RecipeError(f"--to: {path} is a folder; expected the name of a new file")
     if not path.parent.is_dir():
