@@ -230,11 +230,11 @@ def test_students_of_other_families_come_back_the_same(hub, environment, scaveng
             "recurrence.max_state_size=6",
             "recurrence.method=balanced",
             "report.context_lengths=[20]",
-            "report.cases=[1x8+3]",
+            "report.cases=[]",
             "report.examples=1",
+            "report.prompts=1",
+            *([] if family == "phi" else ["report=null", "baseline=null"]),  # those of a family differ in no line
         )
-        figures = json.loads((run / "report/report.json").read_text())
-        assert set(figures["models"]) == {"teacher", "pre-trained", "distilled", "recurrent"}
         code, out, err = scavenger("push", run, "--to", f"tester/{family}")
         assert code == 0 and err == "", err
         pairs.append(f"tester/{family}={run}")
@@ -242,6 +242,8 @@ def test_students_of_other_families_come_back_the_same(hub, environment, scaveng
         [sys.executable, "-c", FAMILIES, *pairs], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert done.stdout == "the same\n", done.stderr
+    figures = json.loads((tmp_path / "phi/report/report.json").read_text())
+    assert set(figures["models"]) == {"teacher", "pre-trained", "distilled", "recurrent"}
 
 
 def test_branch_and_privacy(hub, scavenger, finished):
