@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import LAUNCHED, command_line, random_ids, shape_of, shared, tiny_of
 from reference import assert_close
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scavenger import families, student, teacher
 from scavenger import recipe as recipes
@@ -119,6 +119,7 @@ def test_sliding_windows(family):
     assert [narrow.config.window(layer) for layer in range(3)] == [5, 5, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize(
     "settings",
@@ -220,6 +221,7 @@ def test_greedy_text_is_the_teacher_s(family):
     assert torch.equal(made.generate(ids, **settings), model.generate(ids, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 def test_what_people_do_with_a_model(family):
     """Left padding, beams, streaming, more tokens, LoRA."""
@@ -258,6 +260,25 @@ def test_what_people_do_with_a_model(family):
     adapted = get_peft_model(made, LoraConfig(r=2, target_modules=["q", "v", "out"], task_type="CAUSAL_LM"))
     adapted(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL)
+def test_stock_lm_eval(family, workshop):
+    """Log-likelihoods of requests of different lengths, by lm-evaluation-harness' own class."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    made = student_of(tiny_of(family, vocab_size=320), attention_layers=(1,), attention_window=9)
+    tokenizer = AutoTokenizer.from_pretrained(workshop / "teacher")
+    texts = [("import", " os\n"), ("def main(argv):\n    return", " argv[1:] + [0]"), ("x =", " 1")]
+    asked = [Instance("loglikelihood", {}, text, index) for index, text in enumerate(texts)]
+    found = HFLM(pretrained=made, tokenizer=tokenizer, batch_size=3).loglikelihood(asked, disable_tqdm=True)
+    for (context, more), (value, _) in zip(texts, found, strict=True):
+        ids = torch.tensor([tokenizer(context + more)["input_ids"]])
+        begin = len(tokenizer(context)["input_ids"])
+        log_p = logits_of(made, ids)[0, begin - 1 : -1].log_softmax(-1)
+        assert value == pytest.approx(log_p.gather(1, ids[0, begin:, None]).sum().item(), rel=1e-4)
 
 
 @pytest.fixture(scope="session")
