@@ -98,6 +98,16 @@ def test_rotary_frequencies_are_those_of_transformers(family, scaling):
 
 
 @pytest.mark.parametrize("family", ALL)
+def test_a_student_from_scratch_has_its_teacher_s_frequencies(family):
+    """As the baseline is made: from the configuration alone."""
+    rope = shape_of(family).rope_parameters | {"rope_theta": 97.0}
+    model = tiny_of(family, rope_parameters=rope)
+    made = student.new(Student(filter=FILTERS), 63, model.config, 0)
+    assert torch.equal(made.model.rotary.inv_freq, model.base_model.rotary_emb.inv_freq)
+    assert made.model.rotary.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ALL)
 def test_frequencies_that_change_with_the_length_are_refused(family):
     rope = shape_of(family).rope_parameters
     config = shape_of(family, rope_parameters=rope | {"rope_type": "dynamic", "factor": 2.0})
