@@ -271,6 +271,8 @@ def tiny_student(filters=5, modal=False, **changes):
         | sizes
         | changes
     )
+    if config.state_sizes is not None:  # a layer with kept heads has fewer filters
+        config.state_sizes = [own[: config.filters(layer)] for layer, own in enumerate(config.state_sizes)]
     torch.manual_seed(5)
     model = HyenaForCausalLM(config).double().eval()
     with torch.no_grad():
@@ -284,9 +286,20 @@ def tiny_student(filters=5, modal=False, **changes):
             if isinstance(mixer, WindowedAttention):
                 continue
             mixer.short_filter.add_(0.3 * torch.randn_like(mixer.short_filter))
-            mixer.filter.direct.normal_()
             if mixer.gates is not None:
                 mixer.gates.weight.normal_(std=0.5)
+            if mixer.join is not None:
+                mixer.join.weight.normal_(std=0.5)
+            if mixer.features is not None:
+                for matrix in (mixer.features.q, mixer.features.k):
+                    matrix.normal_()
+            if not mixer.num_filters:
+                continue
+            if config.positive:
+                mixer.filter.log_rate.uniform_(-4, 0.5)
+                mixer.filter.log_weight.normal_()
+                continue
+            mixer.filter.direct.normal_()
             if modal:
                 radius = 0.5 + 0.49 * torch.rand(len(mixer.filter.pole), dtype=torch.float64)
                 mixer.filter.pole.copy_(torch.view_as_real(torch.polar(radius, 3 * torch.rand_like(radius))))

@@ -449,8 +449,9 @@ def _of_queries(q, *others):
     return torch.stack(outputs, dim=2), states[0]
 
 
-def _loop_state(modes, batch, width=1):
+def _loop_state(modes, batch, width=1, value_width=1):
     """A state that knows nothing but the recurrence's definition."""
+    assert value_width == width
     return _Loop(modes, modes.poles.new_zeros(batch, len(modes.poles), width, width))
 
 
@@ -463,7 +464,7 @@ class _Loop:
         self.mode_filter = torch.arange(len(sizes), device=back.device).repeat_interleave(sizes)
 
     def step(self, q, k, v):
-        poles, residues, direct, _ = self.modes
+        poles, residues, direct, *_ = self.modes
         y, self.state = _of_queries(q[:, :, :, None], k, v, poles, residues, self.mode_filter, direct, self.state)
         return y[:, :, :, 0]
 

@@ -121,12 +121,12 @@ def test_sliding_windows(family):
     changes = {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
     model = tiny_of(family, **{key: value for key, value in changes.items() if hasattr(shape_of(family), key)})
     made, ids = student.from_teacher(EVERYTHING, 63, model, 0).eval(), random_ids(2, 51, device="cpu")
-    windows = [made.config.window(layer) for layer in range(3)]
+    windows = [made.config.kept_window(layer) for layer in range(3)]
     assert 7 in windows and set(windows) <= {0, 7}
     assert_close(logits_of(model, ids), logits_of(made, ids), 2e-5)
     assert not torch.allclose(logits_of(tiny_of(family), ids), logits_of(made, ids), rtol=1e-3)
     narrow = student.from_teacher(dataclasses.replace(EVERYTHING, attention_window=5), 63, model, 0)
-    assert [narrow.config.window(layer) for layer in range(3)] == [5, 5, 5]
+    assert [narrow.config.kept_window(layer) for layer in range(3)] == [5, 5, 5]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from reference import assert_close, relative_error
 from transformers import DynamicCache
 
 from scavenger.model import HyenaCache, HyenaConfig, HyenaForCausalLM, convolution
-from scavenger.model.attention import AttentionCacheLayer, WindowedAttention
+from scavenger.model.attention import AttentionCacheLayer, Tokens, attention
 from scavenger.model.convolution import (
     ToeplitzProduct,
     causal_convolution,
@@ -455,23 +455,14 @@ def test_kept_attention_sees_its_window_and_no_more(device):
     pieces = []
     for piece in hidden.split([3, 1, 1, 11, 1, 6], dim=1):
         pieces.append(layer(piece, ones[:, : piece.shape[1]], zeros[:, : piece.shape[1]], None, cache))
-        assert cache.layers[1].keys.shape[2] == 7
+        assert cache.layers[1].ring.keys.shape[2] == 7
     assert_close(before, torch.cat(pieces, dim=1), 1e-14)
 
 
 @pytest.mark.parametrize("heads, shared", [(5, 5), (6, 2), (7, 1)])
 def test_kept_attention_in_blocks_is_one_masked_product(heads, shared, monkeypatch, device):
-    monkeypatch.setattr("scavenger.model.attention.BLOCK", 5)
+    monkeypatch.setattr("scavenger.model.attention.BLOCKS", (5, 5))
     for window in (0, 3, 8, 40):
-        config = HyenaConfig(
-            num_attention_heads=heads,
-            num_key_value_heads=shared,
-            head_dim=6,
-            attention_window=window,
-            attention_layers=[0],
-            num_filters=shared,
-        )
-        layer = WindowedAttention(config, 0)
         q, (k, v) = normal(2, heads, 23, 6, device=device), normal(2, 2, shared, 23, 6, device=device)
         keys, values = (z.repeat_interleave(heads // shared, dim=1) for z in (k, v))
         real = torch.ones(2, 23, dtype=torch.bool, device=device)
@@ -482,7 +473,7 @@ def test_kept_attention_in_blocks_is_one_masked_product(heads, shared, monkeypat
             allowed = (behind >= 0) & (behind < (window or 23))
             allowed = (allowed & real[:, None] | (behind == 0)) if padded else allowed[None].expand(2, 23, 23)
             scores = (q @ keys.mT / 6**0.5).masked_fill(~allowed[:, None], -torch.inf)
-            found = layer._parallel(q, k, v, real if padded else torch.ones_like(real), padded)
+            found, _ = attention(q, Tokens(k, v, real if padded else None), window)
             assert_close(scores.softmax(-1) @ values, found, 1e-14)
 
 
@@ -491,7 +482,7 @@ def test_a_window_is_the_smaller_of_the_teacher_s_and_the_recipe_s():
         config = HyenaConfig(
             num_hidden_layers=3, attention_layers=layers, attention_window=window, sliding_windows=sliding
         )
-        return [config.window(layer) for layer in range(3)], config.widest_window, config.state_grows
+        return [config.kept_window(layer) for layer in range(3)], config.widest_window, config.state_grows
 
     assert windows(9, None) == ([9, 9, 9], 9, False)
     assert windows(9, [0, 4, 20]) == ([9, 4, 9], 9, False)

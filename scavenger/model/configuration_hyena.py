@@ -17,14 +17,19 @@ class HyenaConfig(PreTrainedConfig):
 
     `attention_layers`: layers that keep the teacher's attention, each token seeing `attention_window` tokens, 0: all;
     and no more than the teacher itself sees in that layer, by `sliding_windows` (one for each layer, 0: all).
-    `num_filters`: groups of channels that share a long filter: one for each channel for hyena, fewer for multihyena.
+    `attention_heads`: for each layer the single heads of k and v that keep it, with their heads of q, likewise.
+    `window`: tokens that every other head sees by softmax attention beside its long filter, whose lags begin there.
+    `num_filters`: groups of channels that share a long filter: one for each channel for hyena, fewer for multihyena; as
+    many as a layer without kept heads has. 0: none, the window is all there is.
+    `features`: "hedgehog": the filter's scores are products of non-negative features of q and k, and are normalised.
     `share_state`: the heads of q in a group share the filters and the states of their head of k and v; otherwise k and
     v are repeated, and each head of q has its own.
     `hyena_order`: long convolutions of a layer, one after the other. 1 gates before and after its one convolution, as
     the published code calls "order 2"; from 2 on it is the paper's full recurrence and needs one filter per channel.
     `rotary`: whether q and k of the mixers are turned; None: wherever the groups of channels split no turned pair.
     `filter`: "implicit" before stage two, "modal" after it; then `state_sizes` has, for each layer, the complex
-    modes of each filter (those of the first long convolution first).
+    modes of each filter (those of the first long convolution first). `positive`: modal filters are sums of real
+    exponentials with coefficients above zero.
     `context_length`: tokens of a training example, the unit of time of the implicit filters; `filter_window`: in how
     many of them the slowest of these filters falls to 1 %.
     """
@@ -63,7 +68,10 @@ class HyenaConfig(PreTrainedConfig):
 
     attention_layers: list[int] | tuple[int, ...] = ()
     attention_window: int = 256
+    attention_heads: list[list[int]] | None = None
     sliding_windows: list[int] | None = None
+    window: int = 0
+    features: str = "none"
     num_filters: int = 8
     share_state: bool = True
     hyena_order: int = 1
@@ -75,6 +83,7 @@ class HyenaConfig(PreTrainedConfig):
     filter_window: float = 1.5
     context_length: int = 1024
     filter: str = "implicit"
+    positive: bool = False
     state_sizes: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs):
@@ -99,7 +108,9 @@ class HyenaConfig(PreTrainedConfig):
             raise ValueError(
                 f"rotary_channels is {self.rotary_channels}; expected an even number up to head_dim ({self.head_dim})"
             )
-        if self.filtered_width % self.num_filters:
+        if self.num_filters == 0 and not (self.window and self.filter == "modal"):
+            raise ValueError("num_filters is 0; expected a window and modal filters beside it, or a number of filters")
+        if self.num_filters and self.filtered_width % self.num_filters:
             raise ValueError(
                 f"the {self.filtered_width} channels of the heads are not a multiple of num_filters {self.num_filters}"
             )
@@ -108,13 +119,15 @@ class HyenaConfig(PreTrainedConfig):
                 f"hyena_order is {self.hyena_order} with num_filters {self.num_filters}; expected 1, or more with "
                 f"one filter for each channel ({self.filtered_width})"
             )
-        relative = not any(map(self._splits_pair, range(0, self.filtered_width, self.filter_head_width)))
+        step = self.filter_head_width or self.head_dim
+        relative = not any(map(self._splits_pair, range(0, self.filtered_width, step)))
         if self.rotary is None:
             self.rotary = relative
         elif self.rotary and not relative:
             raise ValueError(
                 f"rotary is true; expected false: groups of {self.filter_head_width} channels split the turned pairs"
             )
+        self._check_heads(relative)
         if not set(self.attention_layers) <= set(range(self.num_hidden_layers)):
             raise ValueError(
                 f"attention_layers is {list(self.attention_layers)}; expected some of 0 to {self.num_hidden_layers - 1}"
@@ -124,11 +137,47 @@ class HyenaConfig(PreTrainedConfig):
             ("filter", ["implicit", "modal"]),
             ("norm", ["layer", "rms"]),
             ("mlp", ["plain", "gated"]),
+            ("features", ["none", "hedgehog"]),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         if self.filter == "modal" and len(self.state_sizes or []) != self.num_hidden_layers:
             raise ValueError(f"state_sizes has {len(self.state_sizes or [])} layers; expected {self.num_hidden_layers}")
+
+    def _check_heads(self, relative):
+        """ValueError where a window, kept heads or features do not go with the filters."""
+        heads = self.attention_heads or []
+        if heads and (
+            len(heads) != self.num_hidden_layers
+            or any(not set(own) < set(range(self.num_key_value_heads)) for own in heads)
+            or any(own and layer in self.attention_layers for layer, own in enumerate(heads))
+        ):
+            raise ValueError(
+                f"attention_heads is {heads}; expected for each of {self.num_hidden_layers} layers some, not all, of "
+                f"the heads 0 to {self.num_key_value_heads - 1}, and none in a layer of attention_layers"
+            )
+        if not 0 <= self.window < self.context_length:
+            raise ValueError(f"window is {self.window}; expected 0 to context_length - 1 ({self.context_length - 1})")
+        beside = self.window > 0 or any(heads)
+        if beside and self.hyena_order > 1:
+            raise ValueError(f"hyena_order is {self.hyena_order}; expected 1 beside a window or kept heads")
+        if beside and self.num_filters and self.head_dim % self.filter_head_width:
+            raise ValueError(
+                f"num_filters is {self.num_filters}; expected groups of channels within a head of {self.head_dim} "
+                "beside a window or kept heads"
+            )
+        if beside and not (relative and self.rotary):
+            raise ValueError(
+                "a window and kept heads take the teacher's rotary turn of q and k, which the filters share; expected "
+                "rotary, and filters over groups of channels that split no turned pair"
+            )
+        if self.features != "none" and (self.num_filters != self.filtered_heads or not self.positive):
+            raise ValueError(
+                f"features is {self.features!r}; expected none, or positive filters, one for each of "
+                f"{self.filtered_heads} heads"
+            )
+        if self.positive and self.filter != "modal":
+            raise ValueError(f"positive is true and filter is {self.filter!r}; expected 'modal'")
 
     def _splits_pair(self, channel):
         """Whether a group that begins at this channel begins with the second of a turned pair."""
@@ -151,23 +200,61 @@ class HyenaConfig(PreTrainedConfig):
 
     @property
     def filter_head_width(self) -> int:
-        """Channels that share a long filter."""
-        return self.filtered_width // self.num_filters
+        """Channels that share a long filter; 0 where there is none."""
+        return self.filtered_width // self.num_filters if self.num_filters else 0
 
-    def window(self, layer: int) -> int:
-        """Tokens that each token sees in a layer that keeps attention, 0: all before it."""
+    @property
+    def key_features(self) -> int:
+        """Numbers that a filter's state holds for a key."""
+        return self.filter_head_width if self.features == "none" else 2 * self.filter_head_width
+
+    @property
+    def value_features(self) -> int:
+        """Numbers that a filter's state holds for a value: with a normaliser, one more than channels."""
+        return self.filter_head_width + (self.features != "none")
+
+    def kept_heads(self, layer: int) -> list[int]:
+        """Heads of k and v that keep the teacher's attention in a layer that replaces the others."""
+        return sorted(self.attention_heads[layer]) if self.attention_heads else []
+
+    def filters(self, layer: int) -> int:
+        """Long filters of a layer."""
+        if layer in self.attention_layers:
+            return 0
+        heads = self.num_key_value_heads
+        return self.num_filters * (heads - len(self.kept_heads(layer))) // heads * self.hyena_order
+
+    def kept_window(self, layer: int) -> int:
+        """Tokens that each token sees in a layer or head that keeps attention, 0: all before it."""
+        return self._capped(self.attention_window, layer)
+
+    def near_window(self, layer: int) -> int:
+        """Tokens that each token sees by softmax beside the long filters of a layer."""
+        return self._capped(self.window, layer) if self.window else 0
+
+    def _capped(self, window, layer):
         sliding = self.sliding_windows[layer] if self.sliding_windows else 0
-        return min(filter(None, (self.attention_window, sliding)), default=0)
+        return min(filter(None, (window, sliding)), default=0)
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether a layer or a head keeps the teacher's attention."""
+        return bool(self.attention_layers or any(self.attention_heads or []))
 
     @property
     def widest_window(self) -> int | None:
-        """The largest window of the layers that keep attention, 0: all tokens; None where no layer does."""
-        windows = [self.window(layer) for layer in self.attention_layers]
-        return None if not windows else 0 if 0 in windows else max(windows)
+        """The largest window of softmax attention anywhere, 0: all tokens; None where there is none."""
+        layers = range(self.num_hidden_layers)
+        keeping = [layer for layer in layers if layer in self.attention_layers or self.kept_heads(layer)]
+        windows = [self.kept_window(layer) for layer in keeping]
+        if 0 in windows:
+            return 0
+        windows += [self.near_window(layer) for layer in layers if self.window and layer not in self.attention_layers]
+        return max(windows, default=None)
 
     @property
     def state_grows(self) -> bool:
-        """Whether a layer keeps attention to all tokens."""
+        """Whether a layer or a head keeps attention to all tokens."""
         return self.widest_window == 0
 
     @property
@@ -185,17 +272,27 @@ class HyenaConfig(PreTrainedConfig):
             + max(0, self.hyena_order - 2) * self.filtered_width
         )
         convolution = itemsize * (self.short_filter_length - 1) * streams
-        width = self.filter_head_width
-        modes = 8 * width**2
-        # Keys and values that wait, in float32, and the age of each slice of the modes, in 8.
-        waiting = 8 * (self.filtered_width + 1) * ring_places(width) if width > 1 else 0
-        token = 2 * itemsize * self.key_value_width + 1  # keys, values, and whether it is real
-        return sum(
-            token * self.window(layer)
-            if layer in self.attention_layers
-            else convolution + waiting + modes * sum(self.state_sizes[layer])
-            for layer in range(self.num_hidden_layers)
-        )
+        wide, keys, values = self.filter_head_width > 1, self.key_features, self.value_features
+        modes = (4 if self.positive else 8) * keys * values
+        # Keys and values that wait for the modes, in float32, and the age of each slice of the modes, in 8.
+        places = ring_places(keys) if wide else 0
+
+        def of_layer(layer):
+            kept = len(self.kept_heads(layer)) if layer not in self.attention_layers else self.num_key_value_heads
+            total = self._ring_bytes(itemsize, kept, self.kept_window(layer))
+            if layer in self.attention_layers:
+                return total
+            total += convolution + self._ring_bytes(itemsize, self.num_key_value_heads - kept, self.near_window(layer))
+            if filters := self.filters(layer):
+                total += modes * sum(self.state_sizes[layer])
+                total += (4 * filters * (keys + values) + 8) * places
+            return total
+
+        return sum(map(of_layer, range(self.num_hidden_layers)))
+
+    def _ring_bytes(self, itemsize, heads, window):
+        """Of keys, values, and whether a token is real."""
+        return (2 * itemsize * heads * self.head_dim + 1) * window if heads else 0
 
     @property
     def break_even_length(self) -> int | None:

@@ -39,14 +39,14 @@ def transform_size(length: int) -> int:
 def outer_product_convolution(
     q: Tensor,  # (batch, filter, query, length, width)
     k: Tensor,  # (batch, filter, length, width)
-    v: Tensor,  # (batch, filter, length, width)
+    v: Tensor,  # (batch, filter, length, value width)
     taps: Tensor,  # (filter, length or more)
-) -> Tensor:  # (batch, filter, query, length, width)
-    """y_t = Σ_i q_ti (h * (k_i v))_t: the FFT form, O(width² length log length) for each filter.
+) -> Tensor:  # (batch, filter, query, length, value width)
+    """y_t = Σ_i q_ti (h * (k_i v))_t: the FFT form, O(width · value width · length log length) for each filter.
 
     Only one row i of the outer product is in memory at a time; the backward pass recomputes it.
     """
-    y = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    y = v.new_zeros(*q.shape[:-1], v.shape[-1], dtype=torch.promote_types(q.dtype, torch.float32))
     for row in range(q.shape[-1]):
         y = y + checkpoint(_row, q[..., row], k[..., row], v, taps, use_reentrant=False)
     return y.to(v.dtype)
@@ -60,14 +60,15 @@ def _row(q, k, v, taps):
 class ToeplitzProduct(torch.autograd.Function):
     """y = ((q kᵀ) ⊙ T) v with T_ts = h_{t-s}: the matrix form, BLOCK rows at a time.
 
-    q is (batch, filter, query, length, width), k and v the same without the queries that share them, taps (filter,
-    length or more). The backward pass recomputes each block's scores, so no length² matrix is ever stored.
+    q is (batch, filter, query, length, width), k and v the same without the queries that share them, v perhaps of
+    another width, taps (filter, length or more). The backward pass recomputes each block's scores, so no length² matrix
+    is ever stored.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, taps):
         ctx.save_for_backward(q, k, v, taps)
-        y = torch.empty_like(q)
+        y = v.new_empty(*q.shape[:-1], v.shape[-1])
         for rows in _blocks(q.shape[3]):
             seen = slice(rows.stop)
             scores = score(q[:, :, :, rows], k[:, :, seen])

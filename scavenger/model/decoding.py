@@ -23,7 +23,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .attention import AttentionCacheLayer
 from .precision import WideModule
 
 
@@ -89,16 +88,10 @@ class Decoder:
         places = torch.tensor(rows, device=self.device)
         self.cache.real.index_copy_(0, places, read.cache.real)
         for mine, new in zip(self.cache.layers, read.cache.layers, strict=True):
-            if isinstance(mine, AttentionCacheLayer):  # in the ring the newest token has the same place in all rows
-                shift = int(mine.written - new.written)
-                new.keys, new.values, new.real = (
-                    new.keys.roll(shift, 2),
-                    new.values.roll(shift, 2),
-                    new.real.roll(shift, 1),
-                )
-            else:
-                for state in new.modal_states:  # the ring of pending keys is at another place here
-                    state.settle()
+            for ring, own in zip(mine.rings, new.rings, strict=True):
+                own.turn_to(ring.written)  # the newest token has the same place in all rows
+            for state in getattr(new, "modal_states", ()):
+                state.settle()  # the ring of pending keys is at another place here
             for buffer, state in zip(mine.states, new.states, strict=True):
                 buffer.index_copy_(0, places, state)
         self.logits = self.logits.index_copy(0, places, read.logits[:, 0].to(self.logits.dtype))
@@ -216,7 +209,8 @@ class Decoder:
 def _tensors(cache):
     """The tensors that a step may replace, each with the object and the name that hold it."""
     holders = [cache, *cache.layers]
-    holders += [state for layer in cache.layers for state in getattr(layer, "modal_states", ())]
+    for layer in cache.layers:
+        holders += [*layer.rings, *getattr(layer, "modal_states", ())]
     return [
         (holder, name, value) for holder in holders for name, value in vars(holder).items() if torch.is_tensor(value)
     ]

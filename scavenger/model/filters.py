@@ -1,4 +1,7 @@
-"""The long filters of a layer: implicit (a network of the position) or modal (poles and residues)."""
+"""The long filters of a layer: implicit (a network of the position), modal (poles and residues), or positive.
+
+Positive filters are modal ones with real poles and residues above zero.
+"""
 
 import math
 
@@ -108,17 +111,27 @@ class ModalFilter(WideModule):
         super().__init__()
         self.state_sizes = list(state_sizes)
         self._layouts = {}
-        modes = sum(state_sizes)
+        self.make_parameters(sum(state_sizes))
+        self.reset_parameters()
+
+    def make_parameters(self, modes: int):
         self.pole = nn.Parameter(torch.zeros(modes, 2))  # real and imaginary part
         self.residue = nn.Parameter(torch.zeros(modes, 2))
-        self.direct = nn.Parameter(torch.zeros(len(state_sizes)))
-        self.reset_parameters()
+        self.direct = nn.Parameter(torch.zeros(len(self.state_sizes)))
+
+    def _spread(self):
+        """For each mode its place among those of its filter, between 0 and 1, how many these are, and a decay rate.
+
+        Modes decay to 1/e in 1 to FADING tokens, evenly on a logarithmic scale.
+        """
+        share = torch.cat([torch.zeros(0), *((torch.arange(size) + 0.5) / size for size in self.state_sizes)])
+        sizes = torch.cat([torch.zeros(0), *(torch.full((size,), float(size)) for size in self.state_sizes)])
+        return share, sizes, 1 / FADING**share
 
     def reset_parameters(self):
         """Initialise modes to decay in 1 to FADING tokens; the slower a mode, the lower its largest frequency."""
-        share = torch.cat([torch.zeros(0), *((torch.arange(size) + 0.5) / size for size in self.state_sizes)])
-        sizes = torch.cat([torch.zeros(0), *(torch.full((size,), float(size)) for size in self.state_sizes)])
-        radius = torch.exp(-1 / FADING**share)
+        share, sizes, rate = self._spread()
+        radius = torch.exp(-rate)
         angle = math.pi * torch.rand(len(share)) * (1 - share)
         with torch.no_grad():
             self.pole.copy_(torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1))
@@ -135,6 +148,10 @@ class ModalFilter(WideModule):
         return len(self.state_sizes)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
     def poles(self) -> Tensor:  # (mode,) complex
         # Not a view: memory-mapped parameters may not be aligned as complex numbers, which crashes kernels.
         return torch.complex(*self.pole.unbind(1))
@@ -149,11 +166,16 @@ class ModalFilter(WideModule):
         own = slice(part * count, (part + 1) * count)
         first = sum(self.state_sizes[: own.start])
         modes = slice(first, first + sum(self.state_sizes[own]))
-        key = part, parts, self.pole.device
+        poles, residues = self.poles[modes], self.residues[modes]
+        key = part, parts, poles.device
         if key not in self._layouts:
-            self._layouts[key] = Layout(self.state_sizes[own], self.pole.device)
-        direct = self.direct[own].clone()  # a view would lose its memory where parameters are sharded
-        return Modes(self.poles[modes], self.residues[modes], direct, self._layouts[key])
+            self._layouts[key] = Layout(self.state_sizes[own], poles.device)
+        return Modes(poles, residues, self._directs()[own], self._layouts[key], self.real)
+
+    real = False  # poles and residues are complex
+
+    def _directs(self):
+        return self.direct.clone()  # a view would lose its memory where parameters are sharded
 
     def forward(self, length: int, parts: int = 0) -> Tensor | tuple[Tensor, list[Modes]]:
         """The taps (filter, length); with `parts`, also the modes of so many equal groups of filters.
@@ -162,3 +184,42 @@ class ModalFilter(WideModule):
         """
         taps = self.modes().taps(length)
         return (taps, [self.modes(part, parts) for part in range(parts)]) if parts else taps
+
+
+class PositiveFilter(ModalFilter):
+    """h_t = Σ_m c_m ρ_m^t with c_m > 0 and 0 < ρ_m < 1: positive, and falling at every lag.
+
+    Parameters are log c_m and the logarithm of the decay rate -log ρ_m, so that every value of them is such a filter.
+    A mode's state is real and has half the numbers of a complex one's.
+    """
+
+    real = True
+
+    def make_parameters(self, modes: int):
+        self.log_rate = nn.Parameter(torch.zeros(modes))
+        self.log_weight = nn.Parameter(torch.zeros(modes))
+
+    def reset_parameters(self):
+        """Initialise modes to decay in 1 to FADING tokens, each summing to a share of one."""
+        _, sizes, rate = self._spread()
+        with torch.no_grad():
+            self.log_rate.copy_(rate.log())
+            self.log_weight.copy_(torch.log((1 - torch.exp(-rate)) / sizes))
+
+    def stabilise(self):
+        """Nothing to do: every decay rate is positive."""
+
+    @property
+    def poles(self) -> Tensor:  # (mode,) complex, with an imaginary part of zero
+        return _as_complex(torch.exp(-self.log_rate.exp()))
+
+    @property
+    def residues(self) -> Tensor:  # (mode,) complex, with an imaginary part of zero
+        return _as_complex(self.log_weight.exp())
+
+    def _directs(self):
+        return self.log_rate.new_zeros(len(self.state_sizes))
+
+
+def _as_complex(x):
+    return torch.complex(x, torch.zeros_like(x))

@@ -9,6 +9,15 @@ rotary embedding: (R_t q)·(R_s k) depends only on t - s, so the recurrence need
 
 Where several heads of q share a head of k and v, as in the teacher, they share its filter and its state.
 
+With a window W the lags of the filters begin where the softmax attention of the last W tokens ends,
+
+    y_t = g_t ⊙ softmax_{t-W<s≤t}(q_t · k_s) v_s + g'_t ⊙ Σ_{s≤t-W} h^m_{t-W-s} (q_t · k_s) v_s
+
+with gates g, g' of the input, one for each head. The second sum is the plain one on keys and values W tokens late: in
+decoding, what leaves the window's ring enters the modes. With `features` its scores are φ(q_t) · φ(k_s),
+φ(x) = [softmax(A x), softmax(-A x)] (arXiv:2402.04347), and it is divided by the same sum with 1 in place of v_s.
+Heads that keep the teacher's attention stand beside the others, in a window of their own, without filter and gate.
+
 `hyena_order` is the number of long convolutions. From 2 on it is the full recurrence of arXiv:2302.10866, section 3,
 
     z^1 = v        z^{n+1}_t = x^n_t (h^n * z^n)_t        y = z^{N+1}
@@ -18,9 +27,11 @@ on single channels, with x^1 = k and x^N = q of the teacher; the gates between t
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .attention import Tokens, attention
 from .convolution import ToeplitzProduct, causal_convolution, outer_product_convolution, short_convolution
-from .filters import ImplicitFilter, ModalFilter
+from .filters import ImplicitFilter, ModalFilter, PositiveFilter
 from .modal import CHUNK, ChannelState, HeadState, modal_scan
 from .norm import head_norm
 from .rotary import turn
@@ -32,6 +43,8 @@ from .rotary import turn
 FFT_PAYS = 4  # length / width²
 # The scan's cost grows with its state, width · modes per channel and token, that of the matrix form with the length.
 SCAN_PAYS = 8  # length / (width · modes of a filter)
+# Of the gates before a sigmoid and a factor of 2: the window starts as the teacher's attention, filters at a quarter.
+OPEN, AJAR = 0.0, -2.0
 
 
 class HyenaMixer(nn.Module):
@@ -40,11 +53,10 @@ class HyenaMixer(nn.Module):
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.layer_index = layer_index
         self.head_dim = config.head_dim
-        self.num_filters = config.num_filters
-        self.filter_head_width = config.filter_head_width
-        self.filtered_heads = config.filtered_heads
         self.hyena_order = config.hyena_order
         self.rotary = config.rotary
+        self.heads = _Heads(config, layer_index)
+        self.window, self.kept_window = config.near_window(layer_index), config.kept_window(layer_index)
         self.q = nn.Linear(width, inner, bias=config.qkv_bias)
         self.k = nn.Linear(width, config.key_value_width, bias=config.qkv_bias)
         self.v = nn.Linear(width, config.key_value_width, bias=config.qkv_bias)
@@ -54,9 +66,15 @@ class HyenaMixer(nn.Module):
         self.gates = nn.Linear(width, between * config.filtered_width) if between else None
         self.streams = [inner, *[config.key_value_width] * 2, *[config.filtered_width] * between]
         self.short_filter = nn.Parameter(torch.zeros(sum(self.streams), config.short_filter_length))
-        self.filter = ModalFilter(config.state_sizes[layer_index]) if config.filter == "modal" else _implicit(config)
-        # Linear attention sums where softmax averages; training starts from the teacher's own scale.
-        self.scale = self.filter_head_width**-0.5
+        self.num_filters = config.filters(layer_index) // config.hyena_order
+        self.filter_head_width = config.filter_head_width
+        if self.num_filters:
+            self.filter = _filter(config, layer_index)
+            # Linear attention sums where softmax averages; training starts from the teacher's own scale.
+            self.scale = self.filter_head_width**-0.5
+        joined = self.num_filters and self.window
+        self.join = nn.Linear(width, 2 * self.heads.filtered * self.heads.queries) if joined else None
+        self.features = Features(config, self.heads) if config.features != "none" else None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -67,6 +85,11 @@ class HyenaMixer(nn.Module):
             if self.gates is not None:
                 self.gates.weight.zero_()
                 self.gates.bias.fill_(1)
+            if self.join is not None:
+                self.join.weight.zero_()
+                near, far = self.join.bias.chunk(2)
+                near.fill_(OPEN)
+                far.fill_(AJAR)
 
     def forward(
         self,
@@ -87,45 +110,79 @@ class HyenaMixer(nn.Module):
             projected, self.short_filter.to(projected.dtype), layer_cache.conv_state if layer_cache else None
         )
         q, k, v, between = self._split(x, cos, sin)
-        if isinstance(self.filter, ImplicitFilter):
-            self.filter.warn_beyond_training(k.shape[2] + (layer_cache.convolutions[0].read if layer_cache else 0))
-        if layer_cache is None:
-            y = self._parallel(q, k, v, between)
-        elif isinstance(self.filter, ImplicitFilter):
-            y = self._exact(q, k, v, between, layer_cache)
+        tokens = Tokens(k, v, None if mask is None else mask.bool())
+        kept = None
+        if self.heads.kept:
+            kept, _ = attention(
+                self.heads.take(q, True, self.heads.queries),
+                self.heads.tokens(tokens, True),
+                self.kept_window,
+                layer_cache.kept if layer_cache else None,
+            )
+            q, tokens = self.heads.take(q, False, self.heads.queries), self.heads.tokens(tokens, False)
+        y = (
+            self._near_and_far(hidden, q, tokens, between, layer_cache)
+            if self.window
+            else (self._far(q, tokens, between, layer_cache))
+        )
+        if layer_cache is not None:
             layer_cache.conv_state = conv_state
-        else:
-            y = self._recurrent(q, k, v, between, layer_cache)
-            layer_cache.conv_state = conv_state
-        return self.out(self._join(y).to(hidden.dtype))
+        y = y.to(hidden.dtype)
+        if kept is not None:
+            y = self.heads.merge(kept.to(y.dtype), y)
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def _split(self, x, cos, sin):
-        """q (batch, filter, query, length, width), k, v and the gates between the same without the queries.
-
-        The queries are the heads of q that share a head of k and v. q and k are normalised and turned.
-        """
+        """q, k and v (batch, head, length, channel), q and k normalised and turned; the gates between, flat."""
         q, k, v, *between = x.split(self.streams, dim=-1)
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
             q, k = (turn(z, cos, sin, adjacent=True) for z in (q, k))
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms, cos and sin are wider than the projections
-        if k.shape[2] < self.filtered_heads:
-            k, v = (z.repeat_interleave(self.filtered_heads // z.shape[2], dim=2) for z in (k, v))
-        q = q.unflatten(2, (self.filtered_heads, -1)).transpose(2, 3).flatten(3).unflatten(3, (self.num_filters, -1))
-        k, v = k.flatten(2), v.flatten(2)
-        k, v, *between = (z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in (k, v, *between))
-        return q.permute(0, 3, 2, 1, 4) * self.scale, k, v, between
+        return *(z.transpose(1, 2) for z in (q, k, v)), between
 
-    def _join(self, y):
-        """The outputs (batch, filter, query, length, width) as (batch, length, channel), in the order of q's heads."""
-        heads = y.permute(0, 3, 2, 1, 4).flatten(3).unflatten(3, (self.filtered_heads, -1))
-        return heads.transpose(2, 3).flatten(2)
+    def _near_and_far(self, hidden, q, tokens, between, layer_cache):
+        """The gated sum of the window's attention and the filters on what left it, (batch, head, length, channel)."""
+        ring = layer_cache.near if layer_cache else None
+        near, left = attention(q, tokens, self.window, ring)
+        if not self.num_filters:
+            return near
+        if left is None:  # without a cache only the tokens that leave, and the queries that see them
+            count = max(0, q.shape[2] - self.window)
+            real = None if tokens.real is None else tokens.real[:, :count]
+            left = Tokens(tokens.keys[:, :, :count], tokens.values[:, :, :count], real)
+            q = q[:, :, q.shape[2] - count :]
+        far = self._far(q, left, between, layer_cache)
+        far = F.pad(far, (0, 0, near.shape[2] - far.shape[2], 0))
+        gates = 2 * torch.sigmoid(self.join(hidden)).transpose(1, 2)[..., None]
+        near_gate, far_gate = gates.chunk(2, dim=1)
+        return near_gate * near + far_gate * far
+
+    def _far(self, q, tokens, between, layer_cache):
+        """The long filters' output for q (batch, head, length, channel) and as many tokens."""
+        q, k, v = self.heads.grouped(q, tokens.keys, tokens.values, self.num_filters)
+        between = [z.unflatten(-1, (self.num_filters, -1)).transpose(1, 2) for z in between]
+        if self.features is None:
+            q = q * self.scale
+        else:
+            q, k, v = self.features(q, k, v, tokens.real)
+        if isinstance(self.filter, ImplicitFilter):
+            self.filter.warn_beyond_training(k.shape[2] + (layer_cache.convolutions[0].read if layer_cache else 0))
+        if layer_cache is None:
+            y = self._parallel(q, k, v, between)
+        elif isinstance(self.filter, ImplicitFilter):
+            y = self._exact(q, k, v, between, layer_cache)
+        else:
+            y = self._recurrent(q, k, v, between, layer_cache)
+        if self.features is not None:
+            y = normalised(y)
+        return self.heads.ungrouped(y)
 
     def _parallel(self, q, k, v, between):
         length = k.shape[2]
         if length == 0:
-            return q
+            return v.new_zeros(*q.shape[:-1], v.shape[-1])
         if self.hyena_order == 1:
             if self.filter_head_width > 1 and self._scan_pays(length):
                 return self._scan(q, k, v).to(v.dtype)
@@ -160,23 +217,23 @@ class HyenaMixer(nn.Module):
     def _scan_pays(self, length):
         if not isinstance(self.filter, ModalFilter):
             return False
-        return length * self.num_filters > SCAN_PAYS * self.filter_head_width * len(self.filter.pole)
+        return length * self.num_filters > SCAN_PAYS * self.filter_head_width * sum(self.filter.state_sizes)
 
     def _scan(self, q, k, v):
-        wide = self.filter.pole.dtype
+        wide = self.filter.dtype
         with torch.autocast(q.device.type, enabled=False):
             taps, (modes,) = self.filter(min(k.shape[2], CHUNK), parts=1)
-            state = HeadState(modes, len(q), self.filter_head_width)
+            state = HeadState(modes, len(q), k.shape[-1], v.shape[-1])
             return modal_scan(*(z.to(wide) for z in (q, k, v)), taps, state)
 
     def _recurrent(self, q, k, v, between, layer_cache):
         """The same outputs as _parallel, from states of constant size in `layer_cache`; float32 or wider."""
-        wide, length, first = self.filter.pole.dtype, k.shape[2], not layer_cache.modal_states
+        wide, length, first = self.filter.dtype, k.shape[2], not layer_cache.modal_states
         q, k, v, *between = (z.to(wide) for z in (q, k, v, *between))
         if first:
-            layer_cache.modal_states = self._no_tokens(len(q))
+            layer_cache.modal_states = self._no_tokens(len(q), k.shape[-1], v.shape[-1])
         if length == 0:
-            return q
+            return v.new_zeros(*q.shape[:-1], v.shape[-1])
         steps = self._steps(q, k, v, between)
         with torch.autocast(q.device.type, enabled=False):
             if length == 1:
@@ -190,11 +247,11 @@ class HyenaMixer(nn.Module):
                 v = y[:, :, 0]
             return y
 
-    def _no_tokens(self, batch):
+    def _no_tokens(self, batch, key_width, value_width):
         _, parts = self.filter(1, parts=self.hyena_order)
         if self.filter_head_width == 1:
             return [ChannelState(modes, batch) for modes in parts]
-        return [HeadState(modes, batch, self.filter_head_width) for modes in parts]
+        return [HeadState(modes, batch, key_width, value_width) for modes in parts]
 
     def _piece(self, q, k, v, taps, state, first):
         state.settle()
@@ -207,9 +264,102 @@ class HyenaMixer(nn.Module):
         return y
 
 
-def _implicit(config):
+class _Heads:
+    """Which heads of a layer keep attention, and how the channels of the others are grouped to filters."""
+
+    def __init__(self, config, layer_index):
+        heads = config.num_key_value_heads
+        self.queries = config.num_attention_heads // heads  # heads of q for each of k and v
+        self.kept = config.kept_heads(layer_index)
+        self.filtered = heads - len(self.kept)  # of k and v
+        self.own_state = not config.share_state  # k and v are repeated, for a state of each head of q
+        self.groups = self.filtered * (self.queries if self.own_state else 1)  # heads that filters run over
+        self.runs = []  # (kept?, first head of k and v, last + 1), in order
+        for head in range(heads):
+            if self.runs and self.runs[-1][0] == (head in self.kept):
+                self.runs[-1] = (*self.runs[-1][:2], head + 1)
+            else:
+                self.runs.append((head in self.kept, head, head + 1))
+
+    def take(self, x, kept, queries=1):
+        """The heads that keep attention, or else the others, of x (batch, head, …)."""
+        return torch.cat([x[:, queries * a : queries * b] for own, a, b in self.runs if own == kept], dim=1)
+
+    def tokens(self, tokens, kept):
+        return Tokens(self.take(tokens.keys, kept), self.take(tokens.values, kept), tokens.real)
+
+    def merge(self, kept, others):
+        """All heads of q in order again."""
+        rest = {True: kept, False: others}
+        parts = []
+        for own, a, b in self.runs:
+            part, rest[own] = rest[own].split([self.queries * (b - a), rest[own].shape[1] - self.queries * (b - a)], 1)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def grouped(self, q, k, v, filters):
+        """q (batch, filter, query, length, width), and k, v the same without the queries that share them."""
+        if self.own_state:
+            k, v = (z.repeat_interleave(self.queries, dim=1) for z in (k, v))
+        q = q.unflatten(1, (self.groups, -1)).transpose(1, 2)  # (batch, query, head, length, channel)
+        q, k, v = (self._regrouped(z, filters) for z in (q, k, v))
+        return q.transpose(1, 2), k, v
+
+    def _regrouped(self, x, count):
+        """(…, head, length, channel) to (…, `count` groups of channels, length, width)."""
+        if x.shape[-3] == count:
+            return x
+        return x.transpose(-3, -2).flatten(-2).unflatten(-1, (count, -1)).transpose(-3, -2)
+
+    def ungrouped(self, y):
+        """(batch, filter, query, length, width) as (batch, head of q, length, channel)."""
+        return self._regrouped(y.transpose(1, 2), self.groups).transpose(1, 2).flatten(1, 2)
+
+
+class Features(nn.Module):
+    """φ(x) = [softmax(A x), softmax(-A x)] for q and k, with a matrix A for each head, at first the identity.
+
+    Source: arXiv:2402.04347 (Hedgehog). v gets a last channel of ones, whose sum is the normaliser.
+    """
+
+    def __init__(self, config, heads):
+        super().__init__()
+        self.q = nn.Parameter(torch.zeros(heads.filtered * heads.queries, config.head_dim, config.head_dim))
+        self.k = nn.Parameter(torch.zeros(heads.groups, config.head_dim, config.head_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        for matrix in (self.q, self.k):
+            matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device).expand_as(matrix))
+
+    def forward(self, q, k, v, real):
+        """q (batch, filter, query, length, width), k and v (batch, filter, length, width), real (batch, length)."""
+        q = _two_softmaxes(q @ self.q.unflatten(0, (k.shape[1], -1)).to(q.dtype))
+        k = _two_softmaxes(k @ self.k.to(k.dtype))
+        if real is None:
+            ones = torch.ones_like(v[..., :1])
+        else:  # padding, and empty places of a ring, have the features of a zero key otherwise
+            ones = real[:, None, :, None].to(v.dtype).expand_as(v[..., :1])
+            k = k * ones
+        return q, k, torch.cat([v, ones], dim=-1)
+
+
+def _two_softmaxes(x):
+    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+
+
+def normalised(y: Tensor) -> Tensor:  # (…, width + 1) -> (…, width)
+    """The sums of values divided by the sum of weights, their last channel; zero where nothing was summed."""
+    weight = y[..., -1:]
+    return y[..., :-1] / torch.where(weight == 0, 1.0, weight)
+
+
+def _filter(config, layer_index):
+    if config.filter == "modal":
+        return (PositiveFilter if config.positive else ModalFilter)(config.state_sizes[layer_index])
     return ImplicitFilter(
-        config.num_filters,
+        config.filters(layer_index) // config.hyena_order,
         config.hyena_order,
         config.filter_width,
         config.position_features,
@@ -222,13 +372,13 @@ def _implicit(config):
 def long_convolution(
     q: Tensor,  # (batch, filter, query, length, width)
     k: Tensor,  # (batch, filter, length, width)
-    v: Tensor,  # (batch, filter, length, width)
+    v: Tensor,  # (batch, filter, length, value width)
     taps: Tensor,  # (filter, length or more)
-) -> Tensor:  # (batch, filter, query, length, width)
+) -> Tensor:  # (batch, filter, query, length, value width)
     """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s in the exact form that is fastest for this shape."""
     length, width = k.shape[2:]
     if width == 1:
         return q * causal_convolution((k * v)[..., 0], taps)[:, :, None, :, None]
-    if length > FFT_PAYS * width**2:
+    if length > FFT_PAYS * width * v.shape[-1]:
         return outer_product_convolution(q, k, v, taps)
     return ToeplitzProduct.apply(q, k, v, taps.to(q.dtype))

@@ -6,7 +6,8 @@ The one convention, used everywhere; time starts at 0, the real part is taken, t
 
 Poles λ are per token, |λ| < 1. Source: arXiv:2310.18780, section 3; the matrix-valued input u = k vᵀ is that of
 MultiHyena, section 4. Filters are sorted by state size into buckets, so that those of one size form dense arrays
-without padding. States are real tensors, with an axis for the real and imaginary part of each mode.
+without padding. States are real tensors, with an axis for the components of each mode: its real and imaginary part, or
+the real part alone where poles and residues are real.
 
 A state object holds the states of a batch and the constants of the modes that a step reads. `step` takes one token. For
 several tokens call `settle`, `read` for the contribution of the tokens before to the outputs, and `advance`. Without
@@ -76,6 +77,7 @@ class Modes(NamedTuple):
     residues: Tensor  # (mode,) complex
     direct: Tensor  # (filter,) D
     layout: Layout
+    real: bool = False  # whether all poles and residues are real: states then have one component instead of two
 
     def buckets(self) -> list[tuple[Tensor, Tensor]]:  # poles and residues, (filter of the bucket, mode of the filter)
         counts = [count * size for count, size in self.layout.buckets]
@@ -100,13 +102,14 @@ class ChannelState:
     """The modes of filters on single channels: x ← λ x + k v, y = q (Re Σ_m R_m x_m + D k v)."""
 
     def __init__(self, modes: Modes, batch: int):
-        self.layout, self.direct, self.modes = modes.layout, modes.direct, modes.buckets()
+        self.layout, self.direct, self.modes, self.real = modes.layout, modes.direct, modes.buckets(), modes.real
         # Re λ, Im λ, Re R and Im R of each bucket: a compiled step uses no complex numbers.
         self.numbers = [[x for z in own for x in (z.real.contiguous(), z.imag.contiguous())] for own in self.modes]
-        self.parts = [writable(modes.direct.new_zeros(batch, 2, *poles.shape)) for poles, _ in self.modes]
+        components = 1 if self.real else 2
+        self.parts = [writable(modes.direct.new_zeros(batch, components, *poles.shape)) for poles, _ in self.modes]
 
     @property
-    def tensors(self) -> list[Tensor]:  # each (batch, real and imaginary part, filter, mode)
+    def tensors(self) -> list[Tensor]:  # each (batch, component, filter, mode)
         return self.parts
 
     def select(self, rows: Tensor):
@@ -118,6 +121,14 @@ class ChannelState:
         in_place, reads = may_overwrite(self.tensors), []
         for index, own in enumerate(self.layout.split(u[..., 0], 1)):
             a, b, c, d = self.numbers[index]
+            if self.real:
+                re = torch.addcmul(own, a, self.parts[index][:, 0])
+                if in_place:
+                    self.parts[index][:, 0] = re
+                else:
+                    self.parts[index] = re[:, None]
+                reads.append((c * re).sum(-1))
+                continue
             re, im = self.parts[index].unbind(1)
             new_re = torch.addcmul(torch.addcmul(own, a, re), b, im, value=-1)
             if in_place:
@@ -139,7 +150,7 @@ class ChannelState:
             table = powers(poles, CHUNK + 1)
             strides = powers(table[..., -1], -(-length // CHUNK)).to(poles.dtype)
             near = (residues[..., None] * table[..., 1:]).to(poles.dtype)
-            x = torch.complex(*part.unbind(1)).movedim(0, 1)  # (filter, batch, mode)
+            x = self._complex(part).movedim(0, 1)  # (filter, batch, mode)
             far = (x[:, :, None] * strides.mT[:, None]).flatten(1, 2)  # (filter, batch · chunk, mode)
             y = torch.cat([far.real, -far.imag], dim=-1) @ torch.cat([near.real, near.imag], dim=1)
             found.append(y.unflatten(1, (len(part), -1)).flatten(2)[..., :length].movedim(0, 1))
@@ -158,8 +169,12 @@ class ChannelState:
             sums = torch.complex(*sums.unflatten(1, own.shape[1:3]).chunk(2, dim=-1))
             strides = powers(table[..., -1], own.shape[2]).flip(-1).mT.to(poles.dtype)  # (filter, chunk, mode)
             x = (sums * strides[:, None]).sum(2).movedim(0, 1)
-            x = x + torch.complex(*part.unbind(1)) * _power(poles, length)
-            self.parts[index] = writable(torch.stack([x.real, x.imag], dim=1))
+            x = x + self._complex(part) * _power(poles, length)
+            self.parts[index] = writable(torch.stack([x.real] if self.real else [x.real, x.imag], dim=1))
+
+    def _complex(self, part):
+        re, *im = part.unbind(1)
+        return torch.complex(re, *(im or [torch.zeros_like(re)]))
 
 
 class HeadState:
@@ -173,20 +188,22 @@ class HeadState:
         y = Re Σ_m R_m λ^{age} qᵀ X_m + Σ_p h_{t-p} (q · k_p) v_p        X ← λ^{age} X + Σ_p λ^{t-p} k_p v_pᵀ
     """
 
-    def __init__(self, modes: Modes, batch: int, width: int):
-        self.layout = modes.layout
+    def __init__(self, modes: Modes, batch: int, width: int, value_width: int | None = None):
+        value_width = width if value_width is None else value_width  # that of q and k is `width`
+        self.layout, self.real = modes.layout, modes.real
         self.places = ring_places(width)
         zeros = modes.direct.new_zeros
         self.taps = modes.taps(self.places).T.contiguous()  # (place, filter)
         self.modes, self.decays, self.reads, self.parts = modes.buckets(), [], [], []
         for poles, residues in self.modes:
             table = powers(poles, self.places + 1).movedim(-1, 0)  # (power, filter, mode)
-            self.decays.append(_real(table, poles.dtype))
-            self.reads.append(_real((residues * table).conj(), poles.dtype))  # Re R x = Re R · Re x - Im R · Im x
-            count, size = poles.shape
-            self.parts.append(writable(zeros(batch, count, self.places, size, 2, width // self.places, width)))
-        self.values = writable(zeros(batch, len(modes.direct), self.places, width))
-        self.keys = writable(self._sliced(torch.zeros_like(self.values)))
+            self.decays.append(self._numbers(table, poles.dtype))
+            # Re R x = Re R · Re x - Im R · Im x
+            self.reads.append(self._numbers((residues * table).conj(), poles.dtype))
+            shape = *poles.shape, 1 if self.real else 2, width // self.places, value_width
+            self.parts.append(writable(zeros(batch, shape[0], self.places, *shape[1:])))
+        self.values = writable(zeros(batch, len(modes.direct), self.places, value_width))
+        self.keys = writable(self._sliced(zeros(batch, len(modes.direct), self.places, width)))
         self.ages = torch.zeros(batch, self.places, dtype=torch.long, device=self.keys.device)
         self.place = self.ages.new_zeros(1)  # of the next token in the ring, the same for all rows
 
@@ -201,7 +218,7 @@ class HeadState:
         self.keys, self.values, self.ages = (writable(x.index_select(0, rows)) for x in kept)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token: q is (batch, filter, query, width), k and v (batch, filter, 1, width); returns as q."""
+        """One token: q (batch, filter, query, width), k and v (batch, filter, 1, width); returns sums of v, as q."""
         write = torch.Tensor.index_copy_ if may_overwrite(self.tensors) else torch.Tensor.index_copy
         self.keys = write(self.keys, 2, self.place, self._sliced(k))
         self.values = write(self.values, 2, self.place, v)
@@ -217,7 +234,8 @@ class HeadState:
         found, weights = [], []
         for poles, residues in self.modes:
             table = residues[..., None] * powers(poles, q.shape[3] + 1)[..., 1:]
-            weights.append(_real(table.conj().mT, poles.dtype)[:, :, None])  # (filter, token, 1, mode, 2)
+            # (filter, token, 1, mode, component)
+            weights.append(self._numbers(table.conj().mT, poles.dtype)[:, :, None])
         for start in range(0, q.shape[3], CHUNK):
             chunk = slice(start, start + CHUNK)
             own = q[:, :, :, chunk]
@@ -229,8 +247,8 @@ class HeadState:
 
     def advance(self, k: Tensor, v: Tensor):  # (batch, filter, length, width)
         """X ← λ^L X + Σ_t λ^{L-1-t} k_t v_tᵀ of a settled state, chunk by chunk."""
-        # Each (filter, power, mode, 2).
-        tables = [_real(powers(poles, CHUNK + 1).mT, poles.dtype) for poles, _ in self.modes]
+        # Each (filter, power, mode, component).
+        tables = [self._numbers(powers(poles, CHUNK + 1).mT, poles.dtype) for poles, _ in self.modes]
         for own, other in zip(k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
             length = own.shape[2]
             keys, values = (self.layout.split(x, 1) for x in (self._sliced(own), other))
@@ -259,7 +277,7 @@ class HeadState:
         self.ages = self.ages.index_fill(1, slices, 0)
 
     def _read(self, q, weights):
-        """Σ weights · qᵀ X, for weights (batch or 1, filter, token, slice or 1, mode, 2) of each bucket."""
+        """Σ weights · qᵀ X, for weights (batch or 1, filter, token, slice or 1, mode, component) of each bucket."""
         found = []
         for own, weight, part in zip(self.layout.split(self._sliced(q), 1), weights, self.parts, strict=True):
             spread = (own[..., None, None, :] * weight[..., None]).flatten(3)
@@ -272,6 +290,11 @@ class HeadState:
 
     def _sliced(self, x):
         return x.unflatten(-1, (self.places, -1))  # (batch, filter, token, slice, channel of the slice)
+
+    def _numbers(self, x, dtype):
+        """Complex numbers as real ones, with a last axis of components."""
+        x = x.to(dtype).resolve_conj()
+        return x.real[..., None].contiguous() if self.real else torch.view_as_real(x.contiguous())
 
 
 def modal_scan(
@@ -314,7 +337,8 @@ def writable(state: Tensor) -> Tensor:
 def _outer(k, v, weights):
     """Σ_t w_t k_t v_tᵀ of k (batch, filter, token, slice, row) and v (batch, filter, token, width).
 
-    The weights are (filter, token, mode, 2); the result is (batch, filter, slice, mode, 2, row, width), as states are.
+    The weights are (filter, token, mode, component); the result is (batch, filter, slice, mode, component, row, width),
+    as states are.
     """
     spread = k[..., None, None, :] * weights[:, :, None, :, :, None]
     return (spread.flatten(3).mT @ v).unflatten(2, spread.shape[3:])
@@ -323,9 +347,13 @@ def _outer(k, v, weights):
 def _add_turned(added, x, factor):
     """added + factor · x, in place.
 
-    x is (batch, filter, slice, mode, 2, row, width), the factor (batch or 1, filter, slice or 1, mode, 2).
+    x is (batch, filter, slice, mode, component, row, width), the factor (batch or 1, filter, slice or 1, mode,
+    component).
     """
-    (re, im), (a, b) = x.unbind(4), factor[..., None, None].unbind(4)
+    factor = factor[..., None, None]
+    if x.shape[4] == 1:
+        return added.addcmul_(x, factor)
+    (re, im), (a, b) = x.unbind(4), factor.unbind(4)
     added.select(4, 0).addcmul_(re, a).addcmul_(im, b, value=-1)
     added.select(4, 1).addcmul_(im, a).addcmul_(re, b)
     return added
@@ -334,7 +362,3 @@ def _add_turned(added, x, factor):
 def _power(poles, exponent):
     """λ^n, computed in float64."""
     return (poles.to(torch.complex128) ** exponent).to(poles.dtype)
-
-
-def _real(x, dtype):
-    return torch.view_as_real(x.to(dtype).resolve_conj().contiguous())

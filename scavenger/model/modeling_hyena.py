@@ -14,11 +14,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import AttentionCacheLayer, WindowedAttention
+from .attention import AttentionCacheLayer, Ring, WindowedAttention
 from .configuration_hyena import HyenaConfig
 from .decoding import Decoder
 from .filters import ImplicitFilter, ModalFilter
-from .hyena import HyenaMixer
+from .hyena import Features, HyenaMixer
 from .modal import ChannelState, HeadState
 from .norm import RMSNorm, norm
 from .online import ExactCacheLayer
@@ -32,7 +32,7 @@ LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 class HyenaCacheLayer:
-    """The cache of one mixer: the last inputs of its short convolution and the modal states of its long ones."""
+    """The cache of one mixer: the last inputs of its short convolution, its windows, the modal states of long ones."""
 
     is_compileable = False
     is_croppable = False
@@ -40,16 +40,22 @@ class HyenaCacheLayer:
 
     def __init__(self):
         self.conv_state: Tensor | None = None  # (batch, tap - 1, channel of q, k, v and gates)
+        self.near, self.kept = Ring(), Ring()  # of the window beside the filters, and of the heads that keep attention
         self.modal_states: list[ChannelState | HeadState] = []  # one for each long convolution
 
     @property
+    def rings(self) -> list[Ring]:
+        return [ring for ring in (self.near, self.kept) if ring.keys is not None]
+
+    @property
     def states(self) -> tuple[Tensor | None, ...]:
-        return self.conv_state, *(tensor for state in self.modal_states for tensor in state.tensors)
+        modal = (tensor for state in self.modal_states for tensor in state.tensors)
+        return self.conv_state, *(tensor for ring in self.rings for tensor in ring.states), *modal
 
     def select(self, rows: Tensor):
         if self.conv_state is not None:
             self.conv_state = self.conv_state.index_select(0, rows.to(self.conv_state.device))
-            for state in self.modal_states:
+            for state in (*self.rings, *self.modal_states):
                 state.select(rows)
 
 
@@ -177,7 +183,7 @@ class HyenaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, (HyenaMixer, ImplicitFilter, ModalFilter, Rotary, RMSNorm, nn.LayerNorm)):
+        if isinstance(module, (Features, HyenaMixer, ImplicitFilter, ModalFilter, Rotary, RMSNorm, nn.LayerNorm)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)

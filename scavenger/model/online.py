@@ -12,6 +12,7 @@ All inputs are kept: the outputs are exact, but the state grows. No gradients fl
 import torch
 from torch import Tensor
 
+from .attention import Ring
 from .convolution import BLOCK, causal_convolution, score, toeplitz_block, weighted
 from .hyena import long_convolution
 
@@ -27,7 +28,7 @@ TILED_WIDTH = 8  # largest head width whose convolution is tiled
 
 
 class ExactCacheLayer:
-    """The cache of a mixer with implicit filters: the last inputs of its short convolution, all of its long ones."""
+    """The cache of a mixer with implicit filters: its short convolution's last inputs, its windows, all long inputs."""
 
     is_compileable = False
     is_croppable = False
@@ -35,6 +36,7 @@ class ExactCacheLayer:
 
     def __init__(self, config):
         self.conv_state: Tensor | None = None  # (batch, tap - 1, channel of q, k, v and gates)
+        self.near, self.kept = Ring(), Ring()
         self.taps: Tensor | None = None  # (filter, tokens so far or more)
         online = OnlineConvolution if config.filter_head_width <= TILED_WIDTH else OnlineProduct
         self.convolutions = [online() for _ in range(config.hyena_order)]
@@ -56,13 +58,18 @@ class ExactCacheLayer:
 
     @property
     def states(self) -> tuple[Tensor | None, ...]:
-        return self.conv_state, self.taps, *(state for each in self.convolutions for state in each.states)
+        held = (*self.rings, *self.convolutions)
+        return self.conv_state, self.taps, *(state for each in held for state in each.states)
+
+    @property
+    def rings(self) -> list[Ring]:
+        return [ring for ring in (self.near, self.kept) if ring.keys is not None]
 
     def select(self, rows: Tensor):
         if self.conv_state is not None:
             self.conv_state = self.conv_state.index_select(0, rows.to(self.conv_state.device))
-            for convolution in self.convolutions:
-                convolution.select(rows)
+            for each in (*self.rings, *self.convolutions):
+                each.select(rows)
 
 
 class OnlineConvolution:

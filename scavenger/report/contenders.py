@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from scavenger.measure import state_bytes
-from scavenger.model.attention import AttentionCacheLayer
+from scavenger.model.attention import AttentionCacheLayer, Tokens
 from scavenger.model.decoding import Decoder, PackedLinear, packed
 from scavenger.report.evaluated import Evaluated
 
@@ -205,9 +205,11 @@ class ModelCalls(Contender):
     def skip(self, count):
         self.cache.seen, self.cache.real = self.cache.seen + count, self.cache.real + count
         for index, layer in enumerate(self.cache.layers):
-            if isinstance(layer, AttentionCacheLayer) and self.model.config.window(index) == 0:
-                keys, values = _repeated(layer.keys, 2, count), _repeated(layer.values, 2, count)
-                layer.extend(keys, values, _repeated(layer.real, 1, count), 0)
+            if self.model.config.kept_window(index) == 0:
+                ring = layer.ring if isinstance(layer, AttentionCacheLayer) else layer.kept
+                if ring.keys is not None:
+                    tokens = _repeated(ring.keys, 2, count), _repeated(ring.values, 2, count)
+                    ring.extend(Tokens(*tokens, _repeated(ring.real, 1, count)), 0)
 
 
 class Decoded(Contender):
