@@ -201,7 +201,7 @@ def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distance
 def reduced_again(folder: Path, recipe: Recipe, aim: dict) -> dict:
     """State and quality of the run's student with its filters reduced to `aim`, relative to exact filters."""
     exact = students.load(folder / "transfer").to(device())
-    horizon = recipe.recurrence.horizon or recipe.data.context_length
+    horizon = recipe.recurrence.horizon or recipe.data.context_length - recipe.student.window
     settings = replace(recipe.recurrence, **{"state_bytes": None} | aim)
     blocks = data.blocks(folder / "data", "validation")
     with tempfile.TemporaryDirectory() as scratch:

@@ -173,14 +173,21 @@ def _send(target, files, message):
 
 def _what_it_is(recipe, config):
     kept, layers = config.attention_layers, config.num_hidden_layers
-    mixers = [
-        f"{_layers(set(range(layers)) - set(kept))}: {recipe['student']['mixer']}, "
-        f"{config.num_filters * config.hyena_order} long filters a layer, each over "
-        f"{config.filter_head_width} channels"
-    ]
+    parts = []
+    if config.num_filters:
+        parts.append(
+            f"{recipe['student']['mixer']}, {config.num_filters * config.hyena_order} long filters a layer, each over "
+            f"{config.filter_head_width} channels"
+        )
+    if config.window:
+        parts.append(f"softmax attention in a window of {config.window:,} tokens")
+    mixers = [f"{_layers(set(range(layers)) - set(kept))}: {', beside '.join(parts)}"]
+    seeing = f"{config.attention_window:,} tokens" if config.attention_window else "all that was read"
     if kept:
-        seeing = f"{config.widest_window:,} tokens" if config.widest_window else "all that was read"
         mixers.append(f"{_layers(kept)}: the teacher's attention, each token seeing {seeing}")
+    heads = recipe["student"].get("attention_heads") or []
+    if heads:
+        mixers.append(f"head {', '.join(heads)}: the teacher's attention, each token seeing {seeing}")
     if config.filter != "modal":
         generation = "Its filters are not recurrences: to generate, it keeps the inputs of all its long convolutions."
     elif config.state_grows:
@@ -299,13 +306,16 @@ def _limits(recipe, config, figures):
         else "It is a language model only: not tuned to follow instructions, nor checked for what it may say.",
         "Its code is in this repository and runs with `trust_remote_code=True`: read it first, and pin a revision.",
     ]
-    if config.attention_layers:
+    if config.keeps_attention:
         reach = (
             f"cannot look back further than {config.widest_window:,} tokens"
             if config.widest_window
             else "keeps every key and value: the time and memory of a token grow with what was read"
         )
-        lines.insert(1, f"Kept attention ({_layers(config.attention_layers)}) {reach}.")
+        where = [_layers(config.attention_layers)] if config.attention_layers else []
+        if heads := recipe["student"].get("attention_heads"):
+            where.append(f"head {', '.join(heads)}")
+        lines.insert(1, f"Kept attention ({' and '.join(where)}) {reach}.")
     if config.filter != "modal":
         lines.insert(1, "No recurrence was made: generation slows down with the length of the input.")
     return "\n".join(["## Limits", "", *_items(lines)])

@@ -370,12 +370,17 @@ def _student_line(recipe, config):
     made = _student_configuration(recipe, config)
     if recipe.recurrence and recipe.recurrence.state_bytes is not None:
         allocation.check(made, recipe.recurrence.state_bytes)
-    kept = ", ".join(map(str, made.attention_layers))
-    window = f"; layer {kept} keeps attention, in a window of {made.widest_window or 'any length'}" if kept else ""
-    return (
-        f"student   {recipe.student.mixer}, {_size(_empty(recipe, config, None)):,} parameters, {made.num_filters} "
-        f"filters a layer, each over {made.filter_head_width} channels{window}"
-    )
+    parts = [f"{recipe.student.mixer}, {_size(_empty(recipe, config, None)):,} parameters"]
+    if made.num_filters:
+        parts.append(f"{made.num_filters} filters a layer, each over {made.filter_head_width} channels")
+    if made.window:
+        parts.append(f"beside a window of {made.window}" if made.num_filters else f"a window of {made.window}")
+    said = ", ".join(parts)
+    kept = [f"layer {', '.join(map(str, made.attention_layers))}"] if made.attention_layers else []
+    kept += [f"head {', '.join(recipe.student.attention_heads)}"] if recipe.student.attention_heads else []
+    if kept:
+        said += f"; {' and '.join(kept)} keeps attention, in a window of {made.attention_window or 'any length'}"
+    return f"student   {said}"
 
 
 def _as_cache(state, config):

@@ -89,6 +89,7 @@ class Section:
         """Raise _Wrong where fields do not go together."""
 
 
+HEAD = re.compile(r"L(\d+)H(\d+)")  # of k and v: its layer, and its number there
 RATE = {"above": 0, "below": 1, "right": "a number between 0 and 1"}
 
 
@@ -241,7 +242,11 @@ class Data(Section):
 class Filter(Section):
     """The long filters of a student: implicit (arXiv:2302.10866, appendix), or modal from the start."""
 
-    form: Literal["implicit", "modal"] = key("implicit: a small network of the position; modal: poles", "implicit")
+    form: Literal["implicit", "modal", "positive"] = key(
+        "implicit: a small network of the position; modal: poles; positive: sums of real exponentials, coefficients "
+        "above zero, whose modes take half the bytes",
+        "implicit",
+    )
     filter_width: int = key("width of the implicit filter's network", 64, least=1, right="a positive width")
     position_features: int = key(
         "inputs of that network: time, and a sine and cosine for each frequency", 33, least=1, right="an odd number"
@@ -257,7 +262,9 @@ class Filter(Section):
         above=0,
         right="a positive number of contexts",
     )
-    state_size: int = key("complex modes of a filter with form: modal", 4, least=1, right="a positive number of modes")
+    state_size: int = key(
+        "modes of a filter with form: modal or positive", 4, least=1, right="a positive number of modes"
+    )
     hankel_penalty: float = key(
         "weight, in the loss of both steps, of the energy that `hankel_states` cannot reach",
         0.0,
@@ -280,7 +287,19 @@ class Filter(Section):
 class Student(Section):
     """The mixers that replace attention, and their filters."""
 
-    mixer: Literal["hyena", "multihyena"] = key("hyena: a filter per channel; multihyena: per head", "multihyena")
+    mixer: Literal["hyena", "multihyena", "window"] = key(
+        "hyena: a filter per channel; multihyena: per head; window: none, attention in a window alone", "multihyena"
+    )
+    window: int = key(
+        "softmax attention of each head beside its filters, whose lags begin where it ends; 0: none",
+        0,
+        unit="tokens",
+        least=0,
+        right="a number of tokens, or 0 for none",
+    )
+    features: Literal["none", "hedgehog"] = key(
+        "hedgehog: the filters' scores are products of non-negative features of q and k, and are normalised", "none"
+    )
     hyena_order: int = key(
         "hyena: long convolutions of a layer; 1 is gated before and after, 2 and more is the paper's recurrence",
         1,
@@ -299,6 +318,9 @@ class Student(Section):
     )
     rotary: bool = key("keep the teacher's rotary turn of q and k, where filter groups split no turned pair", True)
     attention_layers: tuple[int, ...] = key("layers that keep the teacher's attention, counted from 0", ())
+    attention_heads: tuple[str, ...] = key(
+        "single heads of k and v that keep the teacher's attention, as L2H3: layer 2, head 3, both counted from 0", ()
+    )
     attention_window: int | None = key(
         "window of a kept layer; null: the context length; 0: no window, the state grows",
         None,
@@ -322,8 +344,46 @@ class Student(Section):
             self.num_filter_heads is None or self.mixer == "multihyena",
             "num_filter_heads",
             self.num_filter_heads,
-            "nothing: hyena has one filter per channel; it goes with multihyena",
+            "nothing: hyena has one filter per channel, a window none; it goes with multihyena",
         )
+        names = list(self.attention_heads)
+        _require(all(map(HEAD.fullmatch, names)), "attention_heads", names, "heads as L2H3: layer 2, head 3, from 0")
+        _require(len(set(self.kept_heads)) == len(names), "attention_heads", names, "each head once")
+        _require(
+            not {layer for layer, _ in self.kept_heads} & set(self.attention_layers),
+            "attention_heads",
+            names,
+            f"no head of attention_layers {list(self.attention_layers)}, which keep all of theirs",
+        )
+        _require(
+            not names or self.mixer != "hyena",
+            "attention_heads",
+            names,
+            "none with hyena, whose filters split the turned pairs of q and k; they go with multihyena",
+        )
+        _require(
+            self.window > 0 or self.mixer != "window", "window", 0, "a number of tokens: with mixer: window it is all"
+        )
+        _require(
+            self.window == 0 or self.mixer != "hyena",
+            "window",
+            self.window,
+            "0: it goes with multihyena, whose filters run over the turned pairs of q and k that the window takes",
+        )
+        _require(self.window == 0 or self.rotary, "rotary", False, "true: a window takes the teacher's turn of q and k")
+        _require(
+            self.features == "none"
+            or (self.mixer == "multihyena" and self.num_filter_heads is None and self.filter.form == "positive"),
+            "features",
+            self.features,
+            "none, or multihyena with a filter for each head and filter.form: positive, as the normaliser needs",
+        )
+
+    @property
+    def kept_heads(self) -> tuple[tuple[int, int], ...]:
+        """`attention_heads` as numbers: layer, head of k and v."""
+        found = (HEAD.fullmatch(name).groups() for name in self.attention_heads)
+        return tuple((int(layer), int(head)) for layer, head in found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -442,7 +502,9 @@ class Baseline(Section):
 class Recurrence(Section):
     """Stage two: the smallest state whose taps meet the tolerance, or the best use of a number of bytes."""
 
-    method: Literal["balanced", "irka", "projection"] = key("how poles are found", "irka")
+    method: Literal["balanced", "irka", "projection", "positive"] = key(
+        "how poles are found; positive: real ones with coefficients above zero, by non-negative least squares", "irka"
+    )
     tolerance: float = key(
         "relative l2 error of each filter's taps", 1e-2, above=0, below=1, right="a relative error between 0 and 1"
     )
@@ -600,6 +662,12 @@ class Recipe(Section):
             self.data.chat_column,
             "nothing with teacher.train: the tokenizer made there has no chat template",
         )
+        _require(
+            self.recurrence is None or self.student.features == "none" or self.recurrence.method == "positive",
+            "recurrence.method",
+            self.recurrence.method if self.recurrence else None,
+            "positive with student.features: a normaliser needs positive filters",
+        )
         for phase in self.transfer.activations if self.transfer else ():
             _require(
                 phase.flat is None or phase.look_every % self.training.log_every == 0,
@@ -645,10 +713,28 @@ class Recipe(Section):
             )
         kept = set(self.student.attention_layers)
         _require(
+            self.student.window < self.data.context_length,
+            "student.window",
+            self.student.window,
+            f"less than data.context_length ({self.data.context_length})",
+        )
+        _require(
+            self.recurrence is None or self.student.mixer != "window",
+            "recurrence",
+            "a section",
+            "nothing with student.mixer: window, which has no filters and is a recurrence already",
+        )
+        _require(
             self.transfer is None or (all(0 <= layer < layers for layer in kept) and len(kept) < layers),
             "student.attention_layers",
             list(self.student.attention_layers),
             f"some, not all, of the teacher's layers 0 to {layers - 1}",
+        )
+        _require(
+            self.transfer is None or all(layer < layers for layer, _ in self.student.kept_heads),
+            "student.attention_heads",
+            list(self.student.attention_heads),
+            f"heads of the teacher's layers 0 to {layers - 1}",
         )
 
 

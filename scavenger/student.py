@@ -15,6 +15,8 @@ NEW_PARAMETERS = (
     "mixer.short_filter",
     "mixer.filter.",
     "mixer.gates.",
+    "mixer.join.",
+    "mixer.features.",
 )  # what a student has beyond its teacher's parameters
 EARLIER = "hyena_neox"  # the model type of students before they could have teachers of any family
 # Of a generation configuration: caches of keys and values, decoding methods that shorten them, attention matrices.
@@ -59,26 +61,35 @@ def configuration(settings: Student, context_length: int, teacher: PreTrainedCon
     }
     heads = block["num_key_value_heads"] if settings.share_state else teacher.num_attention_heads
     width = heads * block["head_dim"]
-    filters = width if settings.mixer == "hyena" else settings.num_filter_heads or heads
-    if width % filters:
+    filters = {"hyena": width, "multihyena": settings.num_filter_heads or heads, "window": 0}[settings.mixer]
+    if filters and width % filters:
         raise RecipeError(
             f"student.num_filter_heads: found {filters}; expected a divisor of the {width} channels of {heads} heads"
         )
-    kept = sorted(set(settings.attention_layers))
+    layers = sorted(set(settings.attention_layers))
+    kept = _kept_heads(settings, teacher.num_hidden_layers, block["num_key_value_heads"])
     modal = {}
-    if settings.filter.form == "modal":
-        sizes = [settings.filter.state_size] * filters * settings.hyena_order
+    if filters == 0 or settings.filter.form != "implicit":
+        total = block["num_key_value_heads"]
+        counts = [
+            0 if layer in layers else filters * settings.hyena_order * (total - len(own)) // total
+            for layer, own in enumerate(kept)
+        ]
         modal = {
             "filter": "modal",
-            "state_sizes": [[] if layer in kept else sizes for layer in range(teacher.num_hidden_layers)],
+            "positive": settings.filter.form == "positive" and filters > 0,
+            "state_sizes": [[settings.filter.state_size] * count for count in counts],
         }
     return HyenaConfig(
         **shared,
         **block,
         rotary_channels=2 * len(frequencies),
         rotary_scaling=scaling,
-        attention_layers=kept,
+        attention_layers=layers,
+        attention_heads=kept if any(kept) else None,
         attention_window=context_length if settings.attention_window is None else settings.attention_window,
+        window=settings.window,
+        features=settings.features,
         num_filters=filters,
         share_state=settings.share_state,
         hyena_order=settings.hyena_order,
@@ -91,6 +102,22 @@ def configuration(settings: Student, context_length: int, teacher: PreTrainedCon
         context_length=context_length,
         **modal,
     )
+
+
+def _kept_heads(settings, layers, heads):
+    """The heads of k and v that keep attention, for each layer."""
+    kept = [sorted(head for own, head in settings.kept_heads if own == layer) for layer in range(layers)]
+    strange = [f"L{layer}H{head}" for layer, head in settings.kept_heads if head >= heads]
+    if strange:
+        raise RecipeError(
+            f"student.attention_heads: found {', '.join(strange)}; expected heads of k and v from 0 to {heads - 1}"
+        )
+    whole = [layer for layer, own in enumerate(kept) if len(own) == heads]
+    if whole:
+        raise RecipeError(
+            f"student.attention_heads: found all heads of layer {whole[0]}; expected that layer in attention_layers"
+        )
+    return kept
 
 
 def new(settings: Student, context_length: int, teacher: PreTrainedConfig, seed: int) -> HyenaForCausalLM:

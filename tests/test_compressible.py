@@ -39,7 +39,7 @@ def test_floors_are_watched(finished, workshop):
     """What the history says of its last step is what the saved filters have."""
     recipe = load_recipe(str(workshop / "recipe.yaml"))
     for stage in ("transfer/activations", "transfer"):
-        found = transfer.floors(loaded(finished / stage), 48, recipe.student.filter.hankel_states)
+        found = transfer.floors(loaded(finished / stage), recipe.student.filter.hankel_states)
         last = read_json(finished / stage / "history.json")[-1]
         assert list(found) == ["floor_0", "floor_1", "floor_2"]
         assert {key: last[key] for key in found} == pytest.approx(found, rel=1e-3)
@@ -59,7 +59,7 @@ def test_the_penalty_presses_on_the_floor(finished, begun):
     )
     free, held = loaded(finished / "transfer"), loaded(pressed / "transfer")
     states = recipe.student.filter.hankel_states
-    before, after = (np.mean(list(transfer.floors(model, 48, states).values())) for model in (free, held))
+    before, after = (np.mean(list(transfer.floors(model, states).values())) for model in (free, held))
     assert after < 0.5 * before
     tails = [entry["hankel_tail"] for entry in read_json(pressed / "transfer/history.json")]
     assert tails[-1] < tails[0]

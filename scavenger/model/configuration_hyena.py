@@ -204,6 +204,11 @@ class HyenaConfig(PreTrainedConfig):
         return self.filtered_width // self.num_filters if self.num_filters else 0
 
     @property
+    def horizon(self) -> int:
+        """Lags of a long filter within a context."""
+        return self.context_length - self.window
+
+    @property
     def key_features(self) -> int:
         """Numbers that a filter's state holds for a key."""
         return self.filter_head_width if self.features == "none" else 2 * self.filter_head_width

@@ -170,11 +170,11 @@ class ModalFilter(WideModule):
         key = part, parts, poles.device
         if key not in self._layouts:
             self._layouts[key] = Layout(self.state_sizes[own], poles.device)
-        return Modes(poles, residues, self._directs()[own], self._layouts[key], self.real)
+        return Modes(poles, residues, self.directs()[own], self._layouts[key], self.real)
 
     real = False  # poles and residues are complex
 
-    def _directs(self):
+    def directs(self) -> Tensor:  # (filter,) D
         return self.direct.clone()  # a view would lose its memory where parameters are sharded
 
     def forward(self, length: int, parts: int = 0) -> Tensor | tuple[Tensor, list[Modes]]:
@@ -217,7 +217,7 @@ class PositiveFilter(ModalFilter):
     def residues(self) -> Tensor:  # (mode,) complex, with an imaginary part of zero
         return _as_complex(self.log_weight.exp())
 
-    def _directs(self):
+    def directs(self) -> Tensor:  # (filter,) D
         return self.log_rate.new_zeros(len(self.state_sizes))
 
 

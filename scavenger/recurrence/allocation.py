@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scavenger import losses, measure
 from scavenger.model import HyenaConfig, HyenaForCausalLM
-from scavenger.model.filters import ModalFilter
+from scavenger.model.filters import ModalFilter, PositiveFilter
 from scavenger.recipe import RecipeError
 from scavenger.recurrence.reduction.reduced import ReducedFilter
 
@@ -52,15 +52,16 @@ def spread(
     found: list[list[list[ReducedFilter]]],  # by layer, size and filter
     budget: int,  # bytes per sequence
     blocks: np.ndarray,  # (block, length) held-out text
+    positive: bool = False,  # whether the recurrences have real modes
 ) -> tuple[list[list[int]], dict]:
     """The size of each filter, by layer, and the predicted divergence, in total and by layer.
 
     The sizes are chosen on the same draws, so the prediction is biased low; the certificate measures the divergence,
     on other text.
     """
-    changes, tokens = responses(student, found, blocks), blocks.shape[1] - 1
+    changes, tokens = responses(student, found, blocks, positive=positive), blocks.shape[1] - 1
     for_modes = budget - state_bytes(student.config)
-    chosen = allocate(mode_costs(student.config, found), divergences(changes, tokens), for_modes)
+    chosen = allocate(mode_costs(student.config, found, positive), divergences(changes, tokens), for_modes)
     taken = [picked(layer, own) for layer, own in zip(changes, chosen, strict=True)]  # (sequence, filter) each
     together = sum(layer.sum(1) for layer in taken)
     alone = [float(layer.sum()) for layer in divergences(taken, tokens)]
@@ -72,9 +73,10 @@ def spread(
     }
 
 
-def mode_costs(config: HyenaConfig, found: list[list[list[ReducedFilter]]]) -> list[np.ndarray]:
+def mode_costs(config: HyenaConfig, found: list[list[list[ReducedFilter]]], positive: bool = False) -> list[np.ndarray]:
     """Bytes of each recurrence, (size, filter) per layer."""
-    return [mode_bytes(config) * np.array([[f.state_size for f in row] for row in layer], dtype=int) for layer in found]
+    each = mode_bytes(config, positive)
+    return [each * np.array([[f.state_size for f in row] for row in layer], dtype=int) for layer in found]
 
 
 def divergences(changes: list[np.ndarray], tokens: int) -> list[np.ndarray]:
@@ -132,6 +134,7 @@ def responses(
     rows: dict[int, list[int]] | None = None,
     sequences: int = SEQUENCES,
     seed: int = 0,
+    positive: bool = False,
 ) -> list[np.ndarray]:
     """⟨g_f, ĥ_f - h_f⟩ for each sequence, size and filter, (sequence, size, filter) per layer.
 
@@ -153,7 +156,7 @@ def responses(
                     gradients[layer].append(gradient[taken[layer]].double())
             parts.append(
                 [
-                    _products(torch.stack(gradients[layer]), sizes, leaves[layer][taken[layer]])
+                    _products(torch.stack(gradients[layer]), sizes, leaves[layer][taken[layer]], positive)
                     if layer in leaves
                     else np.zeros((len(picked[start : start + at_once]), len(sizes), 0))
                     for layer, sizes in enumerate(found)
@@ -205,12 +208,14 @@ class Taps(nn.Module):
 
 
 @torch.no_grad()
-def _products(gradients, sizes, exact):
+def _products(gradients, sizes, exact, positive):
     """(sequence, size, filter) from gradients (sequence, filter, length) and exact taps (filter, length)."""
     exact = exact.double()
     return np.stack(
         [
-            torch.einsum("nft,ft->nf", gradients, saved_taps(filters, exact.shape[1]).to(exact.device) - exact)
+            torch.einsum(
+                "nft,ft->nf", gradients, saved_taps(filters, exact.shape[1], positive).to(exact.device) - exact
+            )
             .cpu()
             .numpy()
             for filters in sizes
@@ -219,14 +224,22 @@ def _products(gradients, sizes, exact):
     )
 
 
-def saved_taps(filters: list[ReducedFilter], length: int) -> Tensor:
+def saved_taps(filters: list[ReducedFilter], length: int, positive: bool = False) -> Tensor:
     """The taps, (filter, length), of recurrences rounded to float32 as in a saved student; computed in float64."""
-    return measure.filter_taps(modal_filter(filters).float(), length)
+    return measure.filter_taps(modal_filter(filters, positive).float(), length)
 
 
 @torch.no_grad()
-def modal_filter(filters: list[ReducedFilter]) -> ModalFilter:
-    """The recurrences of a layer as a module, in float64."""
+def modal_filter(filters: list[ReducedFilter], positive: bool = False) -> ModalFilter:
+    """The recurrences of a layer as a module, in float64; positive ones have real poles and residues above zero."""
+    if positive:
+        made = PositiveFilter([f.state_size for f in filters]).double()
+        for parameter, parts in (
+            (made.log_rate, [-np.log(f.poles.real) for f in filters]),
+            (made.log_weight, [f.residues.real for f in filters]),
+        ):
+            parameter.copy_(torch.from_numpy(np.log(np.concatenate(parts))))
+        return made
     made = ModalFilter([f.state_size for f in filters]).double()
     for parameter, parts in (
         (made.pole, [f.poles for f in filters]),
@@ -239,15 +252,10 @@ def modal_filter(filters: list[ReducedFilter]) -> ModalFilter:
 
 def state_bytes(config: HyenaConfig, modes: int = 0) -> int | None:
     """Bytes per sequence if every filter has `modes` modes; None if they grow with the sequence length."""
-    sizes = [
-        [] if layer in config.attention_layers else [modes] * config.num_filters * config.hyena_order
-        for layer in range(config.num_hidden_layers)
-    ]
+    sizes = [[modes] * config.filters(layer) for layer in range(config.num_hidden_layers)]
     return HyenaConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes}).state_bytes
 
 
-def mode_bytes(config: HyenaConfig) -> int:
-    """Bytes of one mode."""
-    mixers = HyenaConfig.from_dict(config.to_dict() | {"attention_layers": []})
-    filters = config.num_hidden_layers * config.num_filters * config.hyena_order
-    return (state_bytes(mixers, 1) - state_bytes(mixers)) // filters
+def mode_bytes(config: HyenaConfig, positive: bool = False) -> int:
+    """Bytes of one mode: a complex one has two numbers for each of a positive one's."""
+    return (4 if positive else 8) * config.key_features * config.value_features

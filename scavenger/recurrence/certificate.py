@@ -1,5 +1,6 @@
 """The certificate of a recurrence: errors of each filter (with proven floors), of each mixer and of the whole model."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -34,10 +35,10 @@ def measure_all(
 ) -> dict:
     """The certificate: settings, every filter, every layer, the model, and a one-sentence verdict."""
     config = recurrent.config
-    horizon = settings.horizon or config.context_length
+    horizon = settings.horizon or config.horizon
     layers = [
         {
-            "mode_bytes": allocation.mode_bytes(config) * sum(f.state_size for f in filters),
+            "mode_bytes": allocation.mode_bytes(config, config.positive) * sum(f.state_size for f in filters),
             "filters": filter_facts(exact.mixer.filter, made.mixer.filter, filters, settings, horizon)
             if filters
             else [],
@@ -120,7 +121,8 @@ def filter_facts(
 @torch.no_grad()
 def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> list[ReducedFilter]:
     """The reductions with their poles, residues and errors replaced by those of the filter module."""
-    parts = [each.detach().to(torch.complex128).split(made.state_sizes) for each in (made.poles, made.residues)]
+    wide = copy.deepcopy(made).double()
+    parts = [each.to(torch.complex128).split(made.state_sizes) for each in (wide.poles, wide.residues)]
     poles, residues = (pad_sequence(list(part), batch_first=True) for part in parts)
     errors = (measure.filter_taps(made, taps.shape[1]) - taps).norm(dim=1) / taps.norm(dim=1).clamp_min(1e-300)
     gains, beyond = taps.new_zeros(2, len(taps))
@@ -139,7 +141,7 @@ def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> l
             tail=float(tail),
         )
         for f, own, residue, direct, error, gain, tail in zip(
-            reduced, *parts, made.direct, errors, gains, beyond, strict=True
+            reduced, *parts, wide.directs(), errors, gains, beyond, strict=True
         )
     ]
 

@@ -32,7 +32,7 @@ def show(recipe: Recipe) -> str:
     if settings.state_bytes is not None:
         aims = recurrence.aims(settings)
     for layer, filter in recurrence.long_filters(exact).items():
-        taps = measure.filter_taps(filter, settings.horizon or config.context_length)
+        taps = measure.filter_taps(filter, settings.horizon or config.horizon)
         rows[layer] = np.unique(np.linspace(0, len(taps) - 1, FILTERS).round().astype(int)).tolist()
         found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims)
         if isinstance(filter, ModalFilter):
@@ -71,11 +71,11 @@ def show(recipe: Recipe) -> str:
 def _choice(config, name, found, chosen, divergences, layers):
     """The rows of one choice: one per layer, and one for all."""
     lines, sizes, total = [], [[] for _ in range(layers)], 0.0
-    count = config.num_filters * config.hyena_order
     for layer, (rungs, own) in enumerate(zip(found, chosen, strict=True)):
         filters = [rungs[rung][index] for index, rung in enumerate(own)]
         if not filters:
             continue  # kept attention
+        count = config.filters(layer)
         share = count / len(filters)
         sizes[layer] = np.resize([f.state_size for f in filters], count).tolist()
         divergence = share * float(allocation.picked(divergences[layer], own).sum())
@@ -100,7 +100,14 @@ def _choice(config, name, found, chosen, divergences, layers):
     whole = recurrence.recurrent_configuration(config, sizes)
     held, even = whole.state_bytes, (whole.break_even_length, whole.break_even_length_of(2))
     lines.append(
-        [name, "all", str(count * len(lines)), f"{sum(map(sum, sizes)):,}", str(max(map(max, filter(None, sizes)))), ""]
+        [
+            name,
+            "all",
+            str(sum(map(len, sizes))),
+            f"{sum(map(sum, sizes)):,}",
+            str(max(map(max, filter(None, sizes)))),
+            "",
+        ]
         + ["grows" if held is None else f"{held / 1024:,.1f}", "", "", f"{total:.1e}"]
         + ["never" if length is None else f"{length:,} tokens" for length in even]
     )

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from scavenger import data, loading, measure
 from scavenger import student as students
 from scavenger.model import HyenaConfig, HyenaForCausalLM
-from scavenger.model.filters import ModalFilter
+from scavenger.model.filters import ModalFilter, PositiveFilter
 from scavenger.recipe import REMOVED, Data, RecipeError, Recurrence
 from scavenger.recurrence import allocation, certificate
 from scavenger.recurrence.reduction.reduced import ReducedFilter
@@ -59,7 +59,7 @@ def of_folder(
     """
     logging.disable_progress_bar()  # one bar is ours
     student, tokenizer = opened(source, trust_remote_code)
-    horizon = settings.horizon or student.config.context_length
+    horizon = settings.horizon or student.config.horizon
     blocks = None if tokenizer is None else held_out_text(text, split, tokenizer, student.config.context_length)
     asked = {
         "settings": certificate.described(settings, horizon),
@@ -141,14 +141,14 @@ def distil(
             )
         allocation.check(student.config, settings.state_bytes)
     student.to(accelerator.device)
-    horizon = settings.horizon or student.config.context_length
+    horizon = settings.horizon or student.config.horizon
     beside = checkpoint.partial(folder)
     read, measured = blocks, blocks
     if settings.state_bytes is not None and len(blocks) > 1:  # a budget is not measured on the text it was spent on
         read, measured = np.array_split(blocks, 2)
         counted = None if counted is None else np.array_split(counted, 2)[1]
     made, predicted = reduced(student, settings, horizon, read, beside / "layers", accelerator)
-    recurrent = recurrent_student(student, made)
+    recurrent = recurrent_student(student, made, settings.method == "positive")
     there = list(beside.iterdir())
     with checkpoint.written(beside, beside / "steps", accelerator, keep=there):
         if accelerator.is_main_process:
@@ -187,7 +187,7 @@ def reductions(
             return made
         taps = measure.filter_taps(filters[index], horizon)
         made = reduce_filters(taps, settings, aims(settings), bar.update)
-        if isinstance(filters[index], ModalFilter):
+        if type(filters[index]) is own_kind(settings):
             made = [with_own_modes(filters[index], rung) for rung in made]
         _write(path, key, made)
         return made
@@ -233,7 +233,8 @@ def with_own_modes(
     filter: ModalFilter, reduced: list[ReducedFilter], rows: list[int] | None = None
 ) -> list[ReducedFilter]:
     """The reductions, but of a filter that is modal already with no more modes than its reduction the filter itself."""
-    poles, residues = (z.to(torch.complex128).cpu().split(filter.state_sizes) for z in (filter.poles, filter.residues))
+    wide = copy.deepcopy(filter).double()
+    poles, residues = (z.to(torch.complex128).cpu().split(filter.state_sizes) for z in (wide.poles, wide.residues))
     rows = list(range(filter.num_filters)) if rows is None else rows
     own_modes = ([part[row] for row in rows] for part in (poles, residues))
     return [
@@ -247,8 +248,13 @@ def with_own_modes(
             real_states=int(torch.where(own.imag == 0, 1, 2).sum()),
             **dict.fromkeys(("relative_error", "floor", "gain_error", "gain_floor", "tail"), 0.0),
         )
-        for f, own, residue, direct in zip(reduced, *own_modes, filter.direct[rows], strict=True)
+        for f, own, residue, direct in zip(reduced, *own_modes, wide.directs()[rows], strict=True)
     ]
+
+
+def own_kind(settings: Recurrence) -> type[ModalFilter]:
+    """The filters that a method makes."""
+    return PositiveFilter if settings.method == "positive" else ModalFilter
 
 
 def aims(settings: Recurrence) -> list[dict]:
@@ -267,7 +273,8 @@ def allocated(student, found, settings: Recurrence, blocks, saved: Path, acceler
     text = {"text": torch.from_numpy(blocks.astype(np.int64))}
     path, key = saved / "allocation.json", _digest(described, student.state_dict() | text)
     if accelerator.is_main_process and not (path.is_file() and checkpoint.read_json(path)["key"] == key):
-        rungs, predicted = allocation.spread(student, found, settings.state_bytes, blocks)
+        positive = settings.method == "positive"
+        rungs, predicted = allocation.spread(student, found, settings.state_bytes, blocks, positive)
         checkpoint.write_json(path, {"key": key, "rungs": rungs, "predicted": predicted})
     accelerator.wait_for_everyone()
     made = checkpoint.read_json(path)
@@ -275,23 +282,26 @@ def allocated(student, found, settings: Recurrence, blocks, saved: Path, acceler
 
 
 @torch.no_grad()
-def recurrent_student(student: HyenaForCausalLM, reduced: list[list[ReducedFilter]]) -> HyenaForCausalLM:
+def recurrent_student(
+    student: HyenaForCausalLM, reduced: list[list[ReducedFilter]], positive: bool = False
+) -> HyenaForCausalLM:
     """The same student with modal filters; every other parameter is the student's own."""
     sizes = [[f.state_size for f in layer] for layer in reduced]
-    recurrent = HyenaForCausalLM(recurrent_configuration(student.config, sizes))
+    recurrent = HyenaForCausalLM(recurrent_configuration(student.config, sizes, positive))
     recurrent.generation_config = copy.deepcopy(student.generation_config)
     recurrent.to(student.device, student.dtype)
     kept = {key: value for key, value in student.state_dict().items() if "filter." not in key.split("mixer.")[-1]}
     recurrent.load_state_dict(kept, strict=False)
     for layer, filters in zip(recurrent.model.layers, reduced, strict=True):
         if filters:
-            layer.mixer.filter.load_state_dict(allocation.modal_filter(filters).state_dict())
+            layer.mixer.filter.load_state_dict(allocation.modal_filter(filters, positive).state_dict())
     return recurrent.eval()
 
 
-def recurrent_configuration(config: HyenaConfig, sizes: list[list[int]]) -> HyenaConfig:
-    """The student's configuration with modal filters of these sizes."""
-    return HyenaConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes})
+def recurrent_configuration(config: HyenaConfig, sizes: list[list[int]], positive: bool = False) -> HyenaConfig:
+    """The student's configuration with modal filters of these sizes, of real modes or complex ones."""
+    changes = {"filter": "modal", "positive": positive, "state_sizes": sizes}
+    return HyenaConfig.from_dict(config.to_dict() | changes)
 
 
 def _key(config, filter, settings, horizon):

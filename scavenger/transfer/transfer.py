@@ -222,7 +222,7 @@ class MixerMatching(nn.Module):
         """Errors (layer, batch), and the mean Hankel tail."""
         read = self._outputs(ids, inputs)
         errors = [losses.activation_error(read[layer], outputs[layer], mask) for layer in self.layers]
-        return torch.stack(errors), _tail(self.model, ids.shape[1], self.filter)
+        return torch.stack(errors), _tail(self.model, self.filter)
 
     def _outputs(self, ids, inputs):
         body = self.model.model
@@ -306,7 +306,7 @@ class LogitMatching(nn.Module):
             errors = [losses.activation_error(own, block, mask).mean() for own, block in pairs]
             logged["hidden_states"] = share * torch.stack(errors).mean()
             value = value + phase.hidden_states * logged["hidden_states"]
-        return value, logged, _tail(self.model, ids.shape[1], self.filter)
+        return value, logged, _tail(self.model, self.filter)
 
 
 def _keep(found, layer, module, args, output):
@@ -323,12 +323,12 @@ def _depths(body, ids):
         yield hidden
 
 
-def _tail(model, length, filter):
+def _tail(model, filter):
     """The mean Hankel tail of SEEN filters of each layer, drawn anew at each step; 0 without a penalty."""
     if not filter.hankel_penalty:
         return torch.zeros((), device=model.device)
     tails = []
-    for _, taps in _taps(model, length):
+    for _, taps in _taps(model):
         drawn = torch.randperm(len(taps))[:SEEN]
         tails.append(losses.hankel_tail(taps[drawn.to(taps.device)], filter.hankel_states).mean())
     return torch.stack(tails).mean()
@@ -349,7 +349,7 @@ def watched_unless_sharded(run: Run, watch: Callable[[], dict[str, float]]) -> C
 def watched(run: Run, model: HyenaForCausalLM) -> dict[str, float]:
     """Logged of the student with every checkpoint: the floors of its filters, and its held-out loss."""
     recipe = run.recipe
-    found = floors(model, recipe.data.context_length, recipe.student.filter.hankel_states)
+    found = floors(model, recipe.student.filter.hankel_states)
     return found | held_out_loss(model, run.blocks("validation"), run.counted("validation"))
 
 
@@ -365,10 +365,10 @@ def held_out_loss(model: nn.Module, blocks: np.ndarray, counted: np.ndarray | No
 
 
 @torch.no_grad()
-def floors(model: HyenaForCausalLM, length: int, states: int) -> dict[str, float]:
+def floors(model: HyenaForCausalLM, states: int) -> dict[str, float]:
     """For each layer, the least relative error that `states` real states allow, a mean over WATCHED filters."""
     found = {}
-    for layer, taps in _taps(model, length):
+    for layer, taps in _taps(model):
         least = hankel.tap_floors(taps[:: -(-len(taps) // WATCHED)].double())
         found[f"floor_{layer}"] = least[:, min(states, least.shape[1] - 1)].mean().item()
     return found
@@ -391,11 +391,11 @@ def held_out_error(run: Run, frozen, layers: tuple[int, ...], module: nn.Module)
     return accelerator.reduce(own.sum(), reduction="sum").item() / len(text)
 
 
-def _taps(model, length):
-    """The taps of each layer that has filters."""
+def _taps(model):
+    """The taps of each layer that has filters, at the lags of a context."""
     for index, layer in enumerate(model.model.layers):
-        if index not in model.config.attention_layers:
-            yield index, layer.mixer.filter(length)
+        if model.config.filters(index):
+            yield index, layer.mixer.filter(model.config.horizon)
 
 
 def turns_of(phase, layers):
