@@ -89,6 +89,7 @@ class Section:
         """Raise _Wrong where fields do not go together."""
 
 
+HEAD = re.compile(r"L(\d+)H(\d+)")  # of k and v: its layer, and its number there
 RATE = {"above": 0, "below": 1, "right": "a number between 0 and 1"}
 
 
@@ -299,6 +300,9 @@ class Student(Section):
     )
     rotary: bool = key("keep the teacher's rotary turn of q and k, where filter groups split no turned pair", True)
     attention_layers: tuple[int, ...] = key("layers that keep the teacher's attention, counted from 0", ())
+    attention_heads: tuple[str, ...] = key(
+        "single heads of k and v that keep the teacher's attention, as L2H3: layer 2, head 3, both counted from 0", ()
+    )
     attention_window: int | None = key(
         "window of a kept layer; null: the context length; 0: no window, the state grows",
         None,
@@ -324,6 +328,21 @@ class Student(Section):
             self.num_filter_heads,
             "nothing: hyena has one filter per channel; it goes with multihyena",
         )
+        names = list(self.attention_heads)
+        _require(all(map(HEAD.fullmatch, names)), "attention_heads", names, "heads as L2H3: layer 2, head 3, from 0")
+        _require(len(set(self.kept_heads)) == len(names), "attention_heads", names, "each head once")
+        _require(
+            not {layer for layer, _ in self.kept_heads} & set(self.attention_layers),
+            "attention_heads",
+            names,
+            f"no head of attention_layers {list(self.attention_layers)}, which keep all of theirs",
+        )
+
+    @property
+    def kept_heads(self) -> tuple[tuple[int, int], ...]:
+        """`attention_heads` as numbers: layer, head of k and v."""
+        found = (HEAD.fullmatch(name).groups() for name in self.attention_heads)
+        return tuple((int(layer), int(head)) for layer, head in found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -649,6 +668,12 @@ class Recipe(Section):
             "student.attention_layers",
             list(self.student.attention_layers),
             f"some, not all, of the teacher's layers 0 to {layers - 1}",
+        )
+        _require(
+            self.transfer is None or all(layer < layers for layer, _ in self.student.kept_heads),
+            "student.attention_heads",
+            list(self.student.attention_heads),
+            f"heads of the teacher's layers 0 to {layers - 1}",
         )
 
 
