@@ -4,6 +4,7 @@ accelerate launch recipes/quickstart.yaml
 scavenger recipes/quickstart.yaml transfer.logits.steps=100
 scavenger recipes/neox70m.yaml --plan
 scavenger rank recipes/quickstart.yaml --keep 1 --to kept.yaml
+scavenger rank recipes/quickstart.yaml --heads 2 --to kept.yaml
 scavenger recur runs/quickstart/transfer --tolerance 1e-2
 scavenger push runs/quickstart --to user/repo
 """
@@ -133,30 +134,42 @@ def opened(recipe, accelerator):
 
 
 def rank(arguments) -> int:
-    """Rank the layers by what is lost without their attention, and write the recipe that keeps the first of them."""
+    """Rank layers or heads by what is lost without their attention, and write the recipe that keeps the first ones."""
     parser = argparse.ArgumentParser(
-        prog="scavenger rank", description="Find the layers that should keep their attention."
+        prog="scavenger rank", description="Find the layers, or the single heads, that should keep their attention."
     )
-    parser.add_argument("recipe", help="a recipe with a transfer section, as recipes/quickstart.yaml")
+    parser.add_argument("recipe", help="a recipe, with a transfer section for --keep, as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as transfer.activations.steps=100")
-    parser.add_argument("--keep", type=int, default=1, metavar="N", help="how many layers keep it (1)")
-    parser.add_argument("--to", required=True, type=Path, metavar="FILE", help="the recipe that is written")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--keep", type=int, metavar="N", help="rank layers, by training their mixers: N of them keep it (1)"
+    )
+    what.add_argument(
+        "--heads", type=int, metavar="N", help="rank heads of k and v, without training: N of them keep it"
+    )
+    parser.add_argument("--to", type=Path, metavar="FILE", help="the recipe that is written (none)")
     args = parser.parse_intermixed_args(arguments)
     recipe = load_recipe(args.recipe, args.overrides)
+    from scavenger.report import heads
     from scavenger.run import processes
     from scavenger.transfer import ranking
 
-    ranking.check(recipe, args.keep, args.to)
+    ranked, count = ranking, 1 if args.keep is None else args.keep
+    if args.heads is not None:
+        ranked, count = heads, args.heads
+    ranked.check(recipe, count, args.to)
     alone = ranking.without_attention(recipe)
     accelerator = processes.start(alone)
     with opened(alone, accelerator) as run:
-        found = ranking.run(run)
+        found = ranked.run(run)
         accelerator.end_training()
         if accelerator.is_main_process:
-            made = ranking.recommended(recipe, found, args.keep)
-            ranking.write_recipe(made, found, args.to)
-            print(ranking.table(found))
-            print(f"\nrecipe that keeps layer {', '.join(map(str, made.student.attention_layers))}: {args.to}")
+            made = ranked.recommended(recipe, found, count)
+            if args.to is not None:
+                ranked.write_recipe(made, found, args.to)
+            print(ranked.table(found))
+            if args.to is not None:
+                print(f"\nrecipe that keeps {ranked.kept_in(made)}: {args.to}")
     return 0
 
 

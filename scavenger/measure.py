@@ -115,7 +115,9 @@ def log_probabilities(
     """
     asked = torch.from_numpy(tokens.astype(np.int64))
     found, likeliest = torch.empty(asked.shape, dtype=torch.float64), torch.empty(len(asked), dtype=torch.long)
-    with tqdm(total=len(asked), desc=what, unit="token", leave=False, dynamic_ncols=True, disable=not what) as bar:
+    # Nothing is shown in the first second: heads are ranked by hundreds of measurements that take no longer.
+    options = {"leave": False, "delay": 1, "dynamic_ncols": True, "disable": not what}
+    with tqdm(total=len(asked), desc=what, unit="token", **options) as bar:
         for part, (logits,) in in_chunks([model], ids, wanted):
             log_p = F.log_softmax(numbers(logits), dim=-1)
             found[part] = log_p.gather(-1, asked[part].to(log_p.device)).cpu().double()

@@ -134,6 +134,13 @@ CACHE = "cache={logits: 8}"
         (["student.mixer=hyena", "student.num_filter_heads=4"], ["student.num_filter_heads", "multihyena"]),
         (["student.attention_layers=[4]"], ["student.attention_layers", "[4]", "layers 0 to 3"]),
         (["student.attention_layers=[0, 1, 2, 3]"], ["student.attention_layers", "not all"]),
+        (["student.attention_heads=[L1H0, L1]"], ["student.attention_heads", "L1", "heads as L2H3"]),
+        (["student.attention_heads=[L1H0, L01H0]"], ["student.attention_heads", "each head once"]),
+        (["student.attention_heads=[L4H0]"], ["student.attention_heads", "L4H0", "layers 0 to 3"]),
+        (
+            ["student.attention_heads=[L2H3]", "student.attention_layers=[1, 2]"],
+            ["student.attention_heads", "L2H3", "no head of attention_layers [1, 2]"],
+        ),
         (["student.attention_window=-1"], ["student.attention_window", "-1", "0 for no window"]),
         (["student.hyena_order=2"], ["student.hyena_order", "2", "goes with hyena"]),
         (["student.mixer=hyena", "student.hyena_order=0"], ["student.hyena_order", "0", "1 to 8"]),

@@ -38,6 +38,11 @@ class Family:
         """The attention of each block of a teacher."""
         return [getattr(block, self.attention) for block in self.blocks(teacher)]
 
+    def outputs(self, teacher: PreTrainedModel) -> list[nn.Module]:
+        """The output projection of each attention, whose input has the outputs of all heads of q side by side."""
+        (name,) = (own for own, student in self.names.items() if student == "model.layers.{}.mixer.out")
+        return [getattr(attention, name.rpartition(".")[2]) for attention in self.attentions(teacher)]
+
     def frequencies(self, config: PreTrainedConfig) -> tuple[Tensor, float]:
         """The rotary frequencies, float32 (turned pair,), and the factor of cos and sin, as transformers computes them.
 

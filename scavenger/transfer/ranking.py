@@ -44,7 +44,7 @@ def run(run: Run) -> list[dict]:
     return checkpoint.read_json(folder / "ranking.json")
 
 
-def check(recipe: Recipe, keep: int, path: Path):
+def check(recipe: Recipe, keep: int, path: Path | None):
     """Raise RecipeError for mistakes that are visible before any work."""
     if recipe.transfer is None:
         raise RecipeError("transfer: found nothing; expected a section: layers are ranked by matching activations")
@@ -53,6 +53,13 @@ def check(recipe: Recipe, keep: int, path: Path):
         layers = teacher.load_configuration(recipe.teacher, Path(recipe.run_dir)).num_hidden_layers
     if not 1 <= keep < layers:
         raise RecipeError(f"--keep: found {keep}; expected 1 to {layers - 1}, some and not all of the teacher's layers")
+    check_path(path)
+
+
+def check_path(path: Path | None):
+    """Raise RecipeError where no recipe can be written to `--to`."""
+    if path is None:
+        return
     if path.is_dir():
         raise RecipeError(f"--to: {path} is a folder; expected the name of a new file")
     if not path.parent.is_dir():
@@ -60,12 +67,13 @@ def check(recipe: Recipe, keep: int, path: Path):
 
 
 def without_attention(recipe: Recipe) -> Recipe:
-    """The recipe of a ranking: no layer kept, activations only, in the folder `<run_dir>-ranking`."""
+    """The recipe of a ranking: no attention kept, activations only, in the folder `<run_dir>-ranking`."""
     return dataclasses.replace(
         recipe,
         run_dir=f"{Path(recipe.run_dir)}-ranking",
-        student=dataclasses.replace(recipe.student, attention_layers=()),
-        transfer=dataclasses.replace(
+        student=dataclasses.replace(recipe.student, attention_layers=(), attention_heads=()),
+        transfer=recipe.transfer
+        and dataclasses.replace(
             recipe.transfer,
             activations=tuple(
                 dataclasses.replace(phase, schedule="parallel", flat=None) for phase in recipe.transfer.activations
@@ -119,24 +127,32 @@ def recommended(recipe: Recipe, found: list[dict], keep: int) -> Recipe:
     return dataclasses.replace(
         recipe,
         run_dir=f"{Path(recipe.run_dir)}-keeps-{'-'.join(map(str, layers))}",
-        student=dataclasses.replace(recipe.student, attention_layers=layers),
+        student=dataclasses.replace(recipe.student, attention_layers=layers, attention_heads=()),
     )
 
 
 def write_recipe(recipe: Recipe, found: list[dict], path: Path):
-    """Write the recommended recipe, with the ranking as a comment; never overwrites a different file."""
-    marker, body = resolved(recipe).split("\n", 1)
-    kept = ", ".join(map(str, recipe.student.attention_layers))
-    head = [
-        marker,
-        f"# Attention is kept in layer {kept}. What each layer costs when it alone is replaced, after matching",
-        f"# activations (KL to the teacher, nats per token, over {found[0]['tokens']:,} held-out tokens):",
-        *(f"#   layer {entry['layer']:>2}  {entry['divergence']:.4f}" for entry in found),
+    """Write the recommended recipe, with the ranking as a comment."""
+    comment = [
+        f"Attention is kept in {kept_in(recipe)}. What each layer costs when it alone is replaced, after matching",
+        f"activations (KL to the teacher, nats per token, over {found[0]['tokens']:,} held-out tokens):",
+        *(f"  layer {entry['layer']:>2}  {entry['divergence']:.4f}" for entry in found),
     ]
-    text = "\n".join([*head, body])
+    write_commented(recipe, comment, path)
+
+
+def write_commented(recipe: Recipe, comment: list[str], path: Path):
+    """Write a recipe with lines of comment before it; never overwrites a different file."""
+    marker, body = resolved(recipe).split("\n", 1)
+    text = "\n".join([marker, *(f"# {line}" for line in comment), body])
     if path.exists() and path.read_bytes() != text.encode():
         raise RecipeError(f"--to: {path} exists already; expected the name of a new file")
     checkpoint.write_text(path, text)
+
+
+def kept_in(recipe: Recipe) -> str:
+    """What keeps its attention, in words."""
+    return f"layer {', '.join(map(str, recipe.student.attention_layers))}"
 
 
 def table(found: list[dict]) -> str:
