@@ -219,7 +219,7 @@ def tokens_read(settings: Settings, text_tokens: int) -> int:
     return (
         settings.examples * each
         + min(settings.examples, FAR_EXAMPLES) * further
-        + _contexts(text_tokens, settings.context_length) * min(settings.context_length, text_tokens)
+        + _contexts(text_tokens, settings.context_length) * (min(settings.context_length, text_tokens) - 1)
     )
 
 
@@ -344,8 +344,9 @@ def repeated_passages(model: nn.Module, blocks: np.ndarray, distances, examples:
 
     A sequence is LEAD tokens, the passage, distance - PASSAGE tokens that continue the first ones, and the passage
     again; all distances have the same passages, without their first token. The gain is also positive for a model that
-    remembers tokens but not their order; beyond a model's training context it is reduced by the higher loss there (the
-    embedded teacher, trained on 256 tokens, gains -2.6 nats at 1,024).
+    remembers tokens but not their order: a window less than PASSAGE tokens short of the distance still has the last of
+    them. Beyond a model's training context it is reduced by the higher loss there (the embedded teacher, trained on 256
+    tokens, gains -2.6 nats at 1,024).
     """
     other, passages = _passages(blocks, LEAD + max(distances) - PASSAGE, examples, seed)
     first, again, right = [], [], []
@@ -461,7 +462,7 @@ def _contexts(tokens, context_length):
 
 def _read_beyond(settings, text_tokens):
     """The distances beyond the training context that a text has enough tokens for."""
-    return [distance for distance in settings.beyond_context if LEAD + distance + 3 * NEEDLE <= text_tokens]
+    return [distance for distance in settings.beyond_context if LEAD + distance + 2 * NEEDLE <= text_tokens]
 
 
 def _beyond_window(found, distances):

@@ -182,7 +182,7 @@ def _draw_windows(axes, found, furthest):
             by_window.setdefault(window, []).append(colour)
     for window, colours in by_window.items():
         for number, colour in enumerate(colours):  # of models with one window, the dashes take turns
-            dashes = (5 * number, (4, 5 * len(colours) - 4))
+            dashes = (6 * number, (4, 6 * len(colours) - 4))
             axes.axvline(window, color=colour, linewidth=0.9, linestyle=dashes)
     return bool(by_window)
 
