@@ -9,12 +9,19 @@ pairs     random key-value pairs of tokens, then every key again, in random orde
 copying   random tokens, then the same again: is the correct token the most likely?
 passkey   other text, a marker, a random key, more text, the marker: does greedy decoding continue with the key? (its
           gain is relative to the same key where a different one was shown)
+needle    other text, a needle of real text, more text, the needle's first tokens: how many more of those that follow
+          are the most likely than where a different needle was shown? (its gain is the difference in loss)
 passages  other text, a passage, more of the other text, the passage again: how much lower is the loss of the second?
+repeats   the loss on the text itself, of tokens that complete a trigram of their context again, by the distance to
+          where it was last read, and of all other tokens
 
-The models are not trained for these tasks. Pairs are binned by distance, from the previous distance given (exclusive)
-to this one (inclusive); all else starts exactly that far apart. A --context-length beyond that of training makes room
-for longer distances. All sequences depend only on the seed, the text and the tokenizer; intervals are over sequences.
-The text is the test split of the standard library if none is given. The last line is JSON.
+The models are not trained for these tasks. Distances double from 16 to four times the training context, as far as all
+models can read; means are over those that fit the context, and beyond it only passages and needles are read, with fewer
+sequences. Pairs and repeats are binned by distance, from the previous one (exclusive) to this one (inclusive); all else
+starts exactly that far apart. The distances beyond a model's window of attention are named, and are `beyond_window` in
+its JSON. A --context-length beyond that of training makes room for all tasks further apart. All sequences depend only
+on the seed, the text and the tokenizer; intervals are over sequences, those of repeats over documents. The text is the
+test split of the standard library if none is given. The last line is JSON.
 """
 
 import sys
@@ -26,9 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     made = command.parser(__doc__)
     command.add_text(made)
     made.add_argument(
-        "--distances", type=int, nargs="+", metavar="N", help="tokens (16, 32, …, as many as fit the context)"
+        "--distances", type=int, nargs="+", metavar="N", help="tokens (16, 32, …, four contexts; the furthest in one)"
     )
-    made.add_argument("--context-length", type=int, help="tokens (the shortest training context given)")
+    made.add_argument(
+        "--context-length", type=int, help="tokens that distances of the means fit (the shortest training context)"
+    )
     made.add_argument("--examples", type=int, default=retrieval.EXAMPLES, help=f"of each kind ({retrieval.EXAMPLES})")
     return command.run("recall", made, measure, argv)
 
@@ -37,13 +46,17 @@ def measure(args, results) -> list[dict]:
     command.positive(args, "distances", "context_length", "examples")
     models = command.models_of(args)
     settings = retrieval.settings_for(models, args.distances, args.context_length, args.examples, args.seed)
-    left_out = sorted(set(args.distances or ()) - set(settings.distances))
-    if left_out:
-        print(
-            f"recall: a context of {settings.context_length} tokens is too short for distances "
-            f"{', '.join(map(str, left_out))}, which are left out; use a longer --context-length",
-            file=sys.stderr,
-        )
+    asked = set(args.distances or ())
+    for distances, said in (
+        (asked - set(settings.distances), "are left out: they are further than four contexts, or than the models read"),
+        (asked & set(settings.beyond_context), "are read for passages and needles only, and are in no mean"),
+    ):
+        if distances:
+            print(
+                f"recall: a context of {settings.context_length} tokens is too short for distances "
+                f"{', '.join(map(str, sorted(distances)))}, which {said}; use a longer --context-length",
+                file=sys.stderr,
+            )
     text = command.text_of(args, args.limit)
     found = []
     for model in models:
@@ -59,6 +72,14 @@ def measure(args, results) -> list[dict]:
         model.close()
     facts = {"settings": {"recall": retrieval.described(settings)}}
     facts["models"] = {model.label: {"attention_window": model.attention_window} for model in models}
+    for result in found:
+        if result["beyond_window"]:
+            distances = ", ".join(map(str, result["beyond_window"]))
+            print(
+                f"recall: {result['model']}: distances {distances} are beyond its attention window of "
+                f"{result['attention_window']:,} tokens",
+                file=sys.stderr,
+            )
     for said in comparison.recall_within_window(facts, [model.label for model in models]):
         print(f"recall: {said}", file=sys.stderr)
     return found

@@ -297,7 +297,7 @@ def _limits(recipe, config, figures):
     lines = [
         f"Distilled at a context of {length:,} tokens"
         + (f", on {seen:,} tokens of {_text_name(recipe)}" if seen else f", on {_text_name(recipe)}")
-        + "; recall of what lies further back was not measured.",
+        + "; it was not trained to recall what lies further back.",
         f"One seed ({recipe['seed']}): how much another would differ was not measured.",
         "It learned from its teacher's distribution: what the teacher's text taught it wrongly, or never, is not put "
         "right here.",

@@ -543,7 +543,9 @@ class Report(Section):
     )
     cases: tuple[str, ...] = key("BATCHxPROMPT+NEW, as 64x512+256, whose throughput is measured as well", ())
     rounds: int = key("interleaved rounds of all timings", 5, least=1, right="a positive number")
-    examples: int = key("sequences of each kind of recall, at each distance", 64, least=1, right="a positive number")
+    examples: int = key(
+        "sequences of each kind of recall, at each distance in a context", 64, least=1, right="a positive number"
+    )
     prompts: int = key("held-out prompts that every model continues", 16, least=1, right="a positive number")
     sample_tokens: int = key(
         "length of these continuations", 96, unit="tokens", least=4, right="4 or more, to look for repetitions"

@@ -218,45 +218,106 @@ def test_what_has_no_interval_is_not_called_alike():
     assert comparison.verdict(found) == "Compared with a, b is not judged (too few items) at perplexity (× 7.390)."
 
 
-@pytest.mark.parametrize(
-    "window, beyond, all_inside", [(128, None, True), (0, None, True), (128, 208, False), (64, None, False)]
-)
-def test_recall_within_the_window_of_kept_attention_is_said(window, beyond, all_inside):
+def recalled(window, distances=(16, 64, 128, 256), **settings):
+    """A comparison of recall by a teacher and two students whose attention has this window."""
     value = {"value": 0.5, "low": 0.4, "high": 0.6, "items": 9}
-    rows = [
-        {"measurement": "recall", "metric": f"{group} at {x}", "group": group, "x": x, "unit": "share"}
-        | {"exponential": False, "headline": False, "models": {"teacher": value, "student": value}, "differences": {}}
-        for group, x in (("pairs", 16.0), ("pairs", 128.0), ("copying", 128.0), ("passages", beyond or 128.0))
-    ]
-    found = {
+    apart = {"value": 0.25, "low": 0.2, "high": 0.3, "items": 9, "verdict": "worse"}
+    labels = ["teacher", "student", "recurrent"]
+    students = {label: apart for label in labels[1:]}
+
+    def row(metric, group, x, unit="share"):
+        return {
+            "measurement": "recall",
+            "metric": metric,
+            "group": group,
+            "x": x,
+            "unit": unit,
+            "exponential": False,
+            "headline": not group,
+            "models": dict.fromkeys(labels, value),
+            "differences": students,
+        }
+
+    rows = [row(f"{group} at {x}", group, float(x)) for group in ("pairs", "copying", "needle") for x in (16, 64, 128)]
+    rows += [row(f"passages at {x}", "passages", float(x), "nats") for x in distances]
+    rows += [row(f"repeats at {x}", "repeats", float(x), "nats") for x in (16, 64, 128)]
+    return {
         "reference": "teacher",
-        "labels": ["teacher", "student"],
+        "labels": labels,
         "level": 0.95,
         "models": {
-            "teacher": {"training_context": 256, "attention_window": None},
-            "student": {"training_context": 256, "attention_window": window},
+            label: {"training_context": 256, "attention_window": None if label == "teacher" else window}
+            for label in labels
         },
-        "settings": {"recall": {"distances": [16, 128], "beyond_window": beyond}},
-        "rows": rows,
+        "settings": {"recall": {"distances": list(distances), "context_length": 256} | settings},
+        "rows": [*rows, row(retrieval.OTHERS, "", None, "nats")],
         "details": {"recall": {}},
         "published": {},
     }
+
+
+def recall_of(found):
+    """The section of recall, and its plots by name."""
     (section,) = [section for section in sections.sections(found) if section.title == "Recall"]
-    for text in (comparison.verdict(found), html.unescape(section.body)):
-        assert ("All distances of recall, up to 128 tokens, are within" in text) == all_inside
-    assert ("sees, of student: all tokens" if window == 0 else f"student: the last {window} tokens") in section.body
-    first, last = (sections.curves(found, "pairs").rows[place][0] for place in (0, 1))
-    assert first == "16, within the window"
-    assert last == ("128, partly beyond the window" if window == 64 else "128, within the window")
-    copying, passages = (sections.curves(found, group) for group in ("copying", "passages"))
-    assert copying.rows[0][0] == ("128, beyond the window" if window == 64 else "128, within the window")
-    assert "beyond the window" in passages.rows[0][0] or all_inside
-    assert f"{copying.rows[0][0].replace('128', 'copying at 128.0', 1)}" in section.body
-    assert ("window of kept attention" in copying.svg) == (window > 0)
+    return html.unescape(section.body), {figure.name: figure for figure in section.figures}
+
+
+@pytest.mark.parametrize(
+    ("window", "distances", "settings", "all_inside"),
+    [
+        (128, (16, 128, 256), {}, True),
+        (0, (16, 128, 256), {}, True),
+        (64, (16, 128, 256), {}, False),
+        (128, (16, 128, 208, 256), {}, False),
+        (128, (16, 128), {"beyond_window": 208}, False),  # a comparison made by an earlier version
+        (128, (16, 128), {"beyond_window": None}, True),
+    ],
+)
+def test_means_of_recall_within_the_window_are_said(window, distances, settings, all_inside):
+    found = recalled(window, distances, **settings)
+    for text in (comparison.verdict(found), recall_of(found)[0]):
+        said = "All distances in the means of recall, up to 128 tokens, are within what the attention of student"
+        assert (said in text) == all_inside
+
+
+def test_what_is_beyond_a_window_is_marked():
+    found = recalled(100)
+    found["models"]["recurrent"]["attention_window"] = 40
+    body, plots = recall_of(found)
+    assert "sees at most, of student: the last 100 tokens; recurrent: the last 40 tokens" in body
+    shown = "50.0 % [40.0, 60.0]"
+    for name, expected in {
+        "pairs": {"16": ("", ""), "64": ("", " (†)"), "128": (" (†)", " †")},
+        "needle": {"16": ("", ""), "64": ("", " †"), "128": (" †", " †")},
+    }.items():
+        rows = [[x, shown, *(shown + mark for mark in marks)] for x, marks in expected.items()]
+        assert plots[name].rows == rows and "its window of attention" in plots[name].caption
+    assert f"copying at 128</td><td>{shown}</td><td>{shown} †</td>" in body
+    assert plots["passages"].svg.count("stroke-dasharray: 3.6,1.8") == 2, "each window in its model's colour"
+
+
+@pytest.mark.parametrize("window", [0, None])
+def test_nothing_is_marked_without_a_window(window):
+    found = recalled(window)
+    body, plots = recall_of(found)
+    assert ("student: all tokens" in body) == (window == 0)
+    for figure in plots.values():
+        assert "window of attention" not in figure.caption and not any(
+            "†" in cell for row in figure.rows for cell in row
+        )
     for facts in found["models"].values():
         del facts["attention_window"]  # a comparison made by an earlier version
-    (section,) = [section for section in sections.sections(found) if section.title == "Recall"]
-    assert "window" not in section.body and sections.curves(found, "pairs").rows[0][0] == "16"
+    assert "window" not in recall_of(found)[0]
+
+
+def test_losses_of_repeats_are_drawn_as_differences():
+    found = recalled(64)
+    figure = recall_of(found)[1]["repeats"]
+    assert "minus teacher's; dotted: of all other tokens" in figure.caption
+    assert figure.rows[0] == ["16", *["0.500 [0.400, 0.600]"] * 3]
+    for row in found["rows"]:
+        row["differences"] = {}  # models of different tokenizers
+    assert "minus" not in recall_of(found)[1]["repeats"].caption
 
 
 def test_a_measurement_that_fails_does_not_lose_the_others(workshop, finished, tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def test_every_plot_is_drawn(seen, report):
     assert len(sizes) == len(plots) and all(complete and natural > 100 for complete, natural, _ in sizes)
     screen = opened.viewport_size["width"]
     assert all(min(200, screen / 2) < width <= screen for _, _, width in sizes)
-    assert {"quality", "position", "pairs", "copying", "passkey", "passages", "divergence", "step", "state"} <= {*plots}
+    assert {"quality", "position", "divergence", "step", "state"} <= {*plots}
+    assert {"pairs", "copying", "passkey", "needle", "needle-gain", "passages", "repeats"} <= {*plots}
     assert {"activations", "logits", "floors", "errors", "state-sizes", "exactness", "hankel", "filter"} <= {*plots}
 
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import runpy
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,7 +110,17 @@ def passages_of(model, distances=DISTANCES, examples=11, seed=3):
     return retrieval.repeated_passages(model, TEXT.reshape(10, 31), distances, examples, seed)
 
 
-PARTS = {"pairs": pairs_of, "copying": copies_of, "passkey": keys_of, "passages": passages_of}
+def needles_of(model, distances=DISTANCES, examples=11, seed=3):
+    return retrieval.needles(model, TEXT.reshape(10, 31), distances, examples, seed)
+
+
+PARTS = {
+    "pairs": pairs_of,
+    "copying": copies_of,
+    "passkey": keys_of,
+    "needle": needles_of,
+    "passages": passages_of,
+}
 
 
 def value(found, name):
@@ -123,9 +135,9 @@ def curve(found, group):
 
 
 def test_a_model_that_copies_recalls_everything():
-    pairs, copies, passages = pairs_of(Oracle()), copies_of(Oracle()), passages_of(Oracle())
+    pairs, copies, passages, needles = (of(Oracle()) for of in (pairs_of, copies_of, passages_of, needles_of))
     keys = keys_of(Oracle(match=2))
-    for group, found in {"pairs": pairs, "copying": copies, "passkey": keys}.items():
+    for group, found in {"pairs": pairs, "copying": copies, "passkey": keys, "needle": needles}.items():
         assert curve(found, group) == dict.fromkeys(DISTANCES, 1.0), group
     for name, found in {
         "recall of pairs": pairs,
@@ -133,6 +145,8 @@ def test_a_model_that_copies_recalls_everything():
         "copying": copies,
         "passkey": keys,
         "passkey tokens": keys,
+        "needle": needles,
+        "right tokens after a needle": needles,
         "right tokens of passages read again": passages,
     }.items():
         assert value(found, name) == 1, name
@@ -143,12 +157,15 @@ def test_a_model_that_copies_recalls_everything():
     assert value(passages, "loss of passages read again") == pytest.approx(0, abs=1e-6)
     for group, found in {"passages": passages, "copying gain": copies}.items():
         assert curve(found, group) == pytest.approx(dict.fromkeys(DISTANCES, every), rel=1e-6), group
+    # Where another needle was shown, three tokens of the continuation follow tokens that were not read before either.
+    assert value(needles, "right tokens after another needle") == 0
+    assert curve(needles, "needle gain") == pytest.approx(dict.fromkeys(DISTANCES, every), rel=1e-6)
     # Of another key's two tokens it is sure that the first comes, and after that knows nothing.
     assert curve(keys, "passkey gain") == pytest.approx(dict.fromkeys(DISTANCES, (40 + every) / 2), rel=1e-6)
 
 
 def test_a_model_that_knows_nothing_is_at_chance():
-    pairs, copies, keys, passages = (measured(Oracle(window=0)) for measured in PARTS.values())
+    pairs, copies, keys, needles, passages = (measured(Oracle(window=0)) for measured in PARTS.values())
     for name, found in {
         "recall of pairs among all tokens": pairs,
         "gain of pairs": pairs,
@@ -157,6 +174,8 @@ def test_a_model_that_knows_nothing_is_at_chance():
         "passkey": keys,
         "passkey tokens": keys,
         "gain of passkey": keys,
+        "needle": needles,
+        "gain of needle": needles,
         "gain on repeated passages": passages,
         "right tokens of passages read again": passages,
     }.items():
@@ -174,6 +193,7 @@ def test_a_window_forgets_what_lies_further_back(furthest):
     model = Oracle(window=furthest + 1)
     assert curve(copies_of(model), "copying") == seen
     assert curve(keys_of(Oracle(window=furthest + 1, match=2)), "passkey") == seen
+    assert curve(needles_of(model), "needle") == seen
     pairs, passages = curve(pairs_of(model), "pairs gain"), curve(passages_of(model), "passages")
     for distance in DISTANCES:
         assert pairs[distance] == pytest.approx(40 * seen[distance], abs=1e-4)
@@ -254,6 +274,7 @@ def test_a_model_of_two_tokens_gains_nothing():
         assert value(found, f"loss of passages read {reading}") == pytest.approx(expected, rel=1e-6)
     assert value(copies_of(model), "gain of copying") == pytest.approx(0, abs=1e-6)
     assert value(keys_of(model), "gain of passkey") == pytest.approx(0, abs=1e-6)
+    assert value(needles_of(model), "gain of needle") == pytest.approx(0, abs=1e-6)
 
 
 def test_what_occurred_in_no_order_is_no_recall_of_pairs():
@@ -284,38 +305,226 @@ def test_passages_and_what_is_between_are_different_places():
     assert all(follows[a] == b for row in (*other, *passages) for a, b in zip(row, row[1:], strict=False))
 
 
+def test_needles_are_given_again_at_their_distance():
+    model = Oracle()
+    needles_of(model, [40], examples=7)
+    shown, controls = np.array(model.read).reshape(2, 7, -1)
+    assert shown.shape[1] == 32 + 40 + 12
+    assert (shown[:, 32:44] == shown[:, -12:]).all()
+    assert ((shown == controls).all(0) == [not 32 <= place < 44 for place in range(84)]).all()
+    follows = dict(zip(TEXT, np.roll(TEXT, -1), strict=True))
+    for ids in (*shown, *controls):
+        assert len(set(ids[:72])) == 72, "nothing but the needle is read twice"
+        for part in ([*ids[:32], *ids[44:72]], ids[32:44], ids[72:]):
+            assert all(follows[a] == b for a, b in zip(part, part[1:], strict=False))
+
+
+def test_the_first_tokens_of_a_needle_occur_once_where_the_text_allows():
+    """A third of the text is one passage over and over."""
+    text = np.concatenate([np.tile(np.arange(1, 14), 8), TEXT[:210]])
+    other, needles, another = retrieval._needles(text, 92, 200, 0)
+    windows = np.lib.stride_tricks.sliding_window_view(other, retrieval.PREFIX, axis=1)
+    again = (windows == needles[:, None, : retrieval.PREFIX]).all(-1).any(1)
+    assert again.mean() < 0.01 < (windows == another[:, None, : retrieval.PREFIX]).all(-1).any(1).mean()
+    with pytest.raises(ValueError, match="the text has 127 tokens; expected 128 or more"):
+        retrieval._needles(TEXT[:127], 92, 3, 0)
+    assert len(retrieval._needles(TEXT[:128], 92, 3, 0)[1]) == 3
+
+
+class Window(Logits):
+    """One layer of softmax attention over the last `window` tokens, and no other memory."""
+
+    def __init__(self, window):
+        super().__init__()
+        torch.manual_seed(1)
+        self.window, self.embedding = window, nn.Embedding(VOCABULARY, 24)
+
+    def forward(self, input_ids, use_cache):
+        x = self.embedding(input_ids) / 3
+        place = torch.arange(input_ids.shape[1])
+        back = place[:, None] - place
+        scores = (x @ x.mT).masked_fill((back < 0) | (back >= self.window), -math.inf)
+        return CausalLMOutputWithPast(logits=scores.softmax(-1) @ x @ self.embedding.weight.T)
+
+
+def test_a_window_without_other_memory_gains_nothing_beyond_it():
+    """The last prediction after a needle is PREFIX + 3 tokens into it, and sees its end 36 tokens before at 40."""
+    seen, unseen = (curve(needles_of(Window(window)), "needle gain") for window in (37, 36))
+    assert min(abs(seen[distance]) for distance in (17, 23, 40)) > 1e-4
+    assert seen[76] == pytest.approx(0, abs=1e-6) == unseen[76] == unseen[40]
+
+
+def split_slowly(ids):
+    """For each token of one context, the distance to the trigram that it completes again, or 0."""
+    found, last = [0, 0], {}
+    for t in range(2, len(ids)):
+        bigram = tuple(ids[t - 2 : t])
+        s = last.get(bigram)
+        found.append(t - s if s is not None and ids[s] == ids[t] else 0)
+        last[bigram] = t
+    return found
+
+
+@pytest.mark.parametrize(("contexts", "length", "vocabulary"), [(7, 53, 3), (3, 40, 9), (1, 3, 1), (2, 1, 4)])
+def test_repeats_are_those_of_a_plain_loop(contexts, length, vocabulary):
+    ids = np.random.default_rng(length).integers(vocabulary, size=(contexts, length))
+    assert retrieval.repeats(ids).tolist() == [split_slowly(row)[:length] for row in ids.tolist()]
+
+
+def test_the_split_has_every_predicted_token_once():
+    """Of text with documents of different lengths, and a remainder shorter than a context, which is not read."""
+    stream = np.random.default_rng(8).integers(1, 6, size=5 * 70 + 19)
+    beginnings = [0, 33, 180, 207]
+    stream[beginnings] = 0
+    model = Noise()
+    found = retrieval.loss_of_repeats(model, stream, 0, 70)
+    ids = stream[:350].reshape(5, 70)
+    loss = F.cross_entropy(model.table[torch.tensor(ids[:, :-1])].mT, torch.tensor(ids[:, 1:]), reduction="none")
+    sums = {metric.name: [0.0] * 5 for metric in found}  # item 0: what is before the first beginning
+    counts = {metric.name: [0] * 5 for metric in found}
+    ends = {(0, 16): "1–16", (16, 32): "17–32", (32, 64): "33–64", (64, 70): "65–70"}
+    for row, own in enumerate(ids.tolist()):
+        for t, distance in list(enumerate(split_slowly(own)))[1:]:
+            document = sum(start <= 70 * row + t for start in beginnings)
+            names = ["loss of repeated trigrams" if distance else retrieval.OTHERS]
+            for (low, high), name in ends.items():
+                names += [f"loss of trigrams repeated within {name}"] if low < distance <= high else []
+            for name in names:
+                sums[name][document] += loss[row, t - 1].item()
+                counts[name][document] += 1
+    for metric in found:
+        assert metric.numerators == pytest.approx(sums[metric.name], rel=1e-6), metric.name
+        assert metric.denominators == counts[metric.name], metric.name
+    tokens = {metric.name: sum(metric.denominators) for metric in found}
+    assert tokens["loss of repeated trigrams"] + tokens[retrieval.OTHERS] == 5 * 69
+    assert sum(sum(m.denominators) for m in found if m.group) == tokens["loss of repeated trigrams"]
+    assert [metric.x for metric in found if metric.group] == [16, 32, 64, 70][: len(found) - 2]
+
+
+def test_what_is_split_is_limited(monkeypatch):
+    monkeypatch.setattr(retrieval, "SPLIT_TOKENS", 200)
+    found = retrieval.loss_of_repeats(Noise(), TEXT, 0, 60)
+    assert sum(sum(metric.denominators) for metric in found if not metric.group) == 3 * 59
+    found = retrieval.loss_of_repeats(Noise(), TEXT[:41], 0, 60)  # shorter than a context
+    assert [sum(metric.denominators) for metric in found] == [40] and found[0].name == retrieval.OTHERS
+
+
 def test_a_bin_without_queries_has_no_metric():
     """Distances between a key and its return are even."""
     assert list(curve(pairs_of(Oracle(), distances=[16, 17, 40]), "pairs")) == [16, 40]
 
 
 @pytest.mark.parametrize(
-    ("context", "distances"), [(64, (16,)), (79, (16,)), (80, (16, 32)), (255, (16, 32, 64)), (256, (16, 32, 64, 128))]
+    ("context", "inside", "beyond"),
+    [
+        (64, [16], [32, 64, 128, 256]),
+        (79, [16, 31], [32, 64, 128, 256]),
+        (80, [16, 32], [64, 128, 256]),
+        (255, [16, 32, 64, 128, 207], [256, 512]),
+        (256, [16, 32, 64, 128, 208], [256, 512, 1024]),
+    ],
 )
-def test_distances_double_as_far_as_they_fit(context, distances):
-    assert retrieval.settings_for([], context_length=context).distances == distances
-    assert retrieval.settings_for([], [300, 31, 16], context).distances == ((16,) if context == 64 else (16, 31))
+def test_distances_double_to_four_contexts(context, inside, beyond):
+    settings = retrieval.settings_for([], context_length=context)
+    assert settings.of_text == inside and settings.beyond_context == beyond
+    assert list(settings.distances) == inside + beyond and settings.beyond_window == []
+    assert settings.of_tokens == [distance for distance in inside if 2 * distance <= context]
+    asked = retrieval.settings_for([], [4 * context + 1, 31, 16], context)
+    assert asked.distances == (16, 31) and asked.of_tokens == ([16] if context == 64 else [16, 31])
+
+
+def test_distances_are_what_all_models_can_read(capsys):
+    def model(label, longest):
+        return SimpleNamespace(attention_window=None, training_context=256, longest=longest, label=label)
+
+    settings = retrieval.settings_for([model("other", None), model("table", 600)])
+    assert settings.beyond_context == [256, 512] and settings.context_length == 256
+    assert "table has positions for 600 tokens, all models read no more" in capsys.readouterr().err
+    settings = retrieval.settings_for([model("table", 100)])
+    assert settings.distances == (16, 32, 52) and settings.context_length == 100 and settings.beyond_context == []
 
 
 @pytest.mark.parametrize(
-    ("window", "context", "beyond"),
-    [(128, 256, 208), (100, 255, 207), (63, 256, None), (256, 256, None), (0, 256, None), (None, 256, None)],
+    ("windows", "beyond"),
+    [
+        ((None, 128), [208]),
+        ((20, 100), [128, 208]),
+        ((None, 255), []),
+        ((None, 208), []),
+        ((0, None), []),
+        ((0, 31), [32, 64, 128, 208]),
+    ],
 )
-def test_passages_are_repeated_beyond_the_window_where_the_context_has_room(window, context, beyond):
-    models = [SimpleNamespace(attention_window=each, training_context=context, longest=None) for each in (None, window)]
+def test_distances_beyond_every_window(windows, beyond):
+    """0, the whole context, is no window."""
+    models = [
+        SimpleNamespace(attention_window=window, training_context=256, longest=None, label="any") for window in windows
+    ]
     settings = retrieval.settings_for(models)
-    assert settings.beyond_window == beyond
-    assert retrieval.settings_for(models, [16]).beyond_window is None, "these distances were asked for"
-    read = retrieval.tokens_read(settings) - retrieval.tokens_read(retrieval.settings_for([], context_length=context))
-    assert read == (settings.examples * context if beyond else 0)
+    assert settings.beyond_window == beyond and settings.window == (max(filter(None, windows), default=None))
 
 
-def test_what_lies_beyond_the_window_is_in_no_mean():
-    model = SimpleNamespace(model=Oracle(), tokenizer=SimpleNamespace(all_special_ids=[]))
-    near = retrieval.run(model, TEXT, retrieval.Settings((16, 32), 80, examples=5))["metrics"]
-    both = retrieval.run(model, TEXT, retrieval.Settings((16, 32), 100, examples=5, beyond_window=52))["metrics"]
-    assert both[: len(near)] == near
-    assert [metric["name"] for metric in both[len(near) :]] == ["passages at 52", "loss of passages read again at 52"]
+@pytest.mark.parametrize(
+    ("distances", "message"),
+    [
+        ((32, 16), "expected [16, 32]"),
+        ((16, 16), "expected [16]"),
+        ((16, 400), "expected [16]"),
+        ((80,), "160 or"),
+    ],
+)
+def test_settings_are_in_order_and_within_four_contexts(distances, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        retrieval.Settings(distances, 96)
+
+
+class Stood(SimpleNamespace):
+    """A model as `run` takes it."""
+
+    def __init__(self, model, window=None):
+        tokenizer = SimpleNamespace(all_special_ids=[], bos_token_id=None, eos_token_id=0)
+        super().__init__(model=model, tokenizer=tokenizer, attention_window=window)
+
+
+def measured(model, settings, stream=TEXT):
+    """What `run` finds, and its metrics by name as means."""
+    found = retrieval.run(model, stream, settings)
+    means = {
+        metric["name"]: (sum(metric["numerators"]) / sum(metric["denominators"]), len(metric["numerators"]))
+        for metric in found["metrics"]
+    }
+    return found, means
+
+
+def test_what_lies_beyond_the_context_is_in_no_mean():
+    near, both = (
+        measured(Stood(Oracle()), retrieval.Settings(distances, 80, examples=19))[1]
+        for distances in ((16, 32), (16, 32, 40, 70))
+    )
+    assert {name: both[name] for name in near} == near
+    kinds = ("needle", "gain of needle", "passages", "loss of passages read again")
+    assert both.keys() - near.keys() == {f"{kind} at {distance}" for kind in kinds for distance in (40, 70)}
+    assert {both[f"{kind} at 70"][1] for kind in kinds} == {16} and both["passages at 32"][1] == 19
+
+
+def test_the_gain_beyond_the_window_is_a_mean_of_its_own():
+    name, every = "gain on repeated passages beyond the window", math.log(VOCABULARY)
+    settings = retrieval.Settings((16, 32, 64, 128), 120, examples=5, window=31)
+    found, means = measured(Stood(Oracle(window=64), 31), settings)
+    assert found["beyond_window"] == [32, 64, 128] and found["attention_window"] == 31
+    assert means[name] == pytest.approx((every / 2, 5), rel=1e-6), "64 tokens back are out of sight, 128 not averaged"
+    assert means["gain on repeated passages"] == pytest.approx((2 / 3 * every, 5), rel=1e-6)
+    for window in (None, 64):
+        assert name not in measured(Stood(Oracle()), replace(settings, window=window))[1]
+
+
+def test_tokens_read_are_those_that_a_model_reads():
+    settings = retrieval.Settings((16, 32, 45, 64, 128), 96, examples=19)
+    assert settings.of_tokens == [16, 32, 45] and settings.beyond_context == [64, 128]
+    for text in (TEXT, TEXT[:101], TEXT[:119], TEXT[:120], TEXT[:184]):
+        model = Oracle()
+        retrieval.run(Stood(model), text, settings)
+        assert sum(map(len, model.read)) == retrieval.tokens_read(settings, len(text)), len(text)
 
 
 def test_result_has_every_part_and_its_chance(workshop):
@@ -323,17 +532,18 @@ def test_result_has_every_part_and_its_chance(workshop):
     stream = np.tile(np.arange(320), 9)
     settings = retrieval.settings_for([model], [16, 40], context_length=100, examples=3)  # past its 63 positions
     found = retrieval.run(model, stream, settings)
-    described = {"distances": (16, 40), "context_length": 100, "examples": 3, "seed": 0, "beyond_window": None}
+    described = {"distances": (16, 40), "context_length": 100, "examples": 3, "seed": 0, "window": None}
     assert retrieval.described(settings) == described
     headlines = [metric["name"] for metric in found["metrics"] if metric.get("headline")]
-    assert headlines == ["recall of pairs", "copying", "passkey", "gain on repeated passages"]
+    losses = ["loss of repeated trigrams", "loss of other tokens"]
+    assert headlines == ["recall of pairs", "copying", "passkey", "needle", "gain on repeated passages", *losses[1:]]
     assert found["pairs_shown"] == 10 and found["tokens_drawn_from"] == 80
     chance = {"pairs": 1 / 10, "copying": 1 / 80, "passkey": 1 / 6400, "passkey tokens": 1 / 80}
-    gains = dict.fromkeys(("pairs gain", "copying gain", "passkey gain", "passages"), 0)
+    gains = dict.fromkeys(("pairs gain", "copying gain", "passkey gain", "needle", "needle gain", "passages"), 0)
     assert found["chance"] == pytest.approx(chance | gains)
     groups = {metric["group"]: metric["x"] for metric in found["metrics"] if "group" in metric}
     assert groups == dict.fromkeys([*found["chance"], "passages loss"], 40.0)
-    assert {len(metric["numerators"]) for metric in found["metrics"]} == {3}
+    assert {len(metric["numerators"]) for metric in found["metrics"] if metric["name"] not in losses} == {3}
 
 
 def test_recall_command(finished, workshop, tmp_path, monkeypatch, capsys):
@@ -341,13 +551,14 @@ def test_recall_command(finished, workshop, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("\n".join(json.loads(line)["text"] for line in lines))
     words = ["eval/recall.py", workshop / "teacher", finished / "recurrence", "--split", "all"]
     words += ["--text", tmp_path / "text.txt"]
-    longer = ["--context-length", 70, "--distances", 64, 19]
+    longer = ["--context-length", 70, "--distances", 64, 19, 281]
     done = command(*words, *longer, "--examples", 5)
     assert done.returncode == 0, done.stderr
-    assert "too short for distances 64, which are left out" in done.stderr
+    assert "too short for distances 64, which are read for passages and needles only" in done.stderr
+    assert "too short for distances 281, which are left out" in done.stderr
     first, second = json.loads(done.stdout.splitlines()[-1])
-    assert first["settings"] == second["settings"] and first["settings"]["distances"] == [19]
-    for name in ("pairs at ≤ 19", "copying at 19", "passkey at 19", "passages at 19"):
+    assert first["settings"] == second["settings"] and first["settings"]["distances"] == [19, 64]
+    for name in ("pairs at ≤ 19", "copying at 19", "passkey at 19", "needle at 19", "passages at 19", "passages at 64"):
         assert first["metrics"][name]["items"] == 5 and any(line.startswith(name) for line in done.stdout.splitlines())
     assert first["pairs_shown"] == 4 and first["metrics"] != second["metrics"]
     for change, message in {

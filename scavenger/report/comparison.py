@@ -195,23 +195,24 @@ def verdict(found: dict, labels: list[str] | None = None) -> str:
 
 
 def recall_within_window(found: dict, labels: list[str]) -> list[str]:
-    """A sentence if no distance of recall is beyond what the kept attention of these models sees, else nothing."""
+    """A sentence if no distance in the means of recall is beyond what attention in these models sees, else nothing."""
     asked = found.get("settings", {}).get("recall")
     if asked is None:
         return []
-    furthest = max(*asked["distances"], asked.get("beyond_window") or 0)
+    averaged = retrieval.within(asked["distances"], asked["context_length"])
+    furthest = max(*averaged, asked.get("beyond_window") or 0)  # which results of an earlier version have
     windows = {label: window for label in labels if (window := attention_window(found, label)) is not None}
     inside = [label for label, window in windows.items() if furthest <= window]
     if not inside:
         return []
     return [
-        f"All distances of recall, up to {furthest:,} tokens, are within what the kept attention of "
+        f"All distances in the means of recall, up to {furthest:,} tokens, are within what the attention of "
         f"{' and '.join(inside)} sees: they say nothing of the filters."
     ]
 
 
 def attention_window(found: dict, label: str) -> float | None:
-    """Tokens that a model's kept attention sees; None if it keeps none, or in figures of an earlier version."""
+    """Tokens that a model's attention sees at most; None as in `Evaluated`, or in figures of an earlier version."""
     window = found.get("models", {}).get(label, {}).get("attention_window")
     return math.inf if window == 0 else window
 

@@ -103,7 +103,7 @@ class Evaluated:
 
     @property
     def attention_window(self) -> int | None:
-        """Tokens that a student's kept attention sees, 0: all; None without kept attention, and for other models."""
+        """Tokens that a student's attention sees at most, 0: all; None without attention, and for other models."""
         return self.config.widest_window if self.is_student else None
 
     @property

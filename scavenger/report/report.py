@@ -64,7 +64,7 @@ def work(recipe: Recipe) -> dict:
     read = 2 * held_out  # measuring a student's perplexity also runs the teacher
     read += min(likelihood.LONG_CONTEXTS * asked.perplexity.longest, held_out)
     if asked.recall:
-        read += retrieval.tokens_read(asked.recall)
+        read += retrieval.tokens_read(asked.recall, held_out)
     generated = 0
     if asked.generation:
         own = asked.generation

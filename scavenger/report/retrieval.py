@@ -6,8 +6,15 @@ copying   random tokens, then the same again
 passkey   other text, a marker, a key of random tokens, more of the other text, and the marker: which key?
           (arXiv:2305.16300, with random tokens instead of words)
 passages  other text, a passage, more of the other text, and the passage again
+needle    other text, a needle of real text, more of the other text, and the needle's first tokens: what follows them?
+repeats   no task: the loss on the text itself, of tokens that complete a trigram of their context again, by distance,
+          and of all others (the split of arXiv:2312.04927)
 
-The items of every metric are sequences, which depend only on the seed, the text and the tokenizer.
+The items of a task's metrics are sequences, which depend only on the seed, the text and the tokenizer; those of the
+split are documents.
+
+Distances double from 16 to BEYOND times the training context. Means are over the distances that fit the training
+context, the same for all models: further away, even a teacher may be lost.
 """
 
 import dataclasses
@@ -16,16 +23,21 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from scavenger import measure
+from scavenger import data, measure
 from scavenger.report import metrics
 from scavenger.report.evaluated import Evaluated, readable
 from scavenger.report.metrics import Metric
 
 
 DISTANCES = (16, 32, 64, 128)  # tokens
+BEYOND = 4  # the furthest distance in training contexts, as the positions of perplexity
 # Sequences of each kind. Across seeds 0 to 2 the embedded teacher's recall of pairs differs by 1 point over all
 # distances (by 11 at the shortest one, which has 60 to 90 queries), its gain on passages by up to 0.12 nats.
 EXAMPLES = 64
+# Sequences at most at each distance beyond the training context, where only real text is read. They are long: of the
+# 377,000 tokens that the quickstart's models read for recall these are 93,000; 64 sequences of every task would be
+# 1,185,000. They say whether anything is recalled there, and no headline depends on them.
+FAR_EXAMPLES = 16
 # Random tokens are drawn from the text's most frequent ones, this many per pair. With 32 pairs the embedded teacher
 # finds the correct one of 32 values for 16 % of the keys with 8 tokens per pair, for 15 % with 4, and for 10 % with all
 # tokens of the text, most of which it has rarely seen; chance is 3 %. A separator after each pair did not help.
@@ -46,21 +58,30 @@ MARKER = 4
 # Tokens of a key. Chance is already one key in 65,000, and longer keys distinguish small models even less: of 64 keys
 # the embedded teacher finds 0 or 1 at each distance, and 0 if they have 4 tokens.
 KEY = 2
+# Tokens of a needle that are given again, and tokens that follow. At a distance of 208 a needle adds 18 points to the
+# embedded teacher's share of right tokens if 8 are given again, 11 if 2 or 4 are; at 16, 35, 34 and 39. Of 8 tokens
+# that follow instead of 4, it adds 16 and 35.
+PREFIX, CONTINUATION = 8, 4
+NEEDLE = PREFIX + CONTINUATION
+# Places drawn for a needle, of which the one is taken whose first tokens occur least often in the other text. In the
+# standard library those of 2 to 4 places in 1,000 occur there; other text may repeat itself more.
+CANDIDATES = 8
+OTHERS = "loss of other tokens"  # the metric of what `repeats` does not find
+SPLIT_TOKENS = 65_536  # of text at most whose loss is split: as many as the quickstart's test split has
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Distances in tokens, the context length that they must fit, and the number of sequences at each distance.
+    """Distances in tokens, ascending, the training context, and the number of sequences at each distance.
 
-    beyond_window: one more distance, of repeated passages alone, beyond the attention window of students. It is not in
-    their mean, which is over the same distances for all models.
+    window: the widest window of attention of the models; None where none has a window.
     """
 
     distances: tuple[int, ...]
     context_length: int
     examples: int = EXAMPLES
     seed: int = 0
-    beyond_window: int | None = None
+    window: int | None = None
 
     def __post_init__(self):
         if self.examples < 1 or self.seed < 0:
@@ -68,31 +89,53 @@ class Settings:
                 f"found {self.examples} examples and seed {self.seed}; expected 1 example or more and a seed of 0 or "
                 "more"
             )
-        if list(self.distances) != fitting(self.distances, self.context_length):
+        fitting(self.distances, self.context_length)
+        right = sorted({distance for distance in self.distances if distance <= BEYOND * self.context_length})
+        if list(self.distances) != right:
             raise ValueError(
-                f"found distances {list(self.distances)}; expected "
-                f"{fitting(self.distances, self.context_length)}, which fit {self.context_length} tokens"
+                f"found distances {list(self.distances)}; expected {right}, ascending and at most {BEYOND} times the "
+                f"context of {self.context_length} tokens"
             )
+
+    @property
+    def of_tokens(self) -> list[int]:
+        """Distances at which sequences of random tokens fit the training context."""
+        return fitting(self.distances, self.context_length)
+
+    @property
+    def of_text(self) -> list[int]:
+        """Distances at which sequences of real text fit the training context."""
+        return within(self.distances, self.context_length)
+
+    @property
+    def beyond_context(self) -> list[int]:
+        """The other distances, at which only real text is read."""
+        return [distance for distance in self.distances if distance > max(self.of_text)]
+
+    @property
+    def beyond_window(self) -> list[int]:
+        """Those of `of_text` that no model's window of attention spans; none where no model has a window."""
+        return [distance for distance in self.of_text if self.window is not None and distance > self.window]
 
 
 def settings_for(
     models: list[Evaluated], distances=None, context_length: int | None = None, examples: int = EXAMPLES, seed: int = 0
 ) -> Settings:
-    """Defaults: the shortest training context, and distances that double from 16 as long as they fit it.
+    """Defaults: the shortest training context; distances that double from 16 to BEYOND contexts, and its furthest one.
 
-    Given distances that do not fit are left out; a context longer than in training tests models beyond it. Where all
-    of the default distances lie within a student's attention window, passages are also repeated as far apart as they
-    fit, if that is beyond the window.
+    Distances that are more than BEYOND contexts, or further than the models can read, are left out. A context longer
+    than in training tests models beyond it.
     """
-    length, beyond = context_length or min(model.training_context for model in models), None
-    length = readable(models, length, "recall")
+    length = readable(models, context_length or min(model.training_context for model in models), "recall")
+    around = LEAD + PASSAGE  # read besides the distance
+    fitting(distances or DISTANCES[:1], length)
+    furthest = readable(models, BEYOND * length + around, "recall beyond the context") - around
     if distances is None:
-        distances = [DISTANCES[0]]
-        while _length(2 * distances[-1]) <= length:
-            distances.append(2 * distances[-1])
-        window, furthest = max((model.attention_window or 0 for model in models), default=0), length - LEAD - PASSAGE
-        beyond = furthest if distances[-1] <= window < furthest else None
-    return Settings(tuple(fitting(distances, length)), length, examples, seed, beyond)
+        doubling = (DISTANCES[0] << times for times in range((furthest // DISTANCES[0]).bit_length()))
+        distances = [length - around, *doubling]
+    windows = [model.attention_window for model in models if model.attention_window]
+    kept = sorted({distance for distance in distances if distance <= furthest})
+    return Settings(tuple(kept), length, examples, seed, max(windows, default=None))
 
 
 def described(settings: Settings) -> dict:
@@ -101,35 +144,50 @@ def described(settings: Settings) -> dict:
 
 
 def run(model: Evaluated, stream: np.ndarray, settings: Settings) -> dict:
-    """All four tasks on a text's token ids; `chance` is the score of guessing among the tokens used, by group."""
-    special, asked = model.tokenizer.all_special_ids, (settings.distances, settings.examples, settings.seed)
+    """All tasks on a text's token ids, and its loss split by repetition.
+
+    `chance` is the score of guessing among the tokens used, by group; `beyond_window` has the distances that are larger
+    than this model's own window. Distances beyond the training context that the text is too short for have no metric.
+    """
+    special, examples, seed = model.tokenizer.all_special_ids, settings.examples, settings.seed
     found = [
-        *associative_recall(model.model, stream, special, *asked),
-        *copying(model.model, stream, special, *asked),
-        *passkeys(model.model, stream, special, *asked),
-        *repeated_passages(model.model, stream, *asked),
+        *associative_recall(model.model, stream, special, settings.of_tokens, examples, seed),
+        *copying(model.model, stream, special, settings.of_tokens, examples, seed),
+        *passkeys(model.model, stream, special, settings.of_tokens, examples, seed),
+        *needles(model.model, stream, settings.of_text, examples, seed),
+        *repeated_passages(model.model, stream, settings.of_text, examples, seed),
     ]
-    if settings.beyond_window is not None:
-        far = repeated_passages(model.model, stream, (settings.beyond_window,), settings.examples, settings.seed)
-        found += [metric for metric in far if metric.group]
-    pairs = pairs_shown(settings.distances)
-    drawn_from = len(_frequent_tokens(stream, special, settings.distances))
+    found += _beyond_window(found, settings.beyond_window)
+    far = _read_beyond(settings, len(stream))
+    if far:
+        fewer = min(examples, FAR_EXAMPLES)
+        further = [
+            *needles(model.model, stream, far, fewer, seed),
+            *repeated_passages(model.model, stream, far, fewer, seed),
+        ]
+        found += [metric for metric in further if metric.group]  # the curves go on, the means do not
+    found += loss_of_repeats(model.model, stream, data.beginning(model.tokenizer), settings.context_length)
+    pairs = pairs_shown(settings.of_tokens)
+    drawn_from = len(_frequent_tokens(stream, special, settings.of_tokens))
+    window = model.attention_window
     return {
         "metrics": [metrics.packed(metric) for metric in found],
         "pairs_shown": pairs,
         "tokens_drawn_from": drawn_from,
+        "attention_window": window,
+        "beyond_window": [distance for distance in settings.distances if window and distance > window],
         "chance": {
             "pairs": 1 / pairs,
             "copying": 1 / drawn_from,
             "passkey": drawn_from**-KEY,
             "passkey tokens": 1 / drawn_from,
-            **dict.fromkeys(("pairs gain", "copying gain", "passkey gain", "passages"), 0.0),
+            **dict.fromkeys(("pairs gain", "copying gain", "passkey gain", "needle", "needle gain", "passages"), 0.0),
         },
     }
 
 
 def fitting(distances, context_length: int) -> list[int]:
-    """The distances whose sequences fit a context, in ascending order; ValueError if none does."""
+    """The distances at which every task fits a context, in ascending order; ValueError if there is none."""
     if min(distances) < PASSAGE:
         raise ValueError(f"found a distance of {min(distances)}; expected {PASSAGE} or more, the length of a passage")
     fit = sorted({distance for distance in distances if _length(distance) <= context_length})
@@ -141,16 +199,28 @@ def fitting(distances, context_length: int) -> list[int]:
     return fit
 
 
-def tokens_read(settings: Settings) -> int:
-    """Number of tokens that a model reads in `run`."""
-    each = 4 * pairs_shown(settings.distances)
-    for distance in settings.distances:
+def within(distances, context_length: int) -> list[int]:
+    """The distances at which a passage and its repetition, with LEAD tokens before them, fit a context."""
+    return [distance for distance in distances if LEAD + distance + PASSAGE <= context_length]
+
+
+def tokens_read(settings: Settings, text_tokens: int) -> int:
+    """Number of tokens that a model reads in `run` of a text."""
+
+    def of_text(distance):
+        return LEAD + distance + PASSAGE + 2 * (LEAD + distance + NEEDLE)  # needles: also with another one
+
+    each = 4 * pairs_shown(settings.of_tokens)
+    for distance in settings.of_tokens:
         each += 2 * distance  # copying
         each += 2 * (LEAD + distance + MARKER + KEY)  # passkeys, with the key and with another one
-        each += LEAD + distance + PASSAGE  # passages
-    if settings.beyond_window is not None:
-        each += LEAD + settings.beyond_window + PASSAGE
-    return settings.examples * each
+    each += sum(map(of_text, settings.of_text))
+    further = sum(map(of_text, _read_beyond(settings, text_tokens)))
+    return (
+        settings.examples * each
+        + min(settings.examples, FAR_EXAMPLES) * further
+        + _contexts(text_tokens, settings.context_length) * (min(settings.context_length, text_tokens) - 1)
+    )
 
 
 def pairs_shown(distances) -> int:
@@ -274,8 +344,9 @@ def repeated_passages(model: nn.Module, blocks: np.ndarray, distances, examples:
 
     A sequence is LEAD tokens, the passage, distance - PASSAGE tokens that continue the first ones, and the passage
     again; all distances have the same passages, without their first token. The gain is also positive for a model that
-    remembers tokens but not their order; beyond a model's training context it is reduced by the higher loss there (the
-    embedded teacher, trained on 256 tokens, gains -2.6 nats at 1,024).
+    remembers tokens but not their order: a window less than PASSAGE tokens short of the distance still has the last of
+    them. Beyond a model's training context it is reduced by the higher loss there (the embedded teacher, trained on 256
+    tokens, gains -2.6 nats at 1,024).
     """
     other, passages = _passages(blocks, LEAD + max(distances) - PASSAGE, examples, seed)
     first, again, right = [], [], []
@@ -297,6 +368,107 @@ def repeated_passages(model: nn.Module, blocks: np.ndarray, distances, examples:
         *_curve("passages", distances, gain, "passages", unit="nats"),
         *_curve("loss of passages read again", distances, again, "passages loss", unit="nats", better="lower"),
     ]
+
+
+def needles(model: nn.Module, blocks: np.ndarray, distances, examples: int, seed: int) -> list[Metric]:
+    """LEAD tokens of text, a needle, more of the text up to the distance, the needle's first tokens: what follows?
+
+    A needle is NEEDLE tokens from another place in the text: PREFIX tokens that are given again, and CONTINUATION
+    tokens, which are to be predicted after them. As text can be predicted without recall, each sequence is also read
+    with a needle from a third place instead. needle: share of tokens that are the most likely one, minus that share
+    with the other needle. gain: log-probability of a token minus that with the other needle. Both are 0 for a model
+    that does not see so far back, at any distance. All distances have the same needles.
+    """
+    other, needle, another = _needles(blocks, LEAD + max(distances) - NEEDLE, examples, seed)
+    right, guessed, gain = [], [], []
+    for distance in distances:
+        between = other[:, LEAD : LEAD + distance - NEEDLE]
+        places = range(LEAD + distance + PREFIX, LEAD + distance + NEEDLE)
+        (hits, losses), (unshown, unseen) = (
+            _predictions(
+                model,
+                np.concatenate([other[:, :LEAD], shown, between, needle], axis=1),
+                places,
+                f"needle at {distance}",
+            )
+            for shown in (needle, another)
+        )
+        right.append(hits.mean(1))
+        guessed.append(unshown.mean(1))
+        gain.append((unseen - losses).mean(1))
+    more = [with_it - without for with_it, without in zip(right, guessed, strict=True)]
+    return [
+        _overall("needle", more, unit="share", headline=True),
+        _overall("right tokens after a needle", right, unit="share"),
+        _overall("right tokens after another needle", guessed, unit="share", better=""),
+        _overall("gain of needle", gain, unit="nats"),
+        *_curve("needle", distances, more, "needle", unit="share"),
+        *_curve("gain of needle", distances, gain, "needle gain", unit="nats"),
+    ]
+
+
+def loss_of_repeats(model: nn.Module, stream: np.ndarray, beginning: int, context_length: int) -> list[Metric]:
+    """Loss on a text's own tokens (token,), of those that `repeats` finds, by distance, and of all others.
+
+    Contexts are read independently, SPLIT_TOKENS tokens of them at most, and their first tokens are not predicted. Bins
+    of distances end at 16, 32, … and the context length; a bin without tokens has no metric. Items are documents, which
+    start with the token `beginning`.
+    """
+    length, count = min(context_length, len(stream)), _contexts(len(stream), context_length)
+    ids = stream[: count * length].reshape(count, length)
+    loss = measure.numbers(measure.by_token(model, ids))[0].numpy()
+    distance = repeats(ids)[:, 1:]
+    document = np.cumsum(ids == beginning).reshape(ids.shape)[:, 1:]
+    one = np.ones_like(loss)
+
+    def metric(name, inside, **what):
+        sums, counts = (np.bincount(document[inside], each[inside], document.max() + 1) for each in (loss, one))
+        return Metric(name, sums.tolist(), counts.tolist(), unit="nats", better="lower", **what)
+
+    found = [
+        metric("loss of repeated trigrams", distance > 0, headline=True),
+        metric(OTHERS, distance == 0, headline=True),
+    ]
+    low = 0
+    while low < length:
+        high = min(max(2 * low, DISTANCES[0]), length)
+        inside = (low < distance) & (distance <= high)
+        found.append(
+            metric(f"loss of trigrams repeated within {low + 1:,}–{high:,}", inside, group="repeats", x=float(high))
+        )
+        low = high
+    return [metric for metric in found if any(metric.denominators)]
+
+
+def repeats(ids: np.ndarray) -> np.ndarray:
+    """For each token of contexts (context, length), the distance to the trigram that it completes again, or 0.
+
+    That of token t is t - s for the last s < t with the same two tokens before it, if token s is also token t.
+    """
+    bigrams = (ids[:, :-1] * (ids.max() + 1) + ids[:, 1:])[:, :-1]  # number i: the two tokens before token i + 2
+    order = np.argsort(bigrams, axis=1, kind="stable")  # equal ones are beside each other, in order
+    ranked = np.take_along_axis(bigrams, order, axis=1)
+    apart = np.where(ranked[:, 1:] == ranked[:, :-1], np.diff(order, axis=1), 0)
+    distance = np.zeros_like(ids)
+    np.put_along_axis(distance, order[:, 1:] + 2, apart, axis=1)
+    followed = np.take_along_axis(ids, np.arange(ids.shape[1]) - distance, axis=1)
+    return np.where(followed == ids, distance, 0)
+
+
+def _contexts(tokens, context_length):
+    """The number of contexts of a text whose loss is split; a shorter text is one."""
+    return max(1, min(SPLIT_TOKENS, tokens) // context_length)
+
+
+def _read_beyond(settings, text_tokens):
+    """The distances beyond the training context that a text has enough tokens for."""
+    return [distance for distance in settings.beyond_context if LEAD + distance + 2 * NEEDLE <= text_tokens]
+
+
+def _beyond_window(found, distances):
+    """The mean gain on passages over the distances beyond every window, if there are any."""
+    gains = [metric.numerators for metric in found if metric.group == "passages" and metric.x in distances]
+    return [_overall("gain on repeated passages beyond the window", gains, unit="nats", headline=True)] if gains else []
 
 
 def _length(distance):
@@ -363,6 +535,28 @@ def _passages(blocks, length, examples, seed):
     other = rng.integers(len(text), size=(examples, 1))
     passage = other + length + rng.integers(len(text) - length - PASSAGE + 1, size=(examples, 1))
     return tuple(text[(start + np.arange(count)) % len(text)] for start, count in ((other, length), (passage, PASSAGE)))
+
+
+def _needles(blocks, length, examples, seed):
+    """Other text (example, length), needles (example, NEEDLE), and as many other passages, none of which overlap."""
+    text = np.asarray(blocks).reshape(-1)
+    places = len(text) - length - NEEDLE + 1  # where a needle can begin, outside the other text
+    if places <= 2 * NEEDLE:
+        raise ValueError(f"the text has {len(text)} tokens; expected {length + 3 * NEEDLE} or more")
+    rng = np.random.default_rng((seed, 3))
+    other = rng.integers(len(text), size=(examples, 1))
+    drawn = rng.integers(places, size=(examples, CANDIDATES))
+
+    def taken(starts, count):
+        return text[(starts[..., None] + np.arange(count)) % len(text)]
+
+    around, prefixes = taken(other, length)[:, 0], taken(other + length + drawn, PREFIX)
+    occurring = np.zeros(drawn.shape, dtype=int)
+    for start in range(length - PREFIX + 1):
+        occurring += (prefixes == around[:, None, start : start + PREFIX]).all(-1)
+    needle = np.take_along_axis(drawn, occurring.argmin(1)[:, None], axis=1)
+    another = (needle + places // 2) % places  # half of the remaining text away
+    return around, *(taken(other + length + start, NEEDLE)[:, 0] for start in (needle, another))
 
 
 def _predictions(model, ids, places, what):

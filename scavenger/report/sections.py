@@ -5,7 +5,7 @@ import itertools
 import math
 from pathlib import Path
 
-from scavenger.report import command, comparison, metrics, page, timing
+from scavenger.report import command, comparison, metrics, page, retrieval, timing
 from scavenger.report.metrics import Metric
 from scavenger.report.page import Figure, Section
 from scavenger.run import checkpoint
@@ -16,9 +16,15 @@ GROUPS = {  # curves over x: title, axis
     "pairs": ("Recall of pairs: the correct value is the likeliest shown", "distance to the pair, tokens (at most)"),
     "copying": ("Copying: correct tokens at the second occurrence", "distance, tokens"),
     "passkey": ("Passkey: the whole key is correct", "distance to the key, tokens"),
+    "needle": ("Needle in real text: more right tokens where it was shown", "distance to the needle, tokens"),
+    "needle gain": ("Needle in real text: gain in loss where it was shown", "distance to the needle, tokens"),
     "passages": ("Gain in loss when a passage is repeated", "distance, tokens"),
+    "repeats": ("Loss of tokens that complete a trigram again", "distance to the trigram, tokens (at most)"),
     "divergence": ("KL to the reference along its own text", "position among the new tokens (last of a bin)"),
 }
+RECALL = ("pairs", "copying", "passkey", "needle", "needle gain", "passages", "repeats")
+BINNED = ("pairs", "pairs gain", "repeats")  # groups whose distances are from the one before to this one
+BEYOND, PARTLY = "†", "(†)"  # values measured beyond a model's own window of attention, or in part beyond it
 
 
 def write(found: dict, folder: Path) -> Path:
@@ -74,7 +80,7 @@ def sections(found: dict) -> list[Section]:
     ]
     for title, groups in (
         ("By position", ["position"]),
-        ("Recall", ["pairs", "copying", "passkey", "passages"]),
+        ("Recall", RECALL),
         ("Generation", ["divergence"]),
     ):
         figures = tuple(figure for group in groups if (figure := curves(found, group)))
@@ -89,7 +95,7 @@ def sections(found: dict) -> list[Section]:
 
 
 def window_note(found: dict) -> str:
-    """On which side of the kept attention's window the distances of recall are."""
+    """What attention in the models sees, and how distances beyond it are marked."""
     windows = {label: comparison.attention_window(found, label) for label in found["labels"]}
     seen = [
         f"{label}: {'all' if window == math.inf else f'the last {window:,}'} tokens"
@@ -98,38 +104,45 @@ def window_note(found: dict) -> str:
     ]
     if not seen:
         return ""
-    said = f"Kept attention sees, of {'; '.join(seen)}. Only what is recalled from beyond is recalled by the filters."
+    said = (
+        f"Attention sees at most, of {'; '.join(seen)}. {BEYOND}: beyond a model's own window, {PARTLY}: partly; what "
+        "is recalled from there comes through its filters, or from window to window through several layers."
+    )
     return page.paragraph(" ".join([said, *comparison.recall_within_window(found, found["labels"])]), "note")
 
 
-def _side(found, row):
-    """Where a row of recall is measured at a distance: on which side of the (largest) window of kept attention."""
-    window = _window(found)
-    if row["measurement"] != "recall" or row["x"] is None or window is None:
+def _cells(found, row):
+    """Every model's value in a row, marked where a distance is beyond its window of attention."""
+    return [comparison.shown(row, label) + _mark(found, row, label) for label in found["labels"]]
+
+
+def _mark(found, row, label):
+    window = comparison.attention_window(found, label)
+    measured = row["measurement"] == "recall" and row["x"] is not None and label in row["models"]
+    if not measured or window is None or row["x"] <= window:
         return ""
-    if row["x"] <= window:
-        return ", within the window"
-    nearer = [x for x in found["settings"]["recall"]["distances"] if x < row["x"]]
-    # Pairs are binned, from the distance before to this one.
-    partly = row["group"].startswith("pairs") and max(nearer, default=0) < window
-    return ", partly beyond the window" if partly else ", beyond the window"
-
-
-def _window(found):
-    windows = [comparison.attention_window(found, label) for label in found["labels"]]
-    return max((window for window in windows if window is not None), default=None)
+    same = [other["x"] for other in found["rows"] if other["group"] == row["group"] and other["x"] < row["x"]]
+    partly = row["group"] in BINNED and max(same, default=0) < window
+    return f" {PARTLY if partly else BEYOND}"
 
 
 def curves(found: dict, group: str) -> Figure | None:
-    """Every model's metrics of a group over x, with intervals; None if there are none."""
+    """Every model's metrics of a group over x, with intervals; None if there are none.
+
+    Of the losses of repeats, the differences to the reference where there are any, beside those of all other tokens.
+    """
     rows = [row for row in found["rows"] if row["group"] == group]
     if not rows:
         return None
     title, axis = GROUPS[group]
+    apart = group == "repeats" and any(row["differences"] for row in rows)
+    if apart:
+        title += f", minus {found['reference']}'s; dotted: of all other tokens"
+    drawn = "differences" if apart else "models"
     figure, axes = page.plot()
     percent = 100 if rows[0]["unit"] == "share" else 1
     for number, (colour, label) in enumerate(zip(itertools.cycle(page.PALETTE), found["labels"], strict=False)):
-        own = [(row["x"], row["models"][label]) for row in rows if label in row["models"]]
+        own = [(row["x"], row[drawn][label]) for row in rows if label in row[drawn]]
         if not own:
             continue
         x = [place for place, _ in own]
@@ -137,6 +150,9 @@ def curves(found: dict, group: str) -> Figure | None:
         axes.plot(x, [percent * value["value"] for _, value in own], label=page.named(label), **style)
         low, high = ([percent * _end(value, end) for _, value in own] for end in ("low", "high"))
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        for row in found["rows"] if apart else ():
+            if row["metric"] == retrieval.OTHERS and label in row["differences"]:
+                axes.axhline(row["differences"][label]["value"], color=colour, linewidth=0.8, linestyle=":")
     chance = _chance(found, group)
     if chance is not None:
         axes.axhline(percent * chance, color="#888888", linestyle=":", label="chance")
@@ -145,19 +161,30 @@ def curves(found: dict, group: str) -> Figure | None:
     if rows[0]["exponential"] or group == "divergence":
         axes.set_yscale("log")
         page.plain_ticks(axes.yaxis)
+    furthest = max(row["x"] for row in rows)
     contexts = {found["models"][label]["training_context"] for label in found["labels"]}
-    if len(contexts) == 1 and None not in contexts and max(row["x"] for row in rows) >= max(contexts):
-        axes.axvline(max(contexts), color="#888888", linewidth=0.8, linestyle="--", label="training context")
-    window = _window(found) if rows[0]["measurement"] == "recall" else None
-    if window is not None and window < math.inf:
-        axes.axvline(window, color="#888888", linewidth=0.8, linestyle="-.", label="window of kept attention")
+    if len(contexts) == 1 and None not in contexts and furthest >= max(contexts):
+        axes.axvline(max(contexts), color="#888888", linewidth=0.8, linestyle="-.", label="training context")
+    if rows[0]["measurement"] == "recall" and _draw_windows(axes, found, furthest):
+        title += f". Dashed, in a model's colour: its window of attention; {BEYOND}: beyond it, {PARTLY}: partly"
     axes.set_ylabel({"share": "%", "nats": "nats per token"}.get(rows[0]["unit"], "perplexity"))
     axes.legend(fontsize=7)
-    table = [
-        [f"{row['x']:g}{_side(found, row)}", *(comparison.shown(row, label) for label in found["labels"])]
-        for row in rows
-    ]
-    return page.drawn(figure, group, f"{title}.", [axis, *found["labels"]], table)
+    table = [[f"{row['x']:g}", *_cells(found, row)] for row in rows]
+    return page.drawn(figure, group.replace(" ", "-"), f"{title}.", [axis, *found["labels"]], table)
+
+
+def _draw_windows(axes, found, furthest):
+    """A dashed line at each model's window up to the furthest distance, in its colour; whether there are any."""
+    by_window = {}
+    for colour, label in zip(itertools.cycle(page.PALETTE), found["labels"], strict=False):
+        window = comparison.attention_window(found, label)
+        if window is not None and window < furthest:
+            by_window.setdefault(window, []).append(colour)
+    for window, colours in by_window.items():
+        for number, colour in enumerate(colours):  # of models with one window, the dashes take turns
+            dashes = (6 * number, (4, 6 * len(colours) - 4))
+            axes.axvline(window, color=colour, linewidth=0.9, linestyle=dashes)
+    return bool(by_window)
 
 
 def tasks_plot(found: dict) -> Figure:
@@ -262,7 +289,7 @@ def _all_figures(found, measurement):
     reference = found["details"][name].get(found["reference"], {})
     follows = {entry["name"]: Metric(**entry) for entry in reference.get("held_out", [])}
     for row in rows:
-        cells.append([row["metric"] + _side(found, row), *(comparison.shown(row, label) for label in found["labels"])])
+        cells.append([row["metric"], *_cells(found, row)])
         if follows:
             own = follows.get(row["metric"])
             cells[-1].append("–" if own is None else metrics.show(metrics.estimate(own, found["seed"]), own.unit))
