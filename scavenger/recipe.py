@@ -442,7 +442,11 @@ class Baseline(Section):
 class Recurrence(Section):
     """Stage two: the smallest state whose taps meet the tolerance, or the best use of a number of bytes."""
 
-    method: Literal["balanced", "irka", "projection"] = key("how poles are found", "irka")
+    method: Literal["balanced", "irka", "projection", "positive"] = key(
+        "how poles are found; positive: real poles with residues of 0 or more, for filters without a tap below 0, whose "
+        "tolerance is then relative to each tap",
+        "irka",
+    )
     tolerance: float = key(
         "relative l2 error of each filter's taps", 1e-2, above=0, below=1, right="a relative error between 0 and 1"
     )
