@@ -443,8 +443,8 @@ class Recurrence(Section):
     """Stage two: the smallest state whose taps meet the tolerance, or the best use of a number of bytes."""
 
     method: Literal["balanced", "irka", "projection", "positive"] = key(
-        "how poles are found; positive: real poles with residues of 0 or more, for filters without a tap below 0, whose "
-        "tolerance is then relative to each tap",
+        "how poles are found; positive: real poles with residues of 0 or more, for filters whose taps are positive; "
+        "the tolerance is then relative to each tap",
         "irka",
     )
     tolerance: float = key(
