@@ -244,7 +244,7 @@ def _refined(samples, rates, weights, steps):
 
 
 def _sharpened(samples, rates):
-    """Rates of the smallest largest error over rounds of new weights, infinite if unused, from those of least squares."""
+    """From rates of least squares to those of the smallest largest error by rounds of new weights, infinite if unused."""
     weights = torch.ones_like(samples.target)
     best, least = rates, torch.full_like(rates[:, 0], torch.inf)
     for steps in [0] + ROUNDS * [STEPS_IN_ROUND]:

@@ -114,7 +114,7 @@ def reduce_by(
     def one_group(group):
         return _reduce_group(choose, solve, group, tolerance, modes)
 
-    if threads == 1 or len(groups) == 1:
+    if threads == 1:
         found = [one_group(group) for group in groups]
     else:
         try:
