@@ -252,7 +252,7 @@ def test_killed_and_resumed_is_uninterrupted(student, blocks, tmp_path, monkeypa
     assert checkpoint.read_json(other / "certificate.json")["settings"]["tolerance"] == 0.1
 
 
-@pytest.mark.parametrize("method", ["balanced", "irka"])
+@pytest.mark.parametrize("method", ["balanced", "irka", "positive"])
 def test_certificate_is_true_of_what_is_saved(student, blocks, tmp_path, method):
     settings = Recurrence(method=method, tolerance=3e-2, max_state_size=6)
     made = recurrence.distil(student.float(), settings, tmp_path / "made", ALONE, None, blocks)

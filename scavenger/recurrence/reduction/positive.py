@@ -244,7 +244,7 @@ def _refined(samples, rates, weights, steps):
 
 
 def _sharpened(samples, rates):
-    """From rates of least squares to those of the smallest largest error by rounds of new weights, infinite if unused."""
+    """Rates of the smallest largest error, infinite if unused; rounds of new weights lead there from least squares."""
     weights = torch.ones_like(samples.target)
     best, least = rates, torch.full_like(rates[:, 0], torch.inf)
     for steps in [0] + ROUNDS * [STEPS_IN_ROUND]:
