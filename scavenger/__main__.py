@@ -185,7 +185,9 @@ def recur(arguments) -> int:
     aim.add_argument(
         "--state-bytes", type=int, metavar="N", help="bytes of state a sequence, spread where they help most"
     )
-    parser.add_argument("--method", choices=["balanced", "irka", "projection"], help="how poles are found (irka)")
+    parser.add_argument(
+        "--method", choices=["balanced", "irka", "projection", "positive"], help="how poles are found (irka)"
+    )
     parser.add_argument("--max-state-size", type=int, metavar="N", help="complex modes a filter may have (32)")
     parser.add_argument("--horizon", type=int, metavar="N", help="taps to match (the student's context length)")
     parser.add_argument("--to", type=Path, metavar="DIR", help="the folder that is written (FOLDER-recurrent)")

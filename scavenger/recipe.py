@@ -503,7 +503,9 @@ class Recurrence(Section):
     """Stage two: the smallest state whose taps meet the tolerance, or the best use of a number of bytes."""
 
     method: Literal["balanced", "irka", "projection", "positive"] = key(
-        "how poles are found; positive: real ones with coefficients above zero, by non-negative least squares", "irka"
+        "how poles are found; positive: real poles with residues of 0 or more, for filters whose taps are positive; "
+        "the tolerance is then relative to each tap",
+        "irka",
     )
     tolerance: float = key(
         "relative l2 error of each filter's taps", 1e-2, above=0, below=1, right="a relative error between 0 and 1"

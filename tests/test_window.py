@@ -5,8 +5,12 @@ import torch
 from conftest import GROUPED, random_ids, tiny_student
 from reference import assert_close, windowed_mixer
 
-from scavenger.model import HyenaConfig
-from scavenger.model.modeling_hyena import HyenaCache
+from scavenger import measure
+from scavenger.model import HyenaCache, HyenaConfig
+from scavenger.model.attention import Tokens
+from scavenger.model.convolution import short_convolution
+from scavenger.recipe import Recurrence
+from scavenger.recurrence import certificate, recurrence
 
 
 SHAPES = [
@@ -128,6 +132,46 @@ def test_a_decoder_s_rows_are_sequences_of_their_own(shape, device):
     for prompt, own in zip(prompts, found, strict=True):
         alone = model.generate(prompt[None], max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(prompt) :]
         assert torch.equal(alone, own)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in MODAL_SHAPES if "features" in shape])
+def test_a_reduction_moves_normalised_sums_by_no_more_than_its_bound(shape, device):
+    """For every input: the certificate of positive filters, and what is saved of them."""
+    exact = tiny_student(modal=True, **shape).to(device)
+    settings, layer = Recurrence(method="positive", state_bytes=None, tolerance=0.3, max_state_size=1), 1
+    filter = exact.model.layers[layer].mixer.filter
+    taps = measure.filter_taps(filter, exact.config.horizon)
+    (reduced,) = recurrence.reduce_filters(taps, settings, recurrence.aims(settings))
+    made = [[], [], []]
+    made[layer] = reduced
+    others = (own for own in exact.model.layers)
+    for index, own in enumerate(others):
+        if index != layer:
+            known = measure.filter_taps(own.mixer.filter, exact.config.horizon)
+            (made[index],) = recurrence.reduce_filters(known, settings, recurrence.aims(settings))
+    recurrent = recurrence.recurrent_student(exact, made, positive=True)
+    assert recurrent.config.positive and max(map(max, recurrent.config.state_sizes)) == 1
+    facts = certificate.filter_facts(
+        filter, recurrent.model.layers[layer].mixer.filter, reduced, settings, exact.config.horizon
+    )
+    torch.manual_seed(2)
+    for _ in range(5):
+        hidden = 3 * torch.randn(2, 63, exact.config.hidden_size, dtype=torch.float64, device=device)
+        sums = []
+        for model in (exact, recurrent.double()):
+            mixer = model.model.layers[layer].mixer
+            _, cos, sin = model.model.mask_and_angles(hidden)
+            x, _ = short_convolution(
+                torch.cat([mixer.q(hidden), mixer.k(hidden), mixer.v(hidden)], -1), mixer.short_filter
+            )
+            q, k, v, _ = mixer._split(x, cos, sin)
+            tokens = mixer.heads.tokens(Tokens(k, v, None), False)
+            sums.append(mixer._far(mixer.heads.take(q, False, mixer.heads.queries), tokens, [], None))
+        moved = (sums[0] - sums[1]).norm(dim=-1).amax((0, 2)).unflatten(0, (len(facts), -1)).amax(1)
+        largest = tokens.values.norm(dim=-1).amax((0, 2))
+        largest = largest.repeat_interleave(len(facts) // len(largest))
+        bounds = torch.tensor([entry["output_bound"] for entry in facts], device=device)
+        assert (moved <= bounds * largest * (1 + 1e-9)).all() and (moved > 1e-6).any()
 
 
 def test_what_no_window_and_no_filter_sees_changes_nothing(device):

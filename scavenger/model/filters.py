@@ -170,12 +170,10 @@ class ModalFilter(WideModule):
         key = part, parts, poles.device
         if key not in self._layouts:
             self._layouts[key] = Layout(self.state_sizes[own], poles.device)
-        return Modes(poles, residues, self.directs()[own], self._layouts[key], self.real)
+        # A clone, as a view would lose its memory where parameters are sharded.
+        return Modes(poles, residues, self.direct[own].clone(), self._layouts[key], self.real)
 
     real = False  # poles and residues are complex
-
-    def directs(self) -> Tensor:  # (filter,) D
-        return self.direct.clone()  # a view would lose its memory where parameters are sharded
 
     def forward(self, length: int, parts: int = 0) -> Tensor | tuple[Tensor, list[Modes]]:
         """The taps (filter, length); with `parts`, also the modes of so many equal groups of filters.
@@ -187,10 +185,11 @@ class ModalFilter(WideModule):
 
 
 class PositiveFilter(ModalFilter):
-    """h_t = Σ_m c_m ρ_m^t with c_m > 0 and 0 < ρ_m < 1: positive, and falling at every lag.
+    """h_t = Σ_m c_m ρ_m^t + D [t = 0] with c_m > 0 and 0 < ρ_m < 1: positive, and falling at every lag.
 
-    Parameters are log c_m and the logarithm of the decay rate -log ρ_m, so that every value of them is such a filter.
-    A mode's state is real and has half the numbers of a complex one's.
+    Parameters are log c_m and the logarithm of the decay rate -log ρ_m, so that every value of them is such a filter. D
+    is 0 in training; a reduction sets it, so that the first tap is exact. A mode's state is real and has half the
+    numbers of a complex one's.
     """
 
     real = True
@@ -198,6 +197,7 @@ class PositiveFilter(ModalFilter):
     def make_parameters(self, modes: int):
         self.log_rate = nn.Parameter(torch.zeros(modes))
         self.log_weight = nn.Parameter(torch.zeros(modes))
+        self.register_buffer("direct", torch.zeros(len(self.state_sizes)))
 
     def reset_parameters(self):
         """Initialise modes to decay in 1 to FADING tokens, each summing to a share of one."""
@@ -205,6 +205,7 @@ class PositiveFilter(ModalFilter):
         with torch.no_grad():
             self.log_rate.copy_(rate.log())
             self.log_weight.copy_(torch.log((1 - torch.exp(-rate)) / sizes))
+            self.direct.zero_()
 
     def stabilise(self):
         """Nothing to do: every decay rate is positive."""
@@ -216,9 +217,6 @@ class PositiveFilter(ModalFilter):
     @property
     def residues(self) -> Tensor:  # (mode,) complex, with an imaginary part of zero
         return _as_complex(self.log_weight.exp())
-
-    def directs(self) -> Tensor:  # (filter,) D
-        return self.log_rate.new_zeros(len(self.state_sizes))
 
 
 def _as_complex(x):

@@ -239,13 +239,13 @@ def modal_filter(filters: list[ReducedFilter], positive: bool = False) -> ModalF
             (made.log_weight, [f.residues.real for f in filters]),
         ):
             parameter.copy_(torch.from_numpy(np.log(np.concatenate(parts))))
-        return made
-    made = ModalFilter([f.state_size for f in filters]).double()
-    for parameter, parts in (
-        (made.pole, [f.poles for f in filters]),
-        (made.residue, [f.residues for f in filters]),
-    ):
-        parameter.copy_(torch.view_as_real(torch.from_numpy(np.concatenate(parts))))
+    else:
+        made = ModalFilter([f.state_size for f in filters]).double()
+        for parameter, parts in (
+            (made.pole, [f.poles for f in filters]),
+            (made.residue, [f.residues for f in filters]),
+        ):
+            parameter.copy_(torch.view_as_real(torch.from_numpy(np.concatenate(parts))))
     made.direct.copy_(torch.tensor([f.direct for f in filters], dtype=torch.float64))
     return made
 

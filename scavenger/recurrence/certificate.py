@@ -10,10 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from scavenger import measure
 from scavenger.model import HyenaForCausalLM
-from scavenger.model.filters import ModalFilter
+from scavenger.model.filters import ModalFilter, PositiveFilter
 from scavenger.recipe import Recurrence
 from scavenger.recurrence import allocation
-from scavenger.recurrence.reduction import hankel
+from scavenger.recurrence.reduction import hankel, positive
 from scavenger.recurrence.reduction.reduced import ReducedFilter
 from scavenger.recurrence.reduction.residues import gain_errors, tails
 
@@ -57,6 +57,7 @@ def measure_all(
         "filters": len(filters),
         "within_tolerance": sum(f["within_tolerance"] for f in filters) if settings.state_bytes is None else None,
         "incompressible": sum(not f["compressible"] for f in filters) if settings.state_bytes is None else None,
+        "normalised": config.features != "none",
         "largest_radius": max(f["largest_radius"] for f in filters),
         "state_bytes": config.state_bytes,
         "break_even_length": config.break_even_length,  # of a KV cache in float32
@@ -88,6 +89,7 @@ def filter_facts(
     """
     taps = measure.filter_taps(exact, horizon)
     filters = as_saved(taps, made, reduced)
+    pointwise = pointwise_facts(exact, taps, filters) if made.real else [{}] * len(filters)
     spectra = _spectra(taps)
     facts = [
         {
@@ -102,6 +104,7 @@ def filter_facts(
             "largest_radius": f.largest_radius,
             "tail": f.tail,
             "hankel_values": spectra.get(index, f.hankel_values[:SPECTRUM].tolist()),
+            **pointwise[index],
         }
         for index, f in enumerate(filters)
     ]
@@ -116,6 +119,26 @@ def filter_facts(
             floor = float(row[min(2 * settings.max_state_size, len(row) - 1)])
             facts[index] |= {"floor_at_most_modes": floor, "compressible": floor <= settings.tolerance}
     return facts
+
+
+def pointwise_facts(exact: nn.Module, taps: Tensor, filters: list[ReducedFilter]) -> list[dict]:
+    """The largest relative error at a tap, and the most that it moves a normalised mixer's output, for every input.
+
+    In units of the largest value read. Within the horizon; and at every lag where the exact filter is a sum of
+    exponentials too. None for a filter with a negative tap.
+    """
+    found = {"pointwise_error": positive.pointwise_error(taps, filters)}
+    if isinstance(exact, PositiveFilter):
+        wide = copy.deepcopy(exact).double()
+        modes = (z.real.numpy(force=True) for z in (wide.poles, wide.residues))
+        ends = np.cumsum(wide.state_sizes)[:-1]
+        modes = list(zip(*(np.split(each, ends) for each in modes), strict=True))
+        found["pointwise_error_at_all_lags"] = positive.pointwise_error(taps, filters, modes)
+    found |= {key.replace("pointwise_error", "output_bound"): positive.output_bound(z) for key, z in found.items()}
+    return [
+        {key: float(error[index]) if error[index].isfinite() else None for key, error in found.items()}
+        for index in range(len(filters))
+    ]
 
 
 @torch.no_grad()
@@ -141,7 +164,7 @@ def as_saved(taps: Tensor, made: ModalFilter, reduced: list[ReducedFilter]) -> l
             tail=float(tail),
         )
         for f, own, residue, direct, error, gain, tail in zip(
-            reduced, *parts, wide.directs(), errors, gains, beyond, strict=True
+            reduced, *parts, wide.direct, errors, gains, beyond, strict=True
         )
     ]
 
@@ -254,6 +277,12 @@ def verdict(found: dict) -> str:
             parts.append(f"{hopeless} provably cannot with {settings['max_state_size']} modes")
         if len(filters) - met - hopeless:
             parts.append(f"{len(filters) - met - hopeless} miss it although their floors allow it")
+    if found.get("normalised"):
+        worst = max(filters, key=lambda f: f["pointwise_error"] or 0)
+        parts.append(
+            f"each tap of the horizon is right within {100 * worst['pointwise_error']:.2g} %, which moves a normalised "
+            f"sum by {worst['output_bound']:.2g} times the largest value that it reads at most, for every input"
+        )
     if model is not None:
         change = 100 * (model["perplexity"] / model["exact_perplexity"] - 1)
         where = "above" if change >= 0 else "below"

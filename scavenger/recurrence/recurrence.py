@@ -248,7 +248,7 @@ def with_own_modes(
             real_states=int(torch.where(own.imag == 0, 1, 2).sum()),
             **dict.fromkeys(("relative_error", "floor", "gain_error", "gain_floor", "tail"), 0.0),
         )
-        for f, own, residue, direct in zip(reduced, *own_modes, wide.directs()[rows], strict=True)
+        for f, own, residue, direct in zip(reduced, *own_modes, wide.direct[rows], strict=True)
     ]
 
 

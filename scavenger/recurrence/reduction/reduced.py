@@ -1,6 +1,6 @@
 """The result of a reduction, and the code that all methods share: one recurrence with its errors for each filter.
 
-A method only chooses the poles.
+A method only chooses the poles, and the amplitudes if they are not those of least squares.
 """
 
 import math
@@ -79,12 +79,20 @@ class Targets:
 Choose = Callable[[Targets, float | None, int], Tensor]  # (targets, tolerance, most modes) -> poles (filter, 2 modes)
 Refine = Callable[[Tensor, Tensor, int], Tensor]  # (taps, poles (filter, states), most modes) -> poles no worse
 Start = Callable[[Targets, Tensor, int, int], Tensor]  # (targets, rows, real states, most modes) -> poles (row, states)
+Solve = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (taps, poles) -> amplitudes, relative l2 error (filter,), …
 
 
 def reduce_by(
-    choose: Choose, taps: Tensor, tolerance: float | None, state_size: int | None, max_state_size: int
+    choose: Choose,
+    taps: Tensor,
+    tolerance: float | None,
+    state_size: int | None,
+    max_state_size: int,
+    solve: Solve = fit,
 ) -> list[ReducedFilter]:
-    """Reduce each filter to a recurrence with the poles that `choose` finds; `taps` is real, (filter, length).
+    """Reduce each filter to a recurrence with the poles that `choose` finds and the amplitudes that `solve` gives them.
+
+    `taps` is real, (filter, length).
 
     Filters are processed in groups of at most TOGETHER; on a CPU one group per torch thread at a time, since LAPACK
     gains nothing from several threads at these sizes. Whatever the number of filters, a group needs a few
@@ -104,9 +112,9 @@ def reduce_by(
     groups = taps.detach().double().split(max(1, min(TOGETHER, math.ceil(len(taps) / threads))))
 
     def one_group(group):
-        return _reduce_group(choose, group, tolerance, modes)
+        return _reduce_group(choose, solve, group, tolerance, modes)
 
-    if threads == 1 or len(groups) == 1:
+    if threads == 1:
         found = [one_group(group) for group in groups]
     else:
         try:
@@ -158,7 +166,7 @@ def packed(poles: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _reduce_group(choose, taps, tolerance, modes):
+def _reduce_group(choose, solve, taps, tolerance, modes):
     scale = taps.abs().amax(1)
     scale = torch.where(scale > 0, scale, 1)
     taps = taps / scale[:, None]
@@ -172,17 +180,17 @@ def _reduce_group(choose, taps, tolerance, modes):
         for piece in hankel.pieces(len(rows), 16 * 10 * taps.shape[1] * (count + 1)):
             for row, reduced in zip(
                 rows[piece].tolist(),
-                _recurrences(targets, rows[piece], poles[rows[piece], :count], scale[rows[piece]]),
+                _recurrences(solve, targets, rows[piece], poles[rows[piece], :count], scale[rows[piece]]),
                 strict=True,
             ):
                 found[row] = reduced
     return found
 
 
-def _recurrences(targets, rows, poles, scale):
+def _recurrences(solve, targets, rows, poles, scale):
     """The recurrences, with all error figures, for poles of filters that have equally many real states."""
     states, taps = poles.shape[1], targets.taps[rows]
-    amplitudes, error, _ = fit(taps, poles)
+    amplitudes, error = solve(taps, poles)[:2]
     values = targets.leading(rows, states)[0].abs()
     floors = targets.floors[rows, min(states, targets.floors.shape[1] - 1)]
     numbers = torch.stack(
