@@ -2,14 +2,18 @@
 
     python eval/mixers.py runs/a runs/b --tolerances 0.1 0.3 --output eval/mixers.md
     python eval/mixers.py runs/a runs/b --tolerances 0.1 --state-bytes 300000 --output eval/filters.md
+    python eval/mixers.py runs/a runs/b --figure frontier.png
 
 Runs that differ only in their seed form one row, mean ± standard deviation. With --tolerances or --state-bytes the
 filters of each row's first run are reduced again to each of these values, which shows the cost of a smaller state. The
-tables are printed and written as Markdown with the settings of the runs; the last line is JSON.
+tables are printed and written as Markdown with the settings of the runs; the last line is JSON. A student of windows
+alone has no filters: its state is constant without a recurrence.
 """
 
 import argparse
+import copy
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -17,6 +21,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import matplotlib
 import torch
 import yaml
 from accelerate import PartialState
@@ -30,6 +35,10 @@ from scavenger.recipe import Filter, Recipe, RecipeError, differences, load_reci
 from scavenger.recurrence import recurrence
 from scavenger.report import retrieval
 from scavenger.run import checkpoint
+
+
+matplotlib.use("Agg")  # files, no window
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 
 PROMPT_TOKENS = 300  # prompt after which the state is measured; a longer attention window is filled
@@ -48,6 +57,7 @@ HEADER = [
     "state, bytes",
     "break-even, tokens",
 ]
+ALONE = {"filters": 0, "window": 1}  # the half of the gates that is open when a branch is by itself
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,24 +66,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tolerances", type=float, nargs="*", default=[], help="tolerances for reducing the filters")
     parser.add_argument("--state-bytes", type=int, nargs="*", default=[], help="budgets for reducing the filters")
     parser.add_argument("--output", type=Path, default=Path("eval/mixers.md"), help="default: eval/mixers.md")
+    parser.add_argument("--figure", type=Path, help="draw state against perplexity and recall there, as PNG or SVG")
     args = parser.parse_args(argv)
     try:
         if not args.output.parent.is_dir():
             raise RecipeError(f"--output: {args.output.parent} is not a folder; expected one to write into")
         if args.output.is_dir():
             raise RecipeError(f"--output: {args.output} is a folder; expected the name of a file")
+        if args.figure and args.figure.suffix not in (".png", ".svg"):
+            raise RecipeError(f"--figure: found {args.figure}; expected a name that ends in .png or .svg")
         if any(not 0 < tolerance < 1 for tolerance in args.tolerances):
             raise RecipeError(f"--tolerances: found {args.tolerances}; expected relative errors between 0 and 1")
         if any(budget < 1 for budget in args.state_bytes):
             raise RecipeError(f"--state-bytes: found {args.state_bytes}; expected positive numbers of bytes")
         aims = [{"tolerance": tolerance} for tolerance in args.tolerances]
         found = run(args.runs, aims + [{"state_bytes": budget} for budget in args.state_bytes])
-        checkpoint.write_text(args.output, page(found))
+        if args.figure:
+            draw(found, args.figure)
+        checkpoint.write_text(args.output, page(found, args.figure))
     except (OSError, ValueError, RecipeError) as error:
         print(f"mixers: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    print(table(found))
-    if found["students"][0]["reduced"]:
+    print(table(found) + "\n\n" + recall_table(found))
+    if any("controls" in run for row in found["students"] for run in row["runs"]):
+        print("\n" + control_table(found))
+    if any(row["reduced"] for row in found["students"]):
         print("\n" + reduction_table(found))
     print(json.dumps(found))
     return 0
@@ -84,7 +101,7 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
     runs = [(folder, finished(folder)) for folder in folders]
     rows = grouped(runs)
     recipe = runs[0][1]
-    distances = retrieval.fitting(retrieval.DISTANCES, recipe.data.context_length)
+    distances = distances_within(recipe.data.context_length)
     transformers_logging.disable_progress_bar()
     bar = tqdm(total=len(runs), desc="mixers", unit="run", leave=False)
     teachers = {}  # by held-out text, since the seed decides the order of a data set's documents
@@ -108,11 +125,12 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
                     if name in ("student", "transfer", "recurrence")
                 },
                 "runs": measured,
-                "reduced": [reduced_again(*row[0], aim) for aim in aims],
+                "reduced": [reduced_again(*row[0], aim) for aim in aims] if recipe.recurrence else [],
             }
         )
     bar.close()
     config = frozen.config
+    pairs = retrieval.pairs_shown(retrieval.fitting(distances, recipe.data.context_length))
     return {
         "command": shlex.join(
             ["python", "eval/mixers.py", *(shown(folder) for folder, _ in runs)]
@@ -125,18 +143,33 @@ def run(folders: list[Path], aims: list[dict]) -> dict:
             "texts": list(teachers.values()),
         },
         "students": students,
-        "recall": {"distances": distances, "pairs": retrieval.pairs_shown(distances), "examples": retrieval.EXAMPLES},
+        "recall": {"distances": distances, "pairs": pairs, "examples": retrieval.EXAMPLES},
         "tokens": recipe.data.evaluation_tokens,
         "environments": environments(folders),
     }
 
 
+def distances_within(length: int) -> list[int]:
+    """Distances of passages that double from the shortest as far as they fit a context, and the furthest that fits."""
+    furthest = length - retrieval.LEAD - retrieval.PASSAGE
+    doubling = [retrieval.PASSAGE << step for step in range(length.bit_length())]
+    return sorted({*retrieval.within(doubling, length), furthest})
+
+
 def finished(folder: Path) -> Recipe:
     """The recipe of a finished run."""
-    for name in ("recipe.yaml", "environment.json", "data", "transfer", "recurrence"):
+    for name in ("recipe.yaml", "environment.json", "data", "transfer"):
         if not (folder / name).exists():
             raise RecipeError(f"{folder}: found no {name}; expected the folder of a finished run")
-    return load_recipe(str(folder / "recipe.yaml"))
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    if not recurrent_folder(folder, recipe).exists():
+        raise RecipeError(f"{folder}: found no recurrence; expected the folder of a finished run")
+    return recipe
+
+
+def recurrent_folder(folder: Path, recipe: Recipe) -> Path:
+    """The student that generates in constant memory: a window alone does without another stage."""
+    return folder / ("transfer" if recipe.student.mixer == "window" else "recurrence")
 
 
 def grouped(runs: list[tuple[Path, Recipe]]) -> list[list[tuple[Path, Recipe]]]:
@@ -180,22 +213,42 @@ def of_student(frozen, its_teacher: dict, recipe: Recipe, folder: Path, distance
     """Perplexity, agreement, recall and state of a run's students; ratios to the teacher on the same text."""
     test, validation = (data.blocks(folder / "data", split) for split in ("test", "validation"))
     figures = {"run": shown(folder), "seed": recipe.seed}
-    for name, stage in (("distilled", "transfer"), ("recurrent", "recurrence")):
-        model = students.load(folder / stage).to(device())
+    for name, stage in (("distilled", folder / "transfer"), ("recurrent", recurrent_folder(folder, recipe))):
+        model = students.load(stage).to(device())
         on_test = measure.held_out(model, test, frozen if name == "distilled" else None)
         figures[name] = {"test": on_test.perplexity, "validation": measure.held_out(model, validation).perplexity}
         figures[name] |= {f"{split}_ratio": figures[name][split] / its_teacher[split] for split in list(figures[name])}
         if name == "distilled":
             figures["agreement"] = on_test.agreement
     state = constant_state(model, test)
+    if any(getattr(layer.mixer, "join", None) is not None for layer in model.model.layers):
+        exact = students.load(folder / "transfer").to(device())
+        validation_ratio = {}
+        for branch in ALONE:
+            alone = measure.held_out(with_one_branch(exact, branch), validation).perplexity
+            validation_ratio[branch] = alone / its_teacher["validation"]
+        figures["controls"] = validation_ratio
     return (
         figures
+        | {"window": model.config.window, "widest_window": model.config.widest_window}
         | recalled(model, recipe, folder, distances)
         | {
             "state_bytes": state,
             "break_even": None if state is None else -(-state // _bytes_per_token(frozen.config)),
         }
     )
+
+
+@torch.no_grad()
+def with_one_branch(model: HyenaForCausalLM, branch: str) -> HyenaForCausalLM:
+    """The student with the other branch's gates shut: `filters` or `window` by itself."""
+    alone = copy.deepcopy(model)
+    for layer in alone.model.layers:
+        if getattr(layer.mixer, "join", None) is not None:
+            weight, bias = (z.chunk(2)[ALONE[branch]] for z in (layer.mixer.join.weight, layer.mixer.join.bias))
+            weight.zero_()
+            bias.fill_(-torch.inf)
+    return alone
 
 
 def reduced_again(folder: Path, recipe: Recipe, aim: dict) -> dict:
@@ -228,11 +281,17 @@ def recalled(model, recipe: Recipe, folder: Path, distances: list[int]) -> dict:
     special = teacher.tokenizer(recipe, folder).all_special_ids
     asked = (distances, retrieval.EXAMPLES, 0)
     found = [
-        *retrieval.associative_recall(model, test, special, *asked),
+        *retrieval.associative_recall(
+            model, test, special, retrieval.fitting(distances, recipe.data.context_length), *asked[1:]
+        ),
         *retrieval.repeated_passages(model, test, *asked),
     ]
     means = {metric.name: sum(metric.numerators) / sum(metric.denominators) for metric in found}
-    return {"pairs": means["recall of pairs"], "passages": means["gain on repeated passages"]}
+    return {
+        "pairs": means["recall of pairs"],
+        "passages": means["gain on repeated passages"],
+        "by_distance": [means[f"passages at {distance}"] for distance in distances],
+    }
 
 
 def constant_state(model: HyenaForCausalLM, blocks) -> int | None:
@@ -249,15 +308,21 @@ def constant_state(model: HyenaForCausalLM, blocks) -> int | None:
 
 def mixer(folder: Path, recipe: Recipe) -> str:
     """The mixer in words, with the filter settings that differ from the defaults."""
-    config = HyenaConfig.from_pretrained(folder / "recurrence")
-    if config.filter_head_width == 1:
+    config = HyenaConfig.from_pretrained(recurrent_folder(folder, recipe))
+    if not config.num_filters:
+        words = f"window {config.window}"
+    elif config.filter_head_width == 1:
         words = "hyena" if config.hyena_order == 1 else f"hyena of order {config.hyena_order}"
     else:
         words = f"multihyena, {config.num_filters} filters of {config.filter_head_width} channels"
-    if config.attention_layers:
-        layers = " and ".join(map(str, config.attention_layers))
-        window = f"window {config.widest_window}" if config.widest_window else "no window"
-        words += f", layer{'s' if len(config.attention_layers) > 1 else ''} {layers} kept, {window}"
+    if config.window and config.num_filters:
+        words += f", window {config.window}"
+    if config.features != "none":
+        words += f", {config.features} features"
+    kept = [f"layer {layer}" for layer in config.attention_layers] + list(recipe.student.attention_heads)
+    if kept:
+        window = f"window {config.attention_window}" if config.attention_window else "no window"
+        words += f", {' and '.join(kept)} kept, {window}"
     filters, plain = asdict(recipe.student.filter), asdict(Filter())
     changed = [f"{key} {value}" for key, value in filters.items() if value != plain[key]]
     return "; ".join([words, *changed])
@@ -268,7 +333,7 @@ def tokens_seen(recipe: Recipe) -> int:
     return sum(phase.steps * phase.batch_size for phase in recipe.transfer.phases) * recipe.data.context_length
 
 
-def page(found: dict) -> str:
+def page(found: dict, figure: Path | None = None) -> str:
     """The tables as a Markdown page, with the command and settings."""
     asked, students = found["recall"], found["students"]
     distances = ", ".join(map(str, asked["distances"]))
@@ -289,7 +354,7 @@ def page(found: dict) -> str:
 ```
 
 {table(found)}
-
+{"" if figure is None else f"{chr(10)}![State against perplexity and recall]({figure.name}){chr(10)}"}
 - ±: standard deviation over seeds. The seed also decides which held-out text is read, so compare the ratios
   (× teacher): both models are measured on the same text, at most {found["tokens"]:,} tokens of each split.
 - agreement: positions of the test split where the distilled student's most likely token is the teacher's.
@@ -305,7 +370,14 @@ def page(found: dict) -> str:
   {PROMPT_TOKENS:,} tokens, or of its window where that is longer.
 - break-even: the length at which the teacher's KV cache has as many bytes, both in float32.
 
-{reduction_section(found)}## The rows
+## Passages by distance
+
+Gain of the recurrent student on a passage that is repeated so many tokens on, nats per token. † beyond the row's widest
+window: only filters reach there.
+
+{recall_table(found)}
+
+{control_section(found)}{reduction_section(found)}## The rows
 
 {chr(10).join(sections)}
 ## Environment
@@ -354,6 +426,87 @@ def table(found: dict) -> str:
             ]
         )
     return _aligned(lines)
+
+
+def recall_table(found: dict) -> str:
+    """Gains on repeated passages by distance; those beyond a row's widest window are marked."""
+    distances = found["recall"]["distances"]
+    lines = [
+        ["row", "mixer", "widest window", *map(str, distances)],
+        ["", "teacher", "", *_by_distance(found["teacher"]["texts"], distances, None)],
+    ]
+    for number, row in enumerate(found["students"], 1):
+        widest = row["runs"][0]["widest_window"]
+        said = "–" if widest is None else str(widest or "all")
+        lines.append([str(number), row["mixer"], said, *_by_distance(row["runs"], distances, widest)])
+    return _aligned(lines)
+
+
+def _by_distance(runs, distances, widest):
+    gains = zip(*(run["by_distance"] for run in runs), strict=True)
+    marks = ["" if widest == 0 or widest is None or distance <= widest else " †" for distance in distances]
+    return [_spread(list(gain), ".3f") + mark for gain, mark in zip(gains, marks, strict=True)]
+
+
+def control_section(found: dict) -> str:
+    """The section on each branch by itself, if a student has both."""
+    if not any("controls" in run for row in found["students"] for run in row["runs"]):
+        return ""
+    return f"""## One branch by itself
+
+Perplexity on the validation split (× teacher) of the distilled student with the gates of its filters, or those of its
+windows, shut after training. The teacher itself, through the same transfer, does not change: against its own
+distribution its loss and its gradient are zero.
+
+{control_table(found)}
+
+"""
+
+
+def control_table(found: dict) -> str:
+    lines = [["row", "mixer", "both", "window alone", "filters alone"]]
+    for number, row in enumerate(found["students"], 1):
+        runs = [run for run in row["runs"] if "controls" in run]
+        if runs:
+            cells = [_spread([run["controls"][branch] for run in runs], ".3f") for branch in ("window", "filters")]
+            both = _spread([run["distilled"]["validation_ratio"] for run in runs], ".3f")
+            lines.append([str(number), row["mixer"], both, *cells])
+    return _aligned(lines)
+
+
+def draw(found: dict, path: Path):
+    """State against perplexity on the validation split, and against the gain on passages at the furthest distance."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.8), dpi=130, layout="constrained")
+    furthest = found["recall"]["distances"][-1]
+    for number, row in enumerate(found["students"], 1):
+        runs = [run for run in row["runs"] if run["state_bytes"] is not None]
+        if not runs:
+            continue
+        state = statistics.fmean(run["state_bytes"] for run in runs) / 1024
+        for place, values in zip(
+            axes,
+            ([run["recurrent"]["validation_ratio"] for run in runs], [run["by_distance"][-1] for run in runs]),
+            strict=True,
+        ):
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            place.errorbar(
+                state, statistics.fmean(values), yerr=spread, fmt="o", capsize=2, label=f"{number} {row['mixer']}"
+            )
+            place.annotate(str(number), (state, statistics.fmean(values)), xytext=(4, 4), textcoords="offset points")
+    gains = [text["by_distance"][-1] for text in found["teacher"]["texts"]]
+    axes[0].axhline(1, color="0.6", linestyle="--", linewidth=1)
+    axes[1].axhline(statistics.fmean(gains), color="0.6", linestyle="--", linewidth=1)
+    axes[0].set_ylabel("perplexity, × teacher (dashed)")
+    axes[1].set_ylabel(f"gain on passages after {furthest} tokens, nats\n(dashed: teacher)")
+    for place in axes:
+        place.set_xlabel("state of a sequence, KiB")
+        place.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    beside = checkpoint.partial(path).with_suffix(path.suffix)
+    figure.savefig(beside)
+    plt.close(figure)
+    os.replace(beside, path)
 
 
 def reduction_section(found: dict) -> str:

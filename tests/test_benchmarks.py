@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -70,6 +71,11 @@ def decoding(benchmark):
         ("decoding", ["--cases", "2x1+3"], "--cases: found 2x1+3"),
         ("decoding", ["--shapes", "60,2,4,128,101"], "--shapes: found 60,2"),
         ("decoding", ["--contexts", "0"], "found 0 or less"),
+        ("recall", ["--train", "64"], "found 64; expected LENGTHxPAIRS"),
+        ("recall", ["--test", "64x17"], "found 64x17"),
+        ("recall", ["--vocabulary", "8"], "found --vocabulary 8"),
+        ("recall", ["--widths", "48"], "found --widths [48]; expected multiples of 32"),
+        ("recall", ["--steps", "0"], "found --steps 0; expected 1 or more"),
     ],
 )
 def test_mistakes_are_one_line(name, words, said, monkeypatch, capsys):
@@ -323,3 +329,34 @@ def test_rows_of_transfer_are_the_trainings_of_a_run(transfer, tmp_path):
     assert row.loop(3, torch.device("cpu")) > 0 and read == list(range(5))
     assert any(not torch.equal(p, was) for p, was in zip(row.parameters, before, strict=True))
     assert row.peak() > 4 * sum(p.numel() for p in row.parameters), "the gradients and more"
+
+
+def test_recall_sequences_ask_for_what_was_shown(benchmark):
+    recall = benchmark("recall")
+    rng = np.random.default_rng(0)
+    for task, words in (("mqar", 97), ("in-context", 32)):
+        ids, following = (x.numpy() for x in recall.sequences(task, 64, 7, 50, words, rng))
+        assert ids.shape == following.shape == (50, 64) and ids.min() >= 0 and ids.max() < words
+        for row, wanted in zip(ids.tolist(), following.tolist(), strict=True):
+            asked = [place for place, value in enumerate(wanted) if value >= 0]
+            shown = {}
+            for place in range(0, 14 if task == "mqar" else 64, 2):
+                if task == "in-context":
+                    assert (place in asked) == (row[place] in shown)
+                    assert wanted[place] in (-1, row[place + 1])
+                shown.setdefault(row[place], row[place + 1])
+            assert all(wanted[place] == shown[row[place]] for place in asked)
+            if task == "mqar":
+                assert len(asked) == len(shown) == 7 and sorted(row[place] for place in asked) == sorted(shown)
+
+
+def test_recall_command(benchmark, tmp_path, capsys):
+    recall = benchmark("recall")
+    words = "--widths 32 --steps 2 --batch-size 4 --examples 6 --train 16x2 --test 16x2 24x3 --vocabulary 64 --window 5"
+    assert recall.main([*words.split(), "--rates", "1e-3", "--output", str(tmp_path / "recall.md")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [run["mixer"] for run in found] == list(recall.MIXERS) * 2
+    state = {run["mixer"]: run["state_bytes"] for run in found}
+    assert state["attention"] == 2 * 2 * 4 * 32 * 24 and state["window"] < state["window + positive"]
+    assert state["window + positive"] < state["window + multihyena"]
+    assert "window + features" in (tmp_path / "recall.md").read_text()

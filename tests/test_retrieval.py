@@ -576,13 +576,15 @@ def test_recall_command(finished, workshop, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def compared(workshop, tmp_path_factory):
-    """Three small runs: two seeds of one configuration, and one that keeps a layer."""
+    """Small runs: two seeds of one configuration, one that keeps a layer, a window and filters, and a window alone."""
     words = ["data.context_length=80", "training.tracker=none", "baseline=null", "report=null"]
     words += ["recurrence.max_state_size=12"]
     runs = {
         "first": [],
         "second": ["seed=1"],
         "kept": ["student.mixer=hyena", "student.attention_layers=[1]", "student.attention_window=21"],
+        "both": ["student.window=9", "student.attention_heads=[L1H2]", "student.attention_window=21"],
+        "window": ["student.window=9", "student.mixer=window", "recurrence=null"],
     }
 
     def make(folder):
@@ -593,20 +595,37 @@ def compared(workshop, tmp_path_factory):
 
 
 def test_mixers_command(compared, tmp_path):
-    folders = [compared / name for name in ("first", "kept", "second")]
+    folders = [compared / name for name in ("first", "kept", "second", "both", "window")]
     tolerance = load_recipe(str(folders[0] / "recipe.yaml")).recurrence.tolerance
-    words = ["--tolerances", tolerance, 0.6, "--state-bytes", 12_000, "--output", tmp_path / "mixers.md"]
+    words = ["--tolerances", tolerance, 0.6, "--state-bytes", 14_000, "--output", tmp_path / "mixers.md"]
+    words += ["--figure", tmp_path / "mixers.png"]
     done = command("eval/mixers.py", *folders, *words)
     assert done.returncode == 0, done.stderr
     *tables, last = done.stdout.splitlines()
     page = (tmp_path / "mixers.md").read_text()
-    assert tables[5] == "" and len(tables) == 5 + 1 + 2 + 6
-    assert "\n".join(tables[:5]) in page and "\n".join(tables[6:]) in page
+    quality, distances, controls, reduced = "\n".join(tables).split("\n\n")
+    assert all(part in page for part in (quality, distances, controls, reduced))
+    assert [len(part.splitlines()) for part in (quality, distances, controls, reduced)] == [7, 7, 3, 2 + 3 * 3]
+    assert "![State against perplexity and recall](mixers.png)" in page and (tmp_path / "mixers.png").is_file()
     found = json.loads(last)
-    seeds, kept = found["students"]
+    seeds, kept, both, window = found["students"]
+    assert found["recall"]["distances"] == [16, 32]
+    for line, marked in zip(distances.splitlines()[2:], [0, 0, 1, 1, 2], strict=True):
+        assert line.count("†") == marked, line  # without a window nothing is beyond it
+    (facts,) = both["runs"]
+    assert facts["widest_window"] == 21 and set(facts["controls"]) == {"filters", "window"}
+    exact = HyenaForCausalLM.from_pretrained(compared / "both" / "transfer", dtype=torch.float32)
+    with torch.no_grad():
+        for layer in exact.model.layers:
+            layer.mixer.join.bias.chunk(2)[1].fill_(-1e9)
+    expected = measure.held_out(exact, data.blocks(compared / "both" / "data", "validation")).perplexity
+    ratio = expected / found["teacher"]["texts"][0]["validation"]
+    assert facts["controls"]["window"] == pytest.approx(ratio, rel=1e-5)
+    assert window["reduced"] == [] and window["runs"][0]["distilled"]["test"] == window["runs"][0]["recurrent"]["test"]
+    assert window["mixer"].startswith("window 9") and ", window 9, L1H2 kept, window 21" in both["mixer"]
     for row in (seeds, kept):
         own, loose, within = row["reduced"]
-        assert within["state_bytes"] <= within["state_bytes_asked"] == 12_000
+        assert within["state_bytes"] <= within["state_bytes_asked"] == 14_000
         first = row["runs"][0]
         ratio = first["recurrent"]["validation"] / first["distilled"]["validation"]
         assert own["ratio"] == pytest.approx(ratio, rel=1e-5) and own["state_bytes"] == first["state_bytes"]
@@ -635,7 +654,7 @@ def test_mixers_command(compared, tmp_path):
     mean = (seeds["runs"][0]["distilled"]["test"] + seeds["runs"][1]["distilled"]["test"]) / 2
     half = abs(seeds["runs"][0]["distilled"]["test"] - mean)
     assert f"{mean:.3f} ± {math.sqrt(2) * half:.3f} (" in tables[3]  # the standard deviation of two
-    assert "±" not in tables[4]
+    assert not any("±" in line for line in tables[4:7])
 
 
 def test_mixers_command_refuses_what_cannot_be_compared(compared, finished, tmp_path):
