@@ -86,6 +86,34 @@ def test_recurrent_student_generates_as_it_reads(finished):
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
 
 
+def test_a_normalised_student_is_certified_for_every_input(workshop, tmp_path):
+    """Windows, a kept head, features and positive filters, from the teacher to the recurrence."""
+    words = ["student.window=9", "student.attention_heads=[L1H2]", "student.attention_window=21"]
+    words += [
+        "student.features=hedgehog",
+        "student.filter={form: positive, state_size: 3}",
+        "recurrence.method=positive",
+    ]
+    words += ["recurrence.tolerance=0.05", "training.tracker=none", "baseline=null", "report=null"]
+    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", *words)
+    found = read_json(tmp_path / "run/recurrence/certificate.json")
+    assert found["normalised"] and "for every input" in found["verdict"]
+    filters = [entry for layer in found["layers"] for entry in layer["filters"]]
+    assert len(filters) == 14 and all(0 <= entry["pointwise_error"] <= 0.05 for entry in filters)
+    assert all(entry["pointwise_error"] <= entry["pointwise_error_at_all_lags"] for entry in filters)
+    exact, recurrent = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name).double() for name in ("transfer", "recurrence")
+    )
+    assert recurrent.config.positive and recurrent.config.state_bytes == found["state_bytes"]
+    taps, made = (model.model.layers[1].mixer.filter(48 - 9) for model in (exact, recurrent))
+    assert ((made / taps - 1).abs() <= 0.05 * (1 + 1e-6)).all()
+    ids = torch.from_numpy(data.blocks(tmp_path / "run/data", "test")[:2, :30].astype(np.int64))
+    arguments = dict(
+        attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(recurrent.generate(ids, **arguments), recurrent.generate(ids, use_cache=False, **arguments))
+
+
 def test_report(finished):
     figures = read_json(finished / "report/report.json")
     assert list(figures["models"]) == ["teacher", "pre-trained", "distilled", "recurrent"]

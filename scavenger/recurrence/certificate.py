@@ -331,7 +331,13 @@ def table(found: dict) -> tuple[list[str], list[list[str]]]:
         )
         if "predicted_divergence" in layer:
             rows[-1].append(f"{layer['predicted_divergence']:.1e}")
-    return header + ["predicted KL"] * (len(rows[0]) - len(header)), rows
+        if "pointwise_error" in worst:
+            errors = [f["pointwise_error"] for f in filters]
+            rows[-1].append("?" if None in errors else f"{max(errors):.1e}")
+    layers = [layer for layer in found["layers"] if layer["filters"]]
+    header += ["predicted KL"] if any("predicted_divergence" in layer for layer in layers) else []
+    header += ["worst tap"] if any("pointwise_error" in layer["filters"][0] for layer in layers) else []
+    return header, rows
 
 
 def aligned(header: list[str], rows: list[list[str]]) -> str:
