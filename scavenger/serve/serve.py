@@ -121,8 +121,10 @@ class Server(uvicorn.Server):
     async def serve(self, sockets=None):
         self.loop = asyncio.get_running_loop()
         self.service.worker.start(self.loop)
-        await super().serve(sockets)
-        self.service.worker.close()
+        try:
+            await super().serve(sockets)
+        finally:
+            self.service.worker.close()
 
     def handle_exit(self, number, frame):
         """Called by a signal; a second one does not wait for the running requests."""

@@ -210,7 +210,7 @@ def drawn(logits: Tensor, temperature: Tensor, top_p: Tensor, number: Tensor) ->
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperature[:, None]).softmax(-1)
     narrow = (top_p < 1).nonzero()[:, 0]
     if len(narrow):
-        sorted, order = weights[narrow].sort(-1, descending=True, stable=True)
+        sorted, order = weights[narrow].sort(dim=-1, descending=True, stable=True)
         sorted[:, 1:] *= sorted.cumsum(-1)[:, :-1] < top_p[narrow, None]  # the most likely one always stays
         weights[narrow] = torch.zeros_like(sorted).scatter(-1, order, sorted)
     cumulative = weights.cumsum(-1)
