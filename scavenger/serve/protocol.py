@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 
 RETRY_SECONDS = 1  # rows become free all the time
@@ -50,18 +50,26 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _encodable(text):
+    text.encode()  # JSON can name half a surrogate pair, which no tokenizer takes; the error is a ValueError
+    return text
+
+
+Str = Annotated[str, AfterValidator(_encodable)]
+
+
 class Part(Strict):
     """A piece of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Str
 
 
 class Message(Strict):
     """A message of a conversation."""
 
-    role: str
-    content: str | list[Part]
+    role: Str
+    content: Str | list[Part]
 
     def plain(self) -> dict:
         """As chat templates take it."""
@@ -105,7 +113,7 @@ class Ask(Strict):
 class Completion(Ask):
     """The body of /v1/completions, and the forms of its answer."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)] = (
+    prompt: Str | Annotated[list[Str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)] = (
         expected("a text, a list of texts, or tokens: a list, not empty, of numbers from 0 on, or several", ...)
     )
     echo: bool | None = expected("true or false")
