@@ -563,7 +563,7 @@ def test_a_signal_lets_the_running_requests_end(folder):
         assert "2 rows, 256 more may wait, up to 9000 tokens" in line, line
         address = re.search(r"http://\S+/v1", line)[0]
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=HANGS)
-        stream = client.completions.create(model="tiny", prompt=[5] * 3, max_tokens=1500, stream=True, temperature=1.0)
+        stream = client.completions.create(model="tiny", prompt=[5] * 3, max_tokens=800, stream=True, temperature=1.0)
         next(stream)
         program.send_signal(signal.SIGTERM)
         assert "stopping: 1 requests are running" in program.stderr.readline()
