@@ -33,7 +33,7 @@ from scavenger.measure import state_bytes
 from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.model.decoding import Decoder, PackedLinear
 from scavenger.model.filters import ImplicitFilter, ModalFilter
-from scavenger.model.modal import ChannelState, HeadState, ring_places
+from scavenger.model.modal import ChannelState, HeadState
 from scavenger.model.online import NEAR
 from scavenger.model.rotary import Rotary
 from scavenger.recurrence.certificate import aligned
@@ -284,8 +284,8 @@ def work(contender, length):
         return 0, contender.batch * linear + mixing
     if contender.student == "modal":
         modes = sum(map(sum, config.state_sizes)) * width**2
-        # A complex product and the added input are 8 operations, the output 4. A step writes a part of a wide state.
-        return contender.kept * (1 + 1 / ring_places(width)), 12 * contender.batch * modes
+        # A complex product and the added input are 8 operations, the output 4. A step reads and writes the state.
+        return 2 * contender.kept, 12 * contender.batch * modes
     if isinstance(contender, Exact) and width == 1:
         sizes = [NEAR << level for level in range(max(0, int(math.log2(length / NEAR))))]
         # Half a block of inputs directly. For each tile size, a step reads one input and reads and writes one output,

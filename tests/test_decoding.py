@@ -57,20 +57,18 @@ def test_a_piece_is_the_recurrence(width, length, device):
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("width", [1, 4, 6, 9, 11])
 def test_steps_are_the_recurrence(width, in_place, device):
-    """In place and not; and the state is right wherever the ring of waiting keys stands."""
+    """In place and not."""
     filter, modes, q, k, v = _inputs(width, 23, device)
     state, start = _some_state(modes, width)
     expected, _ = _recurrence(filter, q, k, v, start)
-    before = [tensor.data_ptr() for tensor in state.parts]
+    before = state.state
     with torch.set_grad_enabled(not in_place):
         for t in range(23):
             here = slice(t, t + 1)
             assert_close(expected[:, :, :, t], state.step(q[:, :, :, t], k[:, :, here], v[:, :, here]), 2e-14)
-            settled = copy.deepcopy(state)
-            settled.settle()
             _, final = _recurrence(filter, q[:, :, :, : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], start)
-            assert_close(final, _complex(modes, settled), 2e-14)
-    assert in_place == (before == [tensor.data_ptr() for tensor in state.parts])
+            assert_close(final, _complex(modes, state), 2e-14)
+    assert in_place == (before is state.state)
 
 
 def test_a_state_that_is_not_advanced_and_an_output_of_zero_are_found(device):
@@ -88,10 +86,10 @@ def test_gradients_of_outputs_and_of_the_final_state(width, pieces, device):
     filter, _, q, k, v = _inputs(width, sum(pieces), device)
     modes = filter.requires_grad_().modes()
     state, _ = _some_state(modes, width)
-    parts = [part.requires_grad_() for part in state.parts if part.numel()]
+    state.state.requires_grad_()
     start = _complex(modes, state)
     weight, state_weight = normal(*q.shape, device=device), normal(*start.shape, device=device)
-    variables = [*(x.requires_grad_() for x in (q, k, v)), *parts, *filter.parameters()]
+    variables = [*(x.requires_grad_() for x in (q, k, v)), state.state, *filter.parameters()]
 
     def gradients(y, final):
         loss = (y * weight).sum() + (final * state_weight).real.sum()
@@ -103,10 +101,8 @@ def test_gradients_of_outputs_and_of_the_final_state(width, pieces, device):
         if b.shape[2] == 1:
             found.append(state.step(a[:, :, :, 0], b, c)[:, :, :, None])
         else:
-            state.settle()
             found.append(long_convolution(a, b, c, filter(b.shape[2])) + state.read(a))
             state.advance(b, c)
-    state.settle()
     for expected, gradient in zip(slow, gradients(torch.cat(found, dim=3), _complex(modes, state)), strict=True):
         assert_close(expected, gradient, 1e-14)  # measured 1e-15 at most
 
@@ -301,7 +297,7 @@ def test_rows_are_free_after_an_exception(shape, error, device):
 
 @pytest.mark.parametrize("filters", [5, 3])
 def test_a_step_interrupted_in_the_middle_of_a_state(filters, monkeypatch):
-    """Its ages have advanced and its ring has not: those of an idle row would grow beyond the table of powers."""
+    """Half of its modes have advanced and the others have not."""
     model = tiny_student(filters, modal=True)
     prompts = [random_ids(n, device="cpu") for n in (5, 9)]
     decoder = Decoder(model, rows=3)
@@ -309,8 +305,10 @@ def test_a_step_interrupted_in_the_middle_of_a_state(filters, monkeypatch):
     step = HeadState.step
 
     def torn(self, *args):
+        half = self.state.shape[1] // 2
+        before = self.state[:, half:].clone()
         step(self, *args)
-        self.ages, self.place = self.ages + 1, self.place * 0
+        self.state[:, half:] = before
         raise KeyboardInterrupt
 
     for _ in range(5):
@@ -421,15 +419,15 @@ def _inputs(width, length, device):
 def _some_state(modes, width):
     """A state that holds something, and the same as (batch, mode, width, width) complex."""
     state = ChannelState(modes, 2) if width == 1 else HeadState(modes, 2, width)
-    state.parts = [normal(*part.shape, device=part.device) for part in state.parts]
+    state.state = normal(*state.state.shape, device=state.state.device)
     return state, _complex(modes, state)
 
 
 def _complex(modes, state):
     parts = []
     for part in state.parts:
-        if isinstance(state, HeadState):  # (batch, filter, slice, mode, 2, row, width)
-            part = part.permute(0, 1, 3, 2, 5, 6, 4).flatten(3, 4).flatten(1, 2)
+        if isinstance(state, HeadState):  # (batch, filter, mode, 2, row, width)
+            part = part.movedim(3, -1).flatten(1, 2)
         else:  # (batch, 2, filter, mode)
             part = part.movedim(1, -1).flatten(1, 2)[:, :, None, None]
         parts.append(torch.view_as_complex(part.contiguous()))

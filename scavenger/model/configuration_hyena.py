@@ -3,8 +3,6 @@
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .modal import ring_places
-
 
 class HyenaConfig(PreTrainedConfig):
     """The shape of the blocks, which is the teacher's, and of the mixers.
@@ -277,10 +275,7 @@ class HyenaConfig(PreTrainedConfig):
             + max(0, self.hyena_order - 2) * self.filtered_width
         )
         convolution = itemsize * (self.short_filter_length - 1) * streams
-        wide, keys, values = self.filter_head_width > 1, self.key_features, self.value_features
-        modes = (4 if self.positive else 8) * keys * values
-        # Keys and values that wait for the modes, in float32, and the age of each slice of the modes, in 8.
-        places = ring_places(keys) if wide else 0
+        modes = (4 if self.positive else 8) * self.key_features * self.value_features
 
         def of_layer(layer):
             kept = len(self.kept_heads(layer)) if layer not in self.attention_layers else self.num_key_value_heads
@@ -288,10 +283,7 @@ class HyenaConfig(PreTrainedConfig):
             if layer in self.attention_layers:
                 return total
             total += convolution + self._ring_bytes(itemsize, self.num_key_value_heads - kept, self.near_window(layer))
-            if filters := self.filters(layer):
-                total += modes * sum(self.state_sizes[layer])
-                total += (4 * filters * (keys + values) + 8) * places
-            return total
+            return total + modes * sum(self.state_sizes[layer] if self.filters(layer) else [])
 
         return sum(map(of_layer, range(self.num_hidden_layers)))
 

@@ -90,8 +90,6 @@ class Decoder:
         for mine, new in zip(self.cache.layers, read.cache.layers, strict=True):
             for ring, own in zip(mine.rings, new.rings, strict=True):
                 own.turn_to(ring.written)  # the newest token has the same place in all rows
-            for state in getattr(new, "modal_states", ()):
-                state.settle()  # the ring of pending keys is at another place here
             for buffer, state in zip(mine.states, new.states, strict=True):
                 buffer.index_copy_(0, places, state)
         self.logits = self.logits.index_copy(0, places, read.logits[:, 0].to(self.logits.dtype))

@@ -254,7 +254,6 @@ class HyenaMixer(nn.Module):
         return [HeadState(modes, batch, key_width, value_width) for modes in parts]
 
     def _piece(self, q, k, v, taps, state, first):
-        state.settle()
         if self.filter_head_width > 1 and self._scan_pays(k.shape[2]):
             return modal_scan(q, k, v, taps, state)
         y = long_convolution(q, k, v, taps)

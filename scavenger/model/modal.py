@@ -5,13 +5,14 @@ The one convention, used everywhere; time starts at 0, the real part is taken, t
     h_t = Re Σ_m R_m λ_m^t        x_t = λ ⊙ x_{t-1} + u_t,  x_{-1} = 0        y_t = Re Σ_m R_m x_{t,m} + D u_t
 
 Poles λ are per token, |λ| < 1. Source: arXiv:2310.18780, section 3; the matrix-valued input u = k vᵀ is that of
-MultiHyena, section 4. Filters are sorted by state size into buckets, so that those of one size form dense arrays
-without padding. States are real tensors, with an axis for the components of each mode: its real and imaginary part, or
-the real part alone where poles and residues are real.
+MultiHyena, section 4. States are real tensors, with an axis for the components of each mode: its real and imaginary
+part, or the real part alone where poles and residues are real. The modes of all filters are on one axis, sorted by the
+state sizes of their filters into buckets: a step takes all of them at once, and the filters of one bucket, which have
+equally many modes, form dense arrays without padding.
 
 A state object holds the states of a batch and the constants of the modes that a step reads. `step` takes one token. For
-several tokens call `settle`, `read` for the contribution of the tokens before to the outputs, and `advance`. Without
-gradients a step updates its states in place; otherwise it makes new ones.
+several tokens call `read` for the contribution of the tokens before to the outputs, and `advance`. Without gradients a
+step updates its states in place; otherwise it makes new ones.
 """
 
 from collections import Counter
@@ -26,11 +27,6 @@ from .convolution import score, toeplitz_block, weighted
 
 
 CHUNK = 64  # tokens processed at once, to bound memory
-# Number of slices of a head's state; each token updates one of them. More slices write less state per token but keep
-# more pending keys and values. Measured on one core of a busy machine, ms per step and layer (one of six), medians of
-# 12, with 1 / 8 / 16 slices: 8 filters of 64 channels and 2 modes: 15.8 / 11.0 / 8.9 at batch 64; 0.15 / 0.29 / 0.29 at
-# batch 1. 4 filters of 32 channels and 4 modes: 1.50 / 1.67 / 1.63 and 0.07 / 0.22 / 0.22.
-PARTS = 8
 
 
 def powers(poles: Tensor, count: int) -> Tensor:
@@ -53,11 +49,14 @@ class Layout:
         starts = [0, *accumulate(state_sizes)]
         filters = sorted(range(len(state_sizes)), key=lambda index: state_sizes[index])
         self.buckets = [(count, size) for size, count in sorted(Counter(state_sizes).items())]
+        self.counts = [count * size for count, size in self.buckets]  # modes
         with torch.inference_mode(False):  # usable in a backward pass too
             self.filters = torch.tensor(filters, device=device)
             self.back = self.filters.argsort()
             modes = [mode for index in filters for mode in range(starts[index], starts[index + 1])]
             self.modes = torch.tensor(modes, dtype=torch.long, device=device)
+            owners = [index for index in filters for _ in range(state_sizes[index])]
+            self.owners = torch.tensor(owners, dtype=torch.long, device=device)
 
     def split(self, x: Tensor, dim: int) -> list[Tensor]:
         """Split x into the filters of each bucket."""
@@ -69,6 +68,16 @@ class Layout:
         """Concatenate the buckets and restore the order of the filters."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim).index_select(dim, self.back)
 
+    def spread(self, x: Tensor) -> Tensor:
+        """(batch, filter, …) as (batch, mode, …): each mode gets what its filter has."""
+        return x if self.buckets == [(x.shape[1], 1)] else x.index_select(1, self.owners)
+
+    def bucketed(self, x: Tensor, dim: int) -> list[Tensor]:
+        """Split an axis of modes into the buckets, each with an axis of filters and one of the modes of a filter."""
+        return [
+            part.unflatten(dim, bucket) for part, bucket in zip(x.split(self.counts, dim), self.buckets, strict=True)
+        ]
+
 
 class Modes(NamedTuple):
     """The modes of several filters on one flat axis, filter by filter."""
@@ -79,12 +88,12 @@ class Modes(NamedTuple):
     layout: Layout
     real: bool = False  # whether all poles and residues are real: states then have one component instead of two
 
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Poles and residues in the order of the layout."""
+        return self.poles.index_select(0, self.layout.modes), self.residues.index_select(0, self.layout.modes)
+
     def buckets(self) -> list[tuple[Tensor, Tensor]]:  # poles and residues, (filter of the bucket, mode of the filter)
-        counts = [count * size for count, size in self.layout.buckets]
-        poles, residues = (x.index_select(0, self.layout.modes).split(counts) for x in (self.poles, self.residues))
-        return [
-            (p.view(shape), r.view(shape)) for p, r, shape in zip(poles, residues, self.layout.buckets, strict=True)
-        ]
+        return list(zip(*(self.layout.bucketed(x, 0) for x in self.sorted()), strict=True))
 
     def taps(self, length: int) -> Tensor:  # (filter, length) real
         """h_t = Re Σ_m R_m λ_m^t + D [t = 0] of each filter, as products λ^{Ca+b} = λ^{Ca} λ^b."""
@@ -103,45 +112,34 @@ class ChannelState:
 
     def __init__(self, modes: Modes, batch: int):
         self.layout, self.direct, self.modes, self.real = modes.layout, modes.direct, modes.buckets(), modes.real
-        # Re λ, Im λ, Re R and Im R of each bucket: a compiled step uses no complex numbers.
-        self.numbers = [[x for z in own for x in (z.real.contiguous(), z.imag.contiguous())] for own in self.modes]
+        # Re λ, Im λ, Re R and Im R: a compiled step uses no complex numbers.
+        self.numbers = [x.contiguous() for z in modes.sorted() for x in (z.real, z.imag)]
         components = 1 if self.real else 2
-        self.parts = [writable(modes.direct.new_zeros(batch, components, *poles.shape)) for poles, _ in self.modes]
+        # (batch, component, mode)
+        self.state = writable(modes.direct.new_zeros(batch, components, len(modes.poles)))
 
     @property
-    def tensors(self) -> list[Tensor]:  # each (batch, component, filter, mode)
-        return self.parts
+    def tensors(self) -> list[Tensor]:
+        return [self.state]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The state of each bucket, (batch, component, filter, mode)."""
+        return self.layout.bucketed(self.state, 2)
 
     def select(self, rows: Tensor):
-        self.parts = [writable(part.index_select(0, rows.to(part.device))) for part in self.parts]
+        self.state = writable(self.state.index_select(0, rows.to(self.state.device)))
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token: q is (batch, filter, query, 1), k and v (batch, filter, 1, 1); returns as q."""
         u = k * v
-        in_place, reads = may_overwrite(self.tensors), []
-        for index, own in enumerate(self.layout.split(u[..., 0], 1)):
-            a, b, c, d = self.numbers[index]
-            if self.real:
-                re = torch.addcmul(own, a, self.parts[index][:, 0])
-                if in_place:
-                    self.parts[index][:, 0] = re
-                else:
-                    self.parts[index] = re[:, None]
-                reads.append((c * re).sum(-1))
-                continue
-            re, im = self.parts[index].unbind(1)
-            new_re = torch.addcmul(torch.addcmul(own, a, re), b, im, value=-1)
-            if in_place:
-                im.mul_(a).addcmul_(b, re)
-                re.copy_(new_re)
-            else:
-                re, im = new_re, torch.addcmul(a * im, b, re)
-                self.parts[index] = torch.stack([re, im], dim=1)
-            reads.append((c * re).addcmul(d, im, value=-1).sum(-1))
-        return q * (self.layout.join(reads, 1)[..., None, None] + self.direct[:, None, None] * u)
-
-    def settle(self):
-        """Nothing to do: each step updates the whole state."""
+        added = self.layout.spread(u[..., 0, 0])
+        self.state, (re, *im) = _turned(self.state, 1, self.numbers[:2], added)
+        read = self.numbers[2] * re
+        if im:
+            read = torch.addcmul(read, self.numbers[3], im[0], value=-1)
+        sums = self.layout.join([part.sum(-1) for part in self.layout.bucketed(read, 1)], 1)
+        return q * (sums[..., None, None] + self.direct[:, None, None] * u)
 
     def read(self, q: Tensor) -> Tensor:  # (batch, filter, query, length, 1), from the token after the state's on
         """q_t Re Σ_m R_m λ^{t+1} x_m, as products λ^{Ca+b+1} = λ^{Ca} λ^{b+1}."""
@@ -159,10 +157,9 @@ class ChannelState:
     def advance(self, k: Tensor, v: Tensor):  # (batch, filter, length, 1)
         """x ← λ^L x + Σ_t λ^{L-1-t} k_t v_t: real matrix products within chunks, then a sum over chunks."""
         u = (k * v)[..., 0]
-        length = u.shape[-1]
+        length, found = u.shape[-1], []
         u = F.pad(u, (-length % CHUNK, 0)).movedim(0, 1).unflatten(-1, (-1, CHUNK))  # (filter, batch, chunk, token)
-        for index, own in enumerate(self.layout.split(u, 0)):
-            poles, part = self.modes[index][0], self.parts[index]
+        for (poles, _), part, own in zip(self.modes, self.parts, self.layout.split(u, 0), strict=True):
             table = powers(poles, CHUNK + 1)
             near = table[..., :CHUNK].flip(-1).mT.to(poles.dtype)
             sums = own.flatten(1, 2) @ torch.cat([near.real, near.imag], dim=-1)  # (filter, batch · chunk, 2 mode)
@@ -170,7 +167,8 @@ class ChannelState:
             strides = powers(table[..., -1], own.shape[2]).flip(-1).mT.to(poles.dtype)  # (filter, chunk, mode)
             x = (sums * strides[:, None]).sum(2).movedim(0, 1)
             x = x + self._complex(part) * _power(poles, length)
-            self.parts[index] = writable(torch.stack([x.real] if self.real else [x.real, x.imag], dim=1))
+            found.append(torch.stack([x.real] if self.real else [x.real, x.imag], dim=1).flatten(2))
+        self.state = writable(torch.cat(found, dim=2))
 
     def _complex(self, part):
         re, *im = part.unbind(1)
@@ -178,118 +176,69 @@ class ChannelState:
 
 
 class HeadState:
-    """The modes of filters on groups of channels: X ← λ X + k vᵀ, y = Re Σ_m R_m qᵀ X_m + D (q · k) v.
-
-    In a large batch the time of a step is that of reading and writing this state. So the last `places` keys and values
-    are pending in a ring buffer. The rows of X (channels of k) are cut into as many slices, and each token settles one
-    slice: it applies the pending updates to the slice and zeroes the slice's channels in the pending keys. A slice of
-    `age` n, the tokens since it was settled, is read as λ^n X; the pending keys add the rest through the filter's taps:
-
-        y = Re Σ_m R_m λ^{age} qᵀ X_m + Σ_p h_{t-p} (q · k_p) v_p        X ← λ^{age} X + Σ_p λ^{t-p} k_p v_pᵀ
-    """
+    """The modes of filters on groups of channels: X ← λ X + k vᵀ, y = Re Σ_m R_m qᵀ X_m + D (q · k) v."""
 
     def __init__(self, modes: Modes, batch: int, width: int, value_width: int | None = None):
         value_width = width if value_width is None else value_width  # that of q and k is `width`
-        self.layout, self.real = modes.layout, modes.real
-        self.places = ring_places(width)
-        zeros = modes.direct.new_zeros
-        self.taps = modes.taps(self.places).T.contiguous()  # (place, filter)
-        self.modes, self.decays, self.reads, self.parts = modes.buckets(), [], [], []
-        for poles, residues in self.modes:
-            table = powers(poles, self.places + 1).movedim(-1, 0)  # (power, filter, mode)
-            self.decays.append(self._numbers(table, poles.dtype))
-            # Re R x = Re R · Re x - Im R · Im x
-            self.reads.append(self._numbers((residues * table).conj(), poles.dtype))
-            shape = *poles.shape, 1 if self.real else 2, width // self.places, value_width
-            self.parts.append(writable(zeros(batch, shape[0], self.places, *shape[1:])))
-        self.values = writable(zeros(batch, len(modes.direct), self.places, value_width))
-        self.keys = writable(self._sliced(zeros(batch, len(modes.direct), self.places, width)))
-        self.ages = torch.zeros(batch, self.places, dtype=torch.long, device=self.keys.device)
-        self.place = self.ages.new_zeros(1)  # of the next token in the ring, the same for all rows
+        self.layout, self.direct, self.modes, self.real = modes.layout, modes.direct, modes.buckets(), modes.real
+        poles, residues = modes.sorted()
+        # Re λ and Im λ, and the read-out as one matrix: Re R x = Re R · Re x - Im R · Im x.
+        self.numbers = [x.contiguous()[:, None, None] for x in (poles.real, poles.imag)]
+        own = F.one_hot(self.layout.owners, len(modes.direct)).to(modes.direct.dtype)  # (mode, filter)
+        read_out = own.T[..., None] * self._numbers(residues.conj(), poles.dtype)
+        self.read_out = read_out.flatten(1)  # (filter, mode · component)
+        components = 1 if self.real else 2
+        # (batch, mode, component, channel of k, channel of v)
+        self.state = writable(modes.direct.new_zeros(batch, len(poles), components, width, value_width))
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self.parts, self.keys, self.values, self.ages]
+        return [self.state]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The state of each bucket, (batch, filter, mode, component, channel of k, channel of v)."""
+        return self.layout.bucketed(self.state, 1)
 
     def select(self, rows: Tensor):
-        rows = rows.to(self.keys.device)
-        self.parts = [writable(part.index_select(0, rows)) for part in self.parts]
-        kept = (self.keys, self.values, self.ages)
-        self.keys, self.values, self.ages = (writable(x.index_select(0, rows)) for x in kept)
+        self.state = writable(self.state.index_select(0, rows.to(self.state.device)))
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token: q (batch, filter, query, width), k and v (batch, filter, 1, width); returns sums of v, as q."""
-        write = torch.Tensor.index_copy_ if may_overwrite(self.tensors) else torch.Tensor.index_copy
-        self.keys = write(self.keys, 2, self.place, self._sliced(k))
-        self.values = write(self.values, 2, self.place, v)
-        self.ages = self.ages + 1
-        y = ((q @ self.keys.flatten(3).mT) * self.taps[self._behind()].T[:, None]) @ self.values
-        y = y + self._read(q, [reads[self.ages].movedim(2, 1)[:, :, None] for reads in self.reads])
-        self._settle(self.place, self._behind(), write)
-        self.place = (self.place + 1) % self.places
-        return y
+        added = self.layout.spread(k).mT * self.layout.spread(v)
+        self.state, _ = _turned(self.state, 2, self.numbers, added)
+        reads = self.layout.spread(q)[:, :, None] @ self.state  # (batch, mode, component, query, channel)
+        y = self.read_out @ reads.flatten(3).flatten(1, 2)
+        return y.unflatten(2, reads.shape[3:]) + self.direct[:, None, None] * (q @ k.mT) * v
 
     def read(self, q: Tensor) -> Tensor:  # (batch, filter, query, length, width), from the token after the state's on
-        """Re Σ_m R_m λ^{t+1} q_tᵀ X_m of a settled state."""
-        found, weights = [], []
+        """Re Σ_m R_m λ^{t+1} q_tᵀ X_m."""
+        found, tables = [], []
         for poles, residues in self.modes:
             table = residues[..., None] * powers(poles, q.shape[3] + 1)[..., 1:]
-            # (filter, token, 1, mode, component)
-            weights.append(self._numbers(table.conj().mT, poles.dtype)[:, :, None])
+            tables.append(self._numbers(table.conj().mT, poles.dtype))  # (filter, token, mode, component)
+        parts = [part.flatten(2, 4) for part in self.parts]
         for start in range(0, q.shape[3], CHUNK):
             chunk = slice(start, start + CHUNK)
-            own = q[:, :, :, chunk]
-            read = self._read(
-                own.flatten(2, 3), [weight[:, chunk].repeat(1, q.shape[2], 1, 1, 1) for weight in weights]
-            )
-            found.append(read.unflatten(2, own.shape[2:4]))
+            reads = []
+            for own, table, part in zip(self.layout.split(q[:, :, :, chunk], 1), tables, parts, strict=True):
+                spread = own[..., None, None, :] * table[:, None, chunk, ..., None]
+                reads.append((spread.flatten(4).flatten(2, 3) @ part).unflatten(2, own.shape[2:4]))
+            found.append(self.layout.join(reads, 1))
         return torch.cat(found, dim=3)
 
     def advance(self, k: Tensor, v: Tensor):  # (batch, filter, length, width)
-        """X ← λ^L X + Σ_t λ^{L-1-t} k_t v_tᵀ of a settled state, chunk by chunk."""
+        """X ← λ^L X + Σ_t λ^{L-1-t} k_t v_tᵀ, chunk by chunk."""
         # Each (filter, power, mode, component).
         tables = [self._numbers(powers(poles, CHUNK + 1).mT, poles.dtype) for poles, _ in self.modes]
-        for own, other in zip(k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
-            length = own.shape[2]
-            keys, values = (self.layout.split(x, 1) for x in (self._sliced(own), other))
-            for index, table in enumerate(tables):
-                added = _outer(keys[index], values[index], table[:, :length].flip(1))
-                self.parts[index] = _add_turned(added, self.parts[index], table[None, :, None, length])
-        self.parts = [writable(part) for part in self.parts]
-
-    def settle(self):
-        """Apply all pending updates, so that every slice is up to date."""
-        every = torch.arange(self.places, device=self.place.device)
-        self._settle(every, (self.place - 1 - every) % self.places, torch.Tensor.index_copy)
-        self.parts, self.keys = [writable(part) for part in self.parts], writable(self.keys)
-
-    def _settle(self, slices, behind, write):
-        """X ← λ^{age} X + Σ_p λ^{behind_p} k_p v_pᵀ in these slices; zeroes their channels in the pending keys."""
-        waiting = self.keys.index_select(3, slices)
-        keys = self.layout.split(waiting, 1)
-        values = self.layout.split(self.values, 1)
-        ages = self.ages.index_select(1, slices)
-        for index, (part, decays) in enumerate(zip(self.parts, self.decays, strict=True)):
-            added = _outer(keys[index], values[index], decays[behind].movedim(0, 1))
-            new = _add_turned(added, part.index_select(2, slices), decays[ages].movedim(2, 1))
-            self.parts[index] = write(part, 2, slices, new)
-        self.keys = write(self.keys, 3, slices, torch.zeros_like(waiting))
-        self.ages = self.ages.index_fill(1, slices, 0)
-
-    def _read(self, q, weights):
-        """Σ weights · qᵀ X, for weights (batch or 1, filter, token, slice or 1, mode, component) of each bucket."""
-        found = []
-        for own, weight, part in zip(self.layout.split(self._sliced(q), 1), weights, self.parts, strict=True):
-            spread = (own[..., None, None, :] * weight[..., None]).flatten(3)
-            found.append(spread @ part.flatten(2, 5))
-        return self.layout.join(found, 1)
-
-    def _behind(self):
-        """For each place of the ring, the tokens written since then; 0 for the newest."""
-        return (self.place - torch.arange(self.places, device=self.place.device)) % self.places
-
-    def _sliced(self, x):
-        return x.unflatten(-1, (self.places, -1))  # (batch, filter, token, slice, channel of the slice)
+        parts = self.parts
+        for keys, values in zip(k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
+            length = keys.shape[2]
+            own = zip(self.layout.split(keys, 1), self.layout.split(values, 1), tables, strict=True)
+            for index, (key, value, table) in enumerate(own):
+                added = _outer(key, value, table[:, :length].flip(1))
+                parts[index] = _add_turned(added, parts[index], table[:, length])
+        self.state = writable(torch.cat([part.flatten(1, 2) for part in parts], dim=1))
 
     def _numbers(self, x, dtype):
         """Complex numbers as real ones, with a last axis of components."""
@@ -304,18 +253,13 @@ def modal_scan(
     taps: Tensor,  # (filter, min(length, CHUNK) or more)
     state: HeadState,
 ) -> Tensor:  # (batch, filter, query, length, width)
-    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s, by the taps within chunks and by the state, settled, across chunks."""
+    """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s, by the taps within chunks and by the state across chunks."""
     outputs = []
     for a, b, c in zip(q.split(CHUNK, 3), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
         within = weighted(score(a, b) * toeplitz_block(taps, slice(0, a.shape[3]))[:, None], c)
         outputs.append(within + state.read(a))
         state.advance(b, c)
     return torch.cat(outputs, dim=3)
-
-
-def ring_places(width: int) -> int:
-    """Places in the ring of a HeadState, also its number of slices: the largest divisor of `width` up to PARTS."""
-    return max(count for count in range(1, PARTS + 1) if width % count == 0)
 
 
 def may_overwrite(states: list[Tensor]) -> bool:
@@ -334,28 +278,43 @@ def writable(state: Tensor) -> Tensor:
         return state.clone()
 
 
-def _outer(k, v, weights):
-    """Σ_t w_t k_t v_tᵀ of k (batch, filter, token, slice, row) and v (batch, filter, token, width).
+def _turned(state, dim, pole, added):
+    """λ x + added, and its components, for a state with an axis `dim` of components, in place where that is allowed."""
+    a, b = pole
+    in_place = may_overwrite([state])
+    if state.shape[dim] == 1:
+        x = state.select(dim, 0)
+        new = torch.addcmul(added, a, x)
+        if in_place:
+            x.copy_(new)
+        return (state if in_place else new.unsqueeze(dim)), [new]
+    re, im = state.unbind(dim)
+    new_re = torch.addcmul(torch.addcmul(added, a, re), b, im, value=-1)
+    if in_place:
+        im.mul_(a).addcmul_(b, re)
+        re.copy_(new_re)
+        return state, [re, im]
+    new_im = torch.addcmul(a * im, b, re)
+    return torch.stack([new_re, new_im], dim=dim), [new_re, new_im]
 
-    The weights are (filter, token, mode, component); the result is (batch, filter, slice, mode, component, row, width),
-    as states are.
+
+def _outer(k, v, weights):
+    """Σ_t w_t k_t v_tᵀ of k (batch, filter, token, row) and v (batch, filter, token, width).
+
+    The weights are (filter, token, mode, component); the result is (batch, filter, mode, component, row, width).
     """
-    spread = k[..., None, None, :] * weights[:, :, None, :, :, None]
+    spread = k[..., None, None, :] * weights[..., None]
     return (spread.flatten(3).mT @ v).unflatten(2, spread.shape[3:])
 
 
 def _add_turned(added, x, factor):
-    """added + factor · x, in place.
-
-    x is (batch, filter, slice, mode, component, row, width), the factor (batch or 1, filter, slice or 1, mode,
-    component).
-    """
+    """added + factor · x, in place: (batch, filter, mode, component, row, width), factor (filter, mode, component)."""
     factor = factor[..., None, None]
-    if x.shape[4] == 1:
+    if x.shape[3] == 1:
         return added.addcmul_(x, factor)
-    (re, im), (a, b) = x.unbind(4), factor.unbind(4)
-    added.select(4, 0).addcmul_(re, a).addcmul_(im, b, value=-1)
-    added.select(4, 1).addcmul_(im, a).addcmul_(re, b)
+    (re, im), (a, b) = x.unbind(3), factor.unbind(2)
+    added.select(3, 0).addcmul_(re, a).addcmul_(im, b, value=-1)
+    added.select(3, 1).addcmul_(im, a).addcmul_(re, b)
     return added
 
 
