@@ -7,6 +7,7 @@ scavenger rank recipes/quickstart.yaml --keep 1 --to kept.yaml
 scavenger rank recipes/quickstart.yaml --heads 2 --to kept.yaml
 scavenger recur runs/quickstart/transfer --tolerance 1e-2
 scavenger push runs/quickstart --to user/repo
+scavenger serve runs/quickstart/recurrence
 """
 
 import argparse
@@ -60,6 +61,8 @@ def command(arguments) -> int:
         return rank(arguments[1:])
     if arguments[:1] == ["recur"]:
         return recur(arguments[1:])
+    if arguments[:1] == ["serve"]:
+        return serve(arguments[1:])
     args = parsed(arguments)
     return run(load_recipe(args.recipe, args.overrides), args.plan)
 
@@ -234,6 +237,34 @@ def push(arguments) -> int:
     from scavenger import hub
 
     hub.push(args.run, target)
+    return 0
+
+
+def serve(arguments) -> int:
+    """Serve a recurrent student until a signal."""
+    parser = argparse.ArgumentParser(
+        prog="scavenger serve",
+        description="Serve a recurrent student behind the API of OpenAI. SCAVENGER_API_KEY is the key, if it is set.",
+    )
+    parser.add_argument("model", help="a student, as runs/quickstart/recurrence; LABEL=FOLDER names it for clients")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one (8000)")
+    parser.add_argument("--rows", type=int, default=16, metavar="N", help="sequences that run at a time (16)")
+    parser.add_argument("--queue", type=int, default=256, metavar="N", help="sequences that may wait (256)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of prompt and answer together (four training contexts)"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=30, metavar="SECONDS", help="for running requests after SIGTERM (30)"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    args = parser.parse_args(arguments)
+    try:
+        from scavenger.serve import serve
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"serve: {error.name} is not installed; expected pip install 'scavenger[serve]'") from error
+    limits = {name: getattr(args, name) for name in ("host", "port", "rows", "queue", "max_length", "grace")}
+    serve.run(args.model, args.dtype, serve.Settings(**limits))
     return 0
 
 

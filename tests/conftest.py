@@ -148,7 +148,8 @@ SLOW_MODULES = {
         "test_page",
         "test_pipeline",
     ),
-    *("test_plan", "test_ranking", "test_readme", "test_recipes", "test_recurrence", "test_retrieval", "test_timing"),
+    *("test_plan", "test_ranking", "test_readme", "test_recipes", "test_recurrence", "test_retrieval", "test_serve"),
+    "test_timing",
 }
 SLOW_FIXTURES = {"workshop", "finished"}
 # Their single tests take up to two minutes: they come first, so that no worker is left with one at the end.

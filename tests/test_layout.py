@@ -16,7 +16,7 @@ LAYERS = (
     ("teacher", "student"),
     ("transfer", "recurrence"),
     ("report",),
-    ("plan", "hub"),
+    ("plan", "hub", "serve"),
     ("__main__",),
 )
 

@@ -110,6 +110,17 @@ class Decoder:
                 raise ValueError(f"row {row} holds no sequence; expected one that add returned")
             self.free.append(row)
 
+    @torch.no_grad()
+    def reset(self):
+        """Free all rows and put back their buffers.
+
+        After an exception in `step` this is necessary: it may have advanced some layers only.
+        """
+        for (holder, name, buffer), (_, _, start) in zip(self.buffers, _tensors(self._no_tokens()), strict=True):
+            buffer.copy_(start)
+            setattr(holder, name, buffer)
+        self.free = list(range(self.rows))
+
     def generate(
         self,
         prompts: list[Tensor],
@@ -142,7 +153,7 @@ class Decoder:
         try:
             return self._generate(prompts, max_new_tokens, ends, warpers if do_sample else None)
         except BaseException:
-            self._forget()
+            self.reset()
             raise
 
     def _generate(self, prompts, max_new_tokens, ends, warpers):
@@ -170,14 +181,6 @@ class Decoder:
         """A cache of all rows that has read nothing."""
         nothing = torch.zeros(self.rows, 0, dtype=torch.long, device=self.device)
         return self.model(input_ids=nothing, use_cache=True).cache
-
-    @torch.no_grad()
-    def _forget(self):
-        """Free all rows and put back their buffers: a step that was interrupted may have advanced some layers only."""
-        for (holder, name, buffer), (_, _, start) in zip(self.buffers, _tensors(self._no_tokens()), strict=True):
-            buffer.copy_(start)
-            setattr(holder, name, buffer)
-        self.free = list(range(self.rows))
 
     def _advance(self, ids):
         logits = self.model(input_ids=ids, cache=self.cache).logits[:, 0]
