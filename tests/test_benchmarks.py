@@ -287,7 +287,11 @@ def transfer(benchmark, monkeypatch):
     """The benchmark of transfer with sequences of 24 tokens."""
     module = benchmark("transfer")
     whole = module.load_recipe
-    monkeypatch.setattr(module, "load_recipe", lambda path, changes: whole(path, [*changes, "data.context_length=24"]))
+    monkeypatch.setattr(
+        module,
+        "load_recipe",
+        lambda path, changes: whole(path, [*changes, "data.context_length=24", "student.window=8"]),
+    )
     return module
 
 
