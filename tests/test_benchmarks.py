@@ -290,7 +290,9 @@ def transfer(benchmark, monkeypatch):
     monkeypatch.setattr(
         module,
         "load_recipe",
-        lambda path, changes: whole(path, [*changes, "data.context_length=24", "student.window=8"]),
+        lambda path, changes: whole(
+            path, [*changes, "data.context_length=24", "student.window=8", "student.attention_heads=[]"]
+        ),
     )
     return module
 
