@@ -291,7 +291,14 @@ def transfer(benchmark, monkeypatch):
         module,
         "load_recipe",
         lambda path, changes: whole(
-            path, [*changes, "data.context_length=24", "student.window=8", "student.attention_heads=[]"]
+            path,
+            [
+                *changes,
+                "data.context_length=24",
+                "student.window=8",
+                "student.attention_heads=[]",
+                "student.num_filter_heads=4",
+            ],
         ),
     )
     return module
