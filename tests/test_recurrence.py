@@ -523,7 +523,8 @@ def test_mistakes_end_in_one_line(folder, workshop, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_plan_of_the_recurrence(folder, workshop, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method, by", [("balanced", "By balanced truncation"), ("positive", "As positive modes")])
+def test_plan_of_the_recurrence(method, by, folder, workshop, tmp_path, monkeypatch):
     """The table says what the stage then makes, by its method; nothing is written."""
     run = tmp_path / "run"
     shutil.copytree(folder, run / "transfer")
@@ -532,7 +533,7 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path, monkeypatch):
     overrides = [
         f"run_dir={run}",
         "recurrence.tolerance=2e-2",
-        "recurrence.method=balanced",
+        f"recurrence.method={method}",
         "recurrence.max_state_size=9",
     ]
     recipe = load_recipe(str(workshop / "recipe.yaml"), overrides)
@@ -544,7 +545,7 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path, monkeypatch):
     exact = HyenaForCausalLM.from_pretrained(run / "transfer").eval()
     made = [layer[0] for layer in reduced_by(exact, recipe.recurrence)]
     sizes = [[f.state_size for f in layer] for layer in made]
-    config = recurrence.recurrent_configuration(exact.config, sizes)
+    config = recurrence.recurrent_configuration(exact.config, sizes, method == "positive")
     row = totals[0.02]
     assert int(row[3]) == sum(map(sum, sizes)) and row[5] == f"{config.state_bytes / 1024:,.1f}"
     assert (int(row[-4]), int(row[-2])) == (config.break_even_length, config.break_even_length_of(2))
@@ -552,7 +553,7 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path, monkeypatch):
     assert "% of the filters" not in preview.show(recipe)
     monkeypatch.setattr(preview, "FILTERS", 2)
     share = 2 / (exact.config.num_filters * exact.config.hyena_order)
-    assert f"By balanced truncation. {100 * share:.0f} % of the filters were reduced. KL" in preview.show(recipe)
+    assert f"{by}. {100 * share:.0f} % of the filters were reduced. KL" in preview.show(recipe)
     monkeypatch.undo()
 
     budget = config.state_bytes
@@ -560,7 +561,7 @@ def test_plan_of_the_recurrence(folder, workshop, tmp_path, monkeypatch):
     rows = [line.split() for line in text.splitlines() if " all " in line]
     assert len(rows) == 3 and all(float(row[5]) * 1024 <= float(row[0].replace(",", "")) + 60 for row in rows)
     assert [path.name for path in sorted(run.iterdir())] == ["data", "transfer"]
-    assert "Then each filter becomes a recurrence of at most 9 modes (balanced)" in plan.show(recipe)
+    assert f"Then each filter becomes a recurrence of at most 9 modes ({method})" in plan.show(recipe)
     # The teacher has 2 · 3 · 30 keys and values a token.
     recipe = load_recipe(str(workshop / "recipe.yaml"), [*overrides, "recurrence.state_bytes=72_001"])
     said = "72,001 bytes of state (the teacher's KV cache of 101 tokens in float32, of 201 in 16 bits), spent"

@@ -275,7 +275,7 @@ class HyenaConfig(PreTrainedConfig):
             + max(0, self.hyena_order - 2) * self.filtered_width
         )
         convolution = itemsize * (self.short_filter_length - 1) * streams
-        modes = (4 if self.positive else 8) * self.key_features * self.value_features
+        mode = self.mode_bytes(self.positive)
 
         def of_layer(layer):
             kept = len(self.kept_heads(layer)) if layer not in self.attention_layers else self.num_key_value_heads
@@ -283,9 +283,13 @@ class HyenaConfig(PreTrainedConfig):
             if layer in self.attention_layers:
                 return total
             total += convolution + self._ring_bytes(itemsize, self.num_key_value_heads - kept, self.near_window(layer))
-            return total + modes * sum(self.state_sizes[layer] if self.filters(layer) else [])
+            return total + mode * sum(self.state_sizes[layer] if self.filters(layer) else [])
 
         return sum(map(of_layer, range(self.num_hidden_layers)))
+
+    def mode_bytes(self, positive: bool) -> int:
+        """Bytes of one mode: a complex one has two numbers for each of a positive one's, in float32."""
+        return (4 if positive else 8) * self.key_features * self.value_features
 
     def _ring_bytes(self, itemsize, heads, window):
         """Of keys, values, and whether a token is real."""

@@ -75,7 +75,7 @@ def spread(
 
 def mode_costs(config: HyenaConfig, found: list[list[list[ReducedFilter]]], positive: bool = False) -> list[np.ndarray]:
     """Bytes of each recurrence, (size, filter) per layer."""
-    each = mode_bytes(config, positive)
+    each = config.mode_bytes(positive)
     return [each * np.array([[f.state_size for f in row] for row in layer], dtype=int) for layer in found]
 
 
@@ -254,8 +254,3 @@ def state_bytes(config: HyenaConfig, modes: int = 0) -> int | None:
     """Bytes per sequence if every filter has `modes` modes; None if they grow with the sequence length."""
     sizes = [[modes] * config.filters(layer) for layer in range(config.num_hidden_layers)]
     return HyenaConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes}).state_bytes
-
-
-def mode_bytes(config: HyenaConfig, positive: bool = False) -> int:
-    """Bytes of one mode: a complex one has two numbers for each of a positive one's."""
-    return (4 if positive else 8) * config.key_features * config.value_features

@@ -12,7 +12,6 @@ from scavenger import measure
 from scavenger.model import HyenaForCausalLM
 from scavenger.model.filters import ModalFilter, PositiveFilter
 from scavenger.recipe import Recurrence
-from scavenger.recurrence import allocation
 from scavenger.recurrence.reduction import hankel, positive
 from scavenger.recurrence.reduction.reduced import ReducedFilter
 from scavenger.recurrence.reduction.residues import gain_errors, tails
@@ -38,7 +37,7 @@ def measure_all(
     horizon = settings.horizon or config.horizon
     layers = [
         {
-            "mode_bytes": allocation.mode_bytes(config, config.positive) * sum(f.state_size for f in filters),
+            "mode_bytes": config.mode_bytes(config.positive) * sum(f.state_size for f in filters),
             "filters": filter_facts(exact.mixer.filter, made.mixer.filter, filters, settings, horizon)
             if filters
             else [],

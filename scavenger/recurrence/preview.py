@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from scavenger import measure, student
-from scavenger.model.filters import ModalFilter
 from scavenger.recipe import Recipe
 from scavenger.recurrence import allocation, certificate, recurrence
 from scavenger.run.run import blocks
@@ -20,11 +19,13 @@ SEQUENCES = 8  # of held-out text, for the same reason: the predicted KL is with
 def show(recipe: Recipe) -> str:
     """A table of the state and the error of each tolerance or budget, for the run's distilled student.
 
-    By balanced truncation of FILTERS filters of each layer, from which modes and bytes of all of them are estimated.
+    By balanced truncation, or as sums of positive modes if the recipe asks for them, of FILTERS filters of each layer,
+    from which modes and bytes of all of them are estimated.
     """
     run_dir = Path(recipe.run_dir)
     exact = student.load(run_dir / "transfer")
-    config, settings = exact.config, dataclasses.replace(recipe.recurrence, method="balanced")
+    config, positive = exact.config, recipe.recurrence.method == "positive"
+    settings = dataclasses.replace(recipe.recurrence, method="positive" if positive else "balanced")
     text = blocks(run_dir / "data", "validation")
     rows, found = {}, [[[]] for _ in exact.model.layers]
     tolerances = sorted({*TOLERANCES, settings.tolerance}, reverse=True)
@@ -35,9 +36,9 @@ def show(recipe: Recipe) -> str:
         taps = measure.filter_taps(filter, settings.horizon or config.horizon)
         rows[layer] = np.unique(np.linspace(0, len(taps) - 1, FILTERS).round().astype(int)).tolist()
         found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims)
-        if isinstance(filter, ModalFilter):
+        if type(filter) is recurrence.own_kind(settings):
             found[layer] = [recurrence.with_own_modes(filter, made, rows[layer]) for made in found[layer]]
-    changes = allocation.responses(exact, found, text, rows, SEQUENCES)
+    changes = allocation.responses(exact, found, text, rows, SEQUENCES, positive=positive)
     divergences = allocation.divergences(changes, text.shape[1] - 1)
     choices = {
         f"{tolerance:g}": [np.full(len(layer[0]), index) for layer in found]
@@ -47,14 +48,12 @@ def show(recipe: Recipe) -> str:
     if settings.state_bytes is not None:
         least = allocation.state_bytes(config)
         budgets = [max(least, settings.state_bytes * times // 2) for times in (1, 2, 4)]
-        bytes_ = allocation.mode_costs(config, found)
+        bytes_ = allocation.mode_costs(config, found, positive)
         choices = {
             f"{budget:,}": allocation.allocate(bytes_, divergences, share * (budget - least)) for budget in budgets
         }
     table = [
-        line
-        for name, chosen in choices.items()
-        for line in _choice(config, name, found, chosen, divergences, len(exact.model.layers))
+        line for name, chosen in choices.items() for line in _choice(config, positive, name, found, chosen, divergences)
     ]
     what = "state bytes" if settings.state_bytes is not None else "tolerance"
     header = [what, "layer", "filters", "modes", "most", "real states", "KiB", "worst error", "its floor", "KL"]
@@ -63,14 +62,15 @@ def show(recipe: Recipe) -> str:
     return (
         "\n"
         + certificate.aligned(header, table)
-        + f"\nBy balanced truncation.{asked} KL: predicted for the model's output, nats per token, summed over layers. "
-        "KiB of `all`: with short convolutions and kept attention."
+        + f"\n{'As positive modes' if positive else 'By balanced truncation'}.{asked} "
+        "KL: predicted for the model's output, nats per token, summed over layers. "
+        "KiB of `all`: with short convolutions, windows and kept attention."
     )
 
 
-def _choice(config, name, found, chosen, divergences, layers):
+def _choice(config, positive, name, found, chosen, divergences):
     """The rows of one choice: one per layer, and one for all."""
-    lines, sizes, total = [], [[] for _ in range(layers)], 0.0
+    lines, sizes, total = [], [[] for _ in found], 0.0
     for layer, (rungs, own) in enumerate(zip(found, chosen, strict=True)):
         filters = [rungs[rung][index] for index, rung in enumerate(own)]
         if not filters:
@@ -89,7 +89,7 @@ def _choice(config, name, found, chosen, divergences, layers):
                 f"{sum(sizes[layer]):,}",
                 str(max(sizes[layer])),
                 f"{share * sum(f.real_states for f in filters):,.0f}",
-                f"{allocation.mode_bytes(config) * sum(sizes[layer]) / 1024:,.1f}",
+                f"{config.mode_bytes(positive) * sum(sizes[layer]) / 1024:,.1f}",
                 f"{worst.relative_error:.1e}",
                 f"{worst.floor:.1e}",
                 f"{divergence:.1e}",
@@ -97,7 +97,7 @@ def _choice(config, name, found, chosen, divergences, layers):
                 "",
             ]
         )
-    whole = recurrence.recurrent_configuration(config, sizes)
+    whole = recurrence.recurrent_configuration(config, sizes, positive)
     held, even = whole.state_bytes, (whole.break_even_length, whole.break_even_length_of(2))
     lines.append(
         [
