@@ -180,6 +180,11 @@ class Ring:
     def states(self) -> tuple[Tensor | None, ...]:
         return self.keys, self.values, self.real
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What a step reads and writes; nothing before the first token."""
+        return [] if self.keys is None else [self.keys, self.values, self.real, self.written]
+
     def select(self, rows: Tensor):
         if self.keys is not None:
             rows = rows.to(self.keys.device)

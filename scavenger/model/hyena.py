@@ -33,7 +33,8 @@ from .attention import Tokens, attention
 from .convolution import ToeplitzProduct, causal_convolution, outer_product_convolution, short_convolution
 from .filters import ImplicitFilter, ModalFilter, PositiveFilter
 from .modal import CHUNK, ChannelState, HeadState, modal_scan
-from .norm import head_norm
+from .native import fits, next_token, ready
+from .norm import RMSNorm, head_norm
 from .rotary import turn
 
 
@@ -75,6 +76,9 @@ class HyenaMixer(nn.Module):
         joined = self.num_filters and self.window
         self.join = nn.Linear(width, 2 * self.heads.filtered * self.heads.queries) if joined else None
         self.features = Features(config, self.heads) if config.features != "none" else None
+        grows = self.heads.kept and not self.kept_window
+        self.native = config.filter == "modal" and not grows and fits(config)
+        self.projected_at_once: nn.Module | None = None  # all projections as one product, which a Decoder makes
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -99,13 +103,13 @@ class HyenaMixer(nn.Module):
         mask: Tensor | None = None,  # (batch, length), zero for padding
         cache=None,
     ) -> Tensor:  # (batch, length, channel)
-        projected = [self.q(hidden), self.k(hidden), self.v(hidden)]
-        if self.gates is not None:
-            projected.append(self.gates(hidden))
-        projected = torch.cat(projected, dim=-1)
+        projected, gates = self._projections(hidden)
         if mask is not None:
             projected = projected * mask[..., None].to(projected.dtype)
         layer_cache = None if cache is None else cache.layers[self.layer_index]
+        if self.native and projected.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
+            if ready(projected, layer_cache):
+                return self.out(self._native_step(projected, gates, cos, sin, mask, layer_cache)[:, None])
         x, conv_state = short_convolution(
             projected, self.short_filter.to(projected.dtype), layer_cache.conv_state if layer_cache else None
         )
@@ -121,9 +125,9 @@ class HyenaMixer(nn.Module):
             )
             q, tokens = self.heads.take(q, False, self.heads.queries), self.heads.tokens(tokens, False)
         y = (
-            self._near_and_far(hidden, q, tokens, between, layer_cache)
+            self._near_and_far(gates, q, tokens, between, layer_cache)
             if self.window
-            else (self._far(q, tokens, between, layer_cache))
+            else self._far(q, tokens, between, layer_cache)
         )
         if layer_cache is not None:
             layer_cache.conv_state = conv_state
@@ -131,6 +135,47 @@ class HyenaMixer(nn.Module):
         if kept is not None:
             y = self.heads.merge(kept.to(y.dtype), y)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    @property
+    def projections(self) -> list[nn.Linear]:
+        """What reads the hidden state: q, k, v, the gates between long convolutions, those of window and filters."""
+        return [z for z in (self.q, self.k, self.v, self.gates, self.join) if z is not None]
+
+    def _projections(self, hidden):
+        """q, k, v and the gates between, (batch, length, channel), and the gates of window and filters or None."""
+        if self.projected_at_once is None:
+            every = [projection(hidden) for projection in self.projections]
+            joined = every.pop() if self.join is not None else None
+            return torch.cat(every, dim=-1), joined
+        every = self.projected_at_once(hidden)
+        streams = sum(self.streams)
+        return every[..., :streams], every[..., streams:] if self.join is not None else None
+
+    def _native_step(self, projected, gates, cos, sin, mask, layer_cache):
+        """The output of one token before the last projection, (batch, channel)."""
+        state = next(iter(layer_cache.modal_states), None)
+        norms = [norm.weight for norm in (self.q_norm, self.k_norm) if isinstance(norm, RMSNorm)]
+        return next_token(
+            projected[:, 0],
+            cos[:, 0],
+            sin[:, 0],
+            None if mask is None else mask[:, 0].bool(),
+            self.short_filter.to(projected.dtype),
+            norms,
+            None if gates is None else gates[:, 0],
+            self.heads.places,
+            layer_cache.conv_state,
+            layer_cache.near.tensors,
+            layer_cache.kept.tensors,
+            [] if state is None else state.numbers,
+            None if state is None else state.state,
+            self.heads.queries,
+            self.heads.own_state,
+            turned=self.rotary,
+            adjacent=True,
+            scale=self.scale if self.num_filters else 1.0,
+            eps=self.q_norm.eps if norms else 0.0,
+        )
 
     def _split(self, x, cos, sin):
         """q, k and v (batch, head, length, channel), q and k normalised and turned; the gates between, flat."""
@@ -142,7 +187,7 @@ class HyenaMixer(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms, cos and sin are wider than the projections
         return *(z.transpose(1, 2) for z in (q, k, v)), between
 
-    def _near_and_far(self, hidden, q, tokens, between, layer_cache):
+    def _near_and_far(self, gates, q, tokens, between, layer_cache):
         """The gated sum of the window's attention and the filters on what left it, (batch, head, length, channel)."""
         ring = layer_cache.near if layer_cache else None
         near, left = attention(q, tokens, self.window, ring)
@@ -155,8 +200,7 @@ class HyenaMixer(nn.Module):
             q = q[:, :, q.shape[2] - count :]
         far = self._far(q, left, between, layer_cache)
         far = F.pad(far, (0, 0, near.shape[2] - far.shape[2], 0))
-        gates = 2 * torch.sigmoid(self.join(hidden)).transpose(1, 2)[..., None]
-        near_gate, far_gate = gates.chunk(2, dim=1)
+        near_gate, far_gate = (2 * torch.sigmoid(gates)).transpose(1, 2)[..., None].chunk(2, dim=1)
         return near_gate * near + far_gate * far
 
     def _far(self, q, tokens, between, layer_cache):
@@ -273,6 +317,9 @@ class _Heads:
         self.filtered = heads - len(self.kept)  # of k and v
         self.own_state = not config.share_state  # k and v are repeated, for a state of each head of q
         self.groups = self.filtered * (self.queries if self.own_state else 1)  # heads that filters run over
+        others = [head for head in range(heads) if head not in self.kept]
+        # For each head of k and v its place among those that keep attention, or -1 - its place among the others.
+        self.places = [self.kept.index(h) if h in self.kept else -1 - others.index(h) for h in range(heads)]
         self.runs = []  # (kept?, first head of k and v, last + 1), in order
         for head in range(heads):
             if self.runs and self.runs[-1][0] == (head in self.kept):

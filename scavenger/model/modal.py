@@ -57,6 +57,9 @@ class Layout:
             self.modes = torch.tensor(modes, dtype=torch.long, device=device)
             owners = [index for index in filters for _ in range(state_sizes[index])]
             self.owners = torch.tensor(owners, dtype=torch.long, device=device)
+            self.sizes = torch.tensor(state_sizes, dtype=torch.long, device=device)
+            sorted_sizes = self.sizes[self.filters]
+            self.first = (sorted_sizes.cumsum(0) - sorted_sizes)[self.back]  # place of each filter's first mode
 
     def split(self, x: Tensor, dim: int) -> list[Tensor]:
         """Split x into the filters of each bucket."""
@@ -92,6 +95,16 @@ class Modes(NamedTuple):
         """Poles and residues in the order of the layout."""
         return self.poles.index_select(0, self.layout.modes), self.residues.index_select(0, self.layout.modes)
 
+    def numbers(self) -> list[Tensor]:
+        """What machine code reads: poles and residues, each (component, mode), direct, places of modes, their number.
+
+        Components are real and imaginary part, or the real part alone where all are real.
+        """
+        components = [
+            torch.stack([x.real] if self.real else [x.real, x.imag]).to(self.direct.dtype) for x in self.sorted()
+        ]
+        return [*components, self.direct, self.layout.first, self.layout.sizes]
+
     def buckets(self) -> list[tuple[Tensor, Tensor]]:  # poles and residues, (filter of the bucket, mode of the filter)
         return list(zip(*(self.layout.bucketed(x, 0) for x in self.sorted()), strict=True))
 
@@ -112,8 +125,7 @@ class ChannelState:
 
     def __init__(self, modes: Modes, batch: int):
         self.layout, self.direct, self.modes, self.real = modes.layout, modes.direct, modes.buckets(), modes.real
-        # Re λ, Im λ, Re R and Im R: a compiled step uses no complex numbers.
-        self.numbers = [x.contiguous() for z in modes.sorted() for x in (z.real, z.imag)]
+        self.numbers = modes.numbers()  # real numbers: a compiled step uses no complex ones
         components = 1 if self.real else 2
         # (batch, component, mode)
         self.state = writable(modes.direct.new_zeros(batch, components, len(modes.poles)))
@@ -134,10 +146,11 @@ class ChannelState:
         """One token: q is (batch, filter, query, 1), k and v (batch, filter, 1, 1); returns as q."""
         u = k * v
         added = self.layout.spread(u[..., 0, 0])
-        self.state, (re, *im) = _turned(self.state, 1, self.numbers[:2], added)
-        read = self.numbers[2] * re
+        poles, residues, *_ = self.numbers
+        self.state, (re, *im) = _turned(self.state, 1, poles, added)
+        read = residues[0] * re
         if im:
-            read = torch.addcmul(read, self.numbers[3], im[0], value=-1)
+            read = torch.addcmul(read, residues[1], im[0], value=-1)
         sums = self.layout.join([part.sum(-1) for part in self.layout.bucketed(read, 1)], 1)
         return q * (sums[..., None, None] + self.direct[:, None, None] * u)
 
@@ -181,9 +194,9 @@ class HeadState:
     def __init__(self, modes: Modes, batch: int, width: int, value_width: int | None = None):
         value_width = width if value_width is None else value_width  # that of q and k is `width`
         self.layout, self.direct, self.modes, self.real = modes.layout, modes.direct, modes.buckets(), modes.real
+        self.numbers = modes.numbers()
         poles, residues = modes.sorted()
-        # Re λ and Im λ, and the read-out as one matrix: Re R x = Re R · Re x - Im R · Im x.
-        self.numbers = [x.contiguous()[:, None, None] for x in (poles.real, poles.imag)]
+        # The read-out as one matrix: Re R x = Re R · Re x - Im R · Im x.
         own = F.one_hot(self.layout.owners, len(modes.direct)).to(modes.direct.dtype)  # (mode, filter)
         read_out = own.T[..., None] * self._numbers(residues.conj(), poles.dtype)
         self.read_out = read_out.flatten(1)  # (filter, mode · component)
@@ -206,7 +219,7 @@ class HeadState:
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token: q (batch, filter, query, width), k and v (batch, filter, 1, width); returns sums of v, as q."""
         added = self.layout.spread(k).mT * self.layout.spread(v)
-        self.state, _ = _turned(self.state, 2, self.numbers, added)
+        self.state, _ = _turned(self.state, 2, self.numbers[0][..., None, None], added)
         reads = self.layout.spread(q)[:, :, None] @ self.state  # (batch, mode, component, query, channel)
         y = self.read_out @ reads.flatten(3).flatten(1, 2)
         return y.unflatten(2, reads.shape[3:]) + self.direct[:, None, None] * (q @ k.mT) * v
@@ -280,7 +293,7 @@ def writable(state: Tensor) -> Tensor:
 
 def _turned(state, dim, pole, added):
     """λ x + added, and its components, for a state with an axis `dim` of components, in place where that is allowed."""
-    a, b = pole
+    a, *b = pole
     in_place = may_overwrite([state])
     if state.shape[dim] == 1:
         x = state.select(dim, 0)
@@ -289,12 +302,12 @@ def _turned(state, dim, pole, added):
             x.copy_(new)
         return (state if in_place else new.unsqueeze(dim)), [new]
     re, im = state.unbind(dim)
-    new_re = torch.addcmul(torch.addcmul(added, a, re), b, im, value=-1)
+    new_re = torch.addcmul(torch.addcmul(added, a, re), b[0], im, value=-1)
     if in_place:
-        im.mul_(a).addcmul_(b, re)
+        im.mul_(a).addcmul_(b[0], re)
         re.copy_(new_re)
         return state, [re, im]
-    new_im = torch.addcmul(a * im, b, re)
+    new_im = torch.addcmul(a * im, b[0], re)
     return torch.stack([new_re, new_im], dim=dim), [new_re, new_im]
 
 

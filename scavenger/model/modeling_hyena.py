@@ -44,6 +44,11 @@ class HyenaCacheLayer:
         self.modal_states: list[ChannelState | HeadState] = []  # one for each long convolution
 
     @property
+    def begun(self) -> bool:
+        """Whether a token, or padding, was read."""
+        return self.conv_state is not None
+
+    @property
     def rings(self) -> list[Ring]:
         return [ring for ring in (self.near, self.kept) if ring.keys is not None]
 

@@ -7,7 +7,9 @@ found = generated(contender, ids, seconds=10.0)
 import ctypes
 import gc
 import inspect
+import os
 import re
+import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -94,9 +96,10 @@ class Contender:
 
     @property
     def weights(self) -> int:
-        """Bytes of all weights, packed copies included."""
-        copies = sum(m.weight.nbytes for m in self.step_model.modules() if isinstance(m, PackedLinear))
-        return sum(p.nbytes for p in self.model.parameters()) + copies
+        """Bytes of all weights, the step's own copies included."""
+        packs = [m.weight.numel() * m.weight.itemsize for m in self.step_model.modules() if isinstance(m, PackedLinear)]
+        parameters = {id(p): p for model in (self.model, self.step_model) for p in model.parameters()}
+        return sum(p.nbytes for p in parameters.values()) + sum(packs)
 
 
 class Dynamic(Contender):
@@ -150,6 +153,11 @@ class Static(Contender):
 class PackedStatic(Static):
     name = "static cache, packed"
     packs = True
+
+
+def compiles() -> bool:
+    """Whether torch.compile has a compiler here."""
+    return torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 class CompiledStatic(Static):

@@ -1,0 +1,456 @@
+"""One token through a mixer in machine code, on a CPU: one pass over its state, where torch takes dozens of calls.
+
+`next_token` does all that a mixer does between its projections: short convolution, norms and rotary turn of q and k,
+windows, modes and gates. The C++ below is compiled when it is first used, by the machine's own compiler, into the
+user's cache. Where there is none, or where a mixer has parts that the source does not know, the mixer goes on in torch,
+whose results are the same to rounding.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, library
+
+from .modal import may_overwrite
+
+
+logger = logging.getLogger(__name__)
+
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+# Numbers of state that a second thread is worth: it takes some microseconds to start, in which one core reads so many.
+PARALLEL = 1 << 15
+
+SOURCE = r"""
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+// The last `window` tokens of `heads` heads; token n is at place n mod window.
+struct Ring { void *keys, *values; bool *real; int64_t *written; int64_t window; };
+
+struct Arguments {
+    int64_t rows, heads, queries, width, pairs, adjacent, taps, groups, own_state, components, gated, threads;
+    double scale, eps;
+    const void *projected, *taps_of, *cos, *sin, *q_norm, *k_norm, *gates;
+    const bool *real;            // null: every row has a token
+    void *conv_state, *y;
+    const int64_t *kept;         // of each head: its place among the heads that keep attention, or -1 - its place
+    int64_t kept_heads;          // among the others
+    Ring near, kept_ring;        // window 0: none
+    const void *poles, *residues, *direct;  // (component, mode), (component, mode), (filter)
+    const int64_t *first, *size;            // of each filter: its first mode, how many
+    int64_t modes, filters;
+    void *state;                 // width 1: (row, component, mode), else (row, mode, component, width, width)
+};
+
+template <typename T> static T dot(const T *a, const T *b, int64_t n) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Puts the token in the place of the oldest, which is returned in `left_k`, `left_v`, and adds up the values that each
+// query sees.
+template <typename T>
+static void attend(const Ring &ring, int64_t row, int64_t head, int64_t heads, int64_t queries, int64_t n,
+                   int64_t place, const T *q, const T *k, const T *v, T *y, T *left_k, T *left_v, T *scores) {
+    const int64_t w = ring.window;
+    T *keys = (T *)ring.keys + (row * heads + head) * w * n, *values = (T *)ring.values + (row * heads + head) * w * n;
+    const bool *is_real = ring.real + row * w;
+    std::copy_n(keys + place * n, n, left_k);
+    std::copy_n(values + place * n, n, left_v);
+    std::copy_n(k, n, keys + place * n);
+    std::copy_n(v, n, values + place * n);
+    const T scale = T(1) / std::sqrt(T(n)), none = -std::numeric_limits<T>::infinity();
+    for (int64_t r = 0; r < queries; r++) {
+        T top = none, total = 0;
+        for (int64_t i = 0; i < w; i++) {
+            scores[i] = i == place || is_real[i] ? scale * dot(q + r * n, keys + i * n, n) : none;
+            top = std::max(top, scores[i]);
+        }
+        T *sum = y + r * n;
+        std::fill_n(sum, n, T(0));
+        for (int64_t i = 0; i < w; i++) {
+            if (scores[i] == none) continue;
+            const T weight = std::exp(scores[i] - top);
+            total += weight;
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) sum[j] += weight * values[i * n + j];
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) sum[j] /= total;
+    }
+}
+
+// X <- lambda X + k v^T of each mode of a filter, and y = Re sum R q^T X + D (q . k) v for each query.
+template <typename T>
+static void filter(const Arguments &a, int64_t row, int64_t f, int64_t queries, int64_t stride, int64_t n, const T *q,
+                   const T *k, const T *v, T *y) {
+    const T *poles = (const T *)a.poles, *residues = (const T *)a.residues, direct = ((const T *)a.direct)[f];
+    const bool pairs = a.components == 2;
+    for (int64_t r = 0; r < queries; r++) {
+        const T d = direct * dot(q + r * stride, k, n);
+        for (int64_t j = 0; j < n; j++) y[r * stride + j] = d * v[j];
+    }
+    const int64_t begin = a.first[f], end = begin + a.size[f];
+    if (n == 1) {  // the modes of a channel are one after the other
+        T *re = (T *)a.state + row * a.components * a.modes, *im = re + a.modes;
+        const T added = k[0] * v[0];
+        T sum = 0;
+        if (pairs) {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t m = begin; m < end; m++) {
+                const T x = poles[m] * re[m] - poles[a.modes + m] * im[m] + added;
+                im[m] = poles[m] * im[m] + poles[a.modes + m] * re[m];
+                re[m] = x;
+                sum += residues[m] * x - residues[a.modes + m] * im[m];
+            }
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t m = begin; m < end; m++) {
+                re[m] = poles[m] * re[m] + added;
+                sum += residues[m] * re[m];
+            }
+        }
+        for (int64_t r = 0; r < queries; r++) y[r * stride] += q[r * stride] * sum;
+        return;
+    }
+    for (int64_t m = begin; m < end; m++) {
+        T *re = (T *)a.state + (row * a.modes + m) * a.components * n * n, *im = re + n * n;
+        const T p = poles[m], s = residues[m];
+        const T p_im = pairs ? poles[a.modes + m] : T(0), s_im = pairs ? residues[a.modes + m] : T(0);
+        for (int64_t i = 0; i < n; i++, re += n, im += n) {
+            if (pairs) {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) {
+                    const T x = p * re[j] - p_im * im[j] + k[i] * v[j];
+                    im[j] = p * im[j] + p_im * re[j];
+                    re[j] = x;
+                }
+                for (int64_t r = 0; r < queries; r++) {
+                    const T c = q[r * stride + i] * s, c_im = q[r * stride + i] * s_im;
+#pragma omp simd
+                    for (int64_t j = 0; j < n; j++) y[r * stride + j] += c * re[j] - c_im * im[j];
+                }
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) re[j] = p * re[j] + k[i] * v[j];
+                for (int64_t r = 0; r < queries; r++) {
+                    const T c = q[r * stride + i] * s;
+#pragma omp simd
+                    for (int64_t j = 0; j < n; j++) y[r * stride + j] += c * re[j];
+                }
+            }
+        }
+    }
+}
+
+// The short convolution of `count` channels from `channel` on, whose state moves on by this token.
+template <typename T>
+static void convolve(const Arguments &a, int64_t row, int64_t channel, int64_t count, T *x) {
+    const int64_t streams = (a.heads * a.queries + 2 * a.heads) * a.width, kept = a.taps - 1;
+    const T *now = (const T *)a.projected + row * streams + channel;
+    if (!a.taps) {  // a layer that keeps attention has none
+        std::copy_n(now, count, x);
+        return;
+    }
+    const T *weight = (const T *)a.taps_of + channel * a.taps;
+    T *before = (T *)a.conv_state + row * kept * streams + channel;
+    const bool real = !a.real || a.real[row];
+    for (int64_t c = 0; c < count; c++) {
+        const T token = real ? now[c] : T(0);
+        T sum = weight[c * a.taps + kept] * token;
+        for (int64_t t = 0; t < kept; t++) {
+            sum += weight[c * a.taps + t] * before[t * streams + c];
+            before[t * streams + c] = t + 1 < kept ? before[(t + 1) * streams + c] : token;
+        }
+        x[c] = sum;
+    }
+}
+
+// The norm of one head of q or k, where there is one, and its rotary turn.
+template <typename T>
+static void normalise_and_turn(const Arguments &a, int64_t row, const T *weight, T *x) {
+    const int64_t n = a.width;
+    if (weight) {
+        const T factor = T(1) / std::sqrt(dot(x, x, n) / T(n) + T(a.eps));
+        for (int64_t i = 0; i < n; i++) x[i] = weight[i] * (x[i] * factor);
+    }
+    const T *cos = (const T *)a.cos + row * a.pairs, *sin = (const T *)a.sin + row * a.pairs;
+    for (int64_t i = 0; i < a.pairs; i++) {
+        T &first = x[a.adjacent ? 2 * i : i], &second = x[a.adjacent ? 2 * i + 1 : i + a.pairs];
+        const T turned = first * cos[i] - second * sin[i];
+        second = second * cos[i] + first * sin[i];
+        first = turned;
+    }
+}
+
+template <typename T> static T opened(const void *gates, int64_t index) {
+    return T(2) / (T(1) + std::exp(-((const T *)gates)[index]));
+}
+
+// One head of k and v of one row, with its heads of q.
+template <typename T>
+static void head(const Arguments &a, int64_t row, int64_t h, int64_t near_place, int64_t kept_place, T *scratch) {
+    const int64_t n = a.width, count = a.queries * n, inner = a.heads * count;
+    T *q = scratch, *near = q + count, *k = near + count, *v = k + n, *left_k = v + n, *left_v = left_k + n;
+    T *scores = left_v + n, *y = (T *)a.y + row * inner + h * count;
+    convolve(a, row, h * count, count, q);
+    convolve(a, row, inner + h * n, n, k);
+    convolve(a, row, inner + (a.heads + h) * n, n, v);
+    for (int64_t r = 0; r < a.queries; r++) normalise_and_turn(a, row, (const T *)a.q_norm, q + r * n);
+    normalise_and_turn(a, row, (const T *)a.k_norm, k);
+    const int64_t others = a.heads - a.kept_heads;
+    if (a.kept[h] >= 0) {
+        attend(a.kept_ring, row, a.kept[h], a.kept_heads, a.queries, n, kept_place, q, k, v, y, left_k, left_v, scores);
+        return;
+    }
+    const int64_t own = -1 - a.kept[h];
+    const T *far_k = k, *far_v = v;
+    if (a.near.window) {
+        attend(a.near, row, own, others, a.queries, n, near_place, q, k, v, near, left_k, left_v, scores);
+        far_k = left_k, far_v = left_v;
+    }
+    if (a.filters) {
+        for (int64_t i = 0; i < count; i++) q[i] *= T(a.scale);
+        const int64_t part = n / a.groups;
+        for (int64_t g = 0; g < a.groups; g++) {
+            const int64_t at = g * part;
+            if (a.own_state) {
+                for (int64_t r = 0; r < a.queries; r++)
+                    filter(a, row, (own * a.queries + r) * a.groups + g, 1, n, part, q + r * n + at, far_k + at,
+                           far_v + at, y + r * n + at);
+            } else {
+                filter(a, row, own * a.groups + g, a.queries, n, part, q + at, far_k + at, far_v + at, y + at);
+            }
+        }
+    }
+    if (!a.near.window) return;
+    const int64_t joined = others * a.queries;
+    for (int64_t r = 0; r < a.queries; r++) {
+        const int64_t gate = row * 2 * joined + own * a.queries + r;
+        const T open = a.gated ? opened<T>(a.gates, gate) : T(1);
+        const T ajar = a.gated ? opened<T>(a.gates, gate + joined) : T(0);
+        for (int64_t j = r * n; j < (r + 1) * n; j++) y[j] = open * near[j] + (a.gated ? ajar * y[j] : T(0));
+    }
+}
+
+template <typename T> static void step(const Arguments &a) {
+    const int64_t near = a.near.window ? *a.near.written % a.near.window : 0;
+    const int64_t kept = a.kept_ring.window ? *a.kept_ring.written % a.kept_ring.window : 0;
+    const int64_t size = (2 * a.queries + 4) * a.width + std::max(a.near.window, a.kept_ring.window);
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        std::vector<T> scratch(size);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < a.rows * a.heads; task++)
+            head<T>(a, task / a.heads, task % a.heads, near, kept, scratch.data());
+    }
+    for (int64_t row = 0; row < a.rows; row++) {
+        const bool real = !a.real || a.real[row];
+        if (a.near.window) a.near.real[row * a.near.window + near] = real;
+        if (a.kept_ring.window) a.kept_ring.real[row * a.kept_ring.window + kept] = real;
+    }
+    if (a.near.window) ++*a.near.written;
+    if (a.kept_ring.window) ++*a.kept_ring.written;
+}
+
+extern "C" void step_float32(const Arguments *a) { step<float>(*a); }
+extern "C" void step_float64(const Arguments *a) { step<double>(*a); }
+"""
+
+
+class _Ring(ctypes.Structure):
+    """As in the source."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("keys", "values", "real", "written")],
+        ("window", ctypes.c_int64),
+    ]
+
+
+class _Arguments(ctypes.Structure):
+    """As in the source."""
+
+    _fields_ = [
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                *("rows", "heads", "queries", "width", "pairs", "adjacent"),
+                *("taps", "groups", "own_state", "components", "gated", "threads"),
+            )
+        ],
+        *[(name, ctypes.c_double) for name in ("scale", "eps")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in (
+                *("projected", "taps_of", "cos", "sin", "q_norm", "k_norm", "gates"),
+                *("real", "conv_state", "y", "kept"),
+            )
+        ],
+        ("kept_heads", ctypes.c_int64),
+        *[(name, _Ring) for name in ("near", "kept_ring")],
+        *[(name, ctypes.c_void_p) for name in ("poles", "residues", "direct", "first", "size")],
+        *[(name, ctypes.c_int64) for name in ("modes", "filters")],
+        ("state", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """The source as a library; None where it cannot be compiled."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return None
+    cpu = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), platform.processor())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    name = hashlib.sha256("\n".join([SOURCE, *FLAGS, cpu, version]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scavenger"
+    built = folder / f"step-{name}.so"
+    try:
+        if not built.exists():
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                source, made = Path(scratch) / "step.cpp", Path(scratch) / "step.so"
+                source.write_text(SOURCE)
+                subprocess.run([compiler, *FLAGS, source, "-o", made], check=True, capture_output=True)
+                made.replace(built)
+        return ctypes.CDLL(str(built))
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning(f"{compiler} did not compile the step of a mixer, which stays in torch: {error}")
+        return None
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there is a compiled step."""
+    return compiled() is not None
+
+
+def _lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def fits(config) -> bool:
+    """Whether the source knows all parts of a student's mixers."""
+    known_norm = not config.qk_norm or config.norm == "rms"
+    within_heads = not config.num_filters or config.head_dim % config.filter_head_width == 0
+    return config.hyena_order == 1 and config.features == "none" and known_norm and within_heads
+
+
+def ready(projected: Tensor, cache) -> bool:
+    """Whether `step` can read a token here: on a CPU, without gradients, all numbers of one type that it knows."""
+    return (
+        projected.device.type == "cpu"
+        and projected.dtype in (torch.float32, torch.float64)
+        and available()
+        and all(x.is_contiguous() and x.dtype in (projected.dtype, torch.bool) for x in cache.states)
+        and may_overwrite(cache.states)
+    )
+
+
+def next_token(*words, **more) -> Tensor:
+    """`step`, as an operator where torch.compile makes a graph."""
+    return (step_operator if torch.compiler.is_compiling() else step)(*words, **more)
+
+
+def step(
+    projected: Tensor,  # (batch, channel of q, k and v)
+    cos: Tensor,  # (batch, turned pair)
+    sin: Tensor,
+    real: Tensor | None,  # (batch,) whether a row has a token; None: all
+    taps: Tensor | None,  # (channel of q, k and v, tap); None: no short convolution
+    norms: list[Tensor],  # the weights of the norms of q and k, each (channel of a head,); or none
+    gates: Tensor | None,  # (batch, 2 · filtered head of q), before the sigmoid
+    places: list[int],  # of each head of k and v: that among those that keep attention, or -1 - that among the others
+    conv_state: Tensor | None,  # (batch, tap - 1, channel)
+    near: list[Tensor],  # of the ring beside the filters: keys, values, real, written; or none
+    kept: list[Tensor],  # of the ring of the heads that keep attention; or none
+    modes: list[Tensor],  # Re and Im of poles and of residues, (2, mode), direct, first, size, (filter,); or none
+    state: Tensor | None,  # of the modes
+    queries: int,  # heads of q for each of k and v
+    own_state: bool,  # whether each head of q has filters and states of its own
+    turned: bool,  # whether q and k are turned
+    adjacent: bool,  # whether turned pairs are adjacent channels
+    scale: float,  # of q before the filters
+    eps: float,  # of the norms
+) -> Tensor:  # (batch, channel of q)
+    """The output of a mixer before its last projection; conv_state, rings and state move on by one token, in place."""
+    batch, heads = len(projected), len(places)
+    width = projected.shape[1] // (heads * (queries + 2))
+    y = projected.new_empty(batch, heads * queries * width)
+    numbered = (ctypes.c_int64 * heads)(*places)
+    read = [None if x is None else x.contiguous() for x in (projected, taps, cos, sin, gates, real)]
+    numbers = sum(x.numel() for x in [*near, *kept, *([] if state is None else [state])])
+    arguments = _Arguments(
+        rows=batch,
+        heads=heads,
+        queries=queries,
+        width=width,
+        pairs=cos.shape[-1] if turned else 0,
+        adjacent=adjacent,
+        taps=0 if taps is None else taps.shape[1],
+        groups=len(modes[2]) // _others(heads, kept, queries if own_state else 1) if modes else 0,
+        own_state=own_state,
+        components=len(modes[0]) if modes else 0,
+        gated=bool(near and modes),
+        threads=torch.get_num_threads() if numbers > PARALLEL else 1,
+        scale=scale,
+        eps=eps,
+        **dict(zip(("projected", "taps_of", "cos", "sin", "gates", "real"), map(_address, read), strict=True)),
+        **dict(zip(("q_norm", "k_norm"), map(_address, norms or [None, None]), strict=True)),
+        conv_state=_address(conv_state),
+        y=y.data_ptr(),
+        kept=ctypes.addressof(numbered),
+        kept_heads=kept[0].shape[1] if kept else 0,
+        near=_ring(near),
+        kept_ring=_ring(kept),
+        **dict(zip(("poles", "residues", "direct", "first", "size"), map(_address, modes), strict=False)),
+        modes=modes[0].shape[1] if modes else 0,
+        filters=len(modes[2]) if modes else 0,
+        state=_address(state),
+    )
+    entry = compiled().step_float32 if projected.dtype == torch.float32 else compiled().step_float64
+    entry(ctypes.byref(arguments))
+    return y
+
+
+def _others(heads, kept, queries):
+    """Heads that filters run over."""
+    return (heads - (kept[0].shape[1] if kept else 0)) * queries
+
+
+def _ring(tensors):
+    return _Ring(*map(_address, tensors), tensors[0].shape[2]) if tensors else _Ring()
+
+
+def _address(x):
+    return None if x is None else x.data_ptr()
+
+
+# An operator for torch.compile. Named after the module, as this file can be loaded twice, from the package and from a
+# checkpoint.
+step_operator = library.custom_op(
+    re.sub(r"\W", "_", __name__) + "::mixer_step", step, mutates_args=("conv_state", "near", "kept", "state")
+)
+
+
+@step_operator.register_fake
+def _(projected, cos, sin, real, taps, norms, gates, places, conv_state, near, kept, modes, state, queries, *rest):
+    return projected.new_empty(len(projected), projected.shape[1] * queries // (queries + 2))

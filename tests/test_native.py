@@ -1,0 +1,120 @@
+"""A mixer's step as machine code is its step in torch, to rounding: outputs and states."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import GROUPED_SHAPES, random_ids, tiny_student
+from reference import assert_close
+from test_window import MODAL_SHAPES, SHAPES
+
+from scavenger.model import HyenaCache, native
+
+
+NARROW = [
+    {"filters": 30},
+    {"filters": 5},
+    {"filters": 10, "short_filter_length": 1},
+    {"filters": 5, "qk_norm": True, "norm": "rms"},
+    {"filters": 5, "attention_layers": [1], "attention_window": 7},
+]
+UNKNOWN = [
+    {"filters": 30, "hyena_order": 2},
+    {"filters": 3, "rotary": False},  # groups wider than a head
+    {"filters": 5, "window": 7, "positive": True, "features": "hedgehog"},
+    {"filters": 5, "qk_norm": True},  # by LayerNorm
+]
+KNOWN = [
+    shape
+    for shape in [*NARROW, *GROUPED_SHAPES, *SHAPES, *MODAL_SHAPES]
+    if "features" not in shape and shape.get("hyena_order", 1) == 1 and shape.get("attention_window") != 0
+]
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A list that grows by one with each step in machine code."""
+    calls, step = [], native.step
+    monkeypatch.setattr(native, "step", lambda *words, **more: calls.append(1) or step(*words, **more))
+    return calls
+
+
+def both(model, monkeypatch, padded=False):
+    """Logits of the last 12 of 31 tokens, one at a time, and the states after them: in machine code, and in torch."""
+    ids, mask = random_ids(2, 31, device="cpu"), torch.ones(2, 31, dtype=torch.long)
+    mask[1, :5] = 0
+    found = []
+    for in_torch in (False, True):
+        with monkeypatch.context() as patched, torch.no_grad():
+            if in_torch:
+                patched.setattr(native, "available", lambda: False)
+            seen = mask if padded else torch.ones_like(mask)
+            cache = model(input_ids=ids[:, :19], attention_mask=seen[:, :19], cache=HyenaCache(model.config)).cache
+            logits = [
+                model(input_ids=ids[:, t : t + 1], attention_mask=seen[:, : t + 1], cache=cache).logits
+                for t in range(19, 31)
+            ]
+        written = [ring.written for layer in cache.layers for ring in layer.rings]
+        states = [state for layer in cache.layers for state in layer.states if state.numel()]
+        found.append([torch.cat(logits, 1), *states, *written])
+    return found
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shape", KNOWN)
+def test_machine_code_is_torch(shape, padded, monkeypatch, counted):
+    model = tiny_student(modal=True, **shape)
+    machine, torch_ = both(model, monkeypatch, padded)
+    mixers = model.config.num_hidden_layers - len(model.config.attention_layers)
+    assert len(counted) == 12 * mixers
+    for expected, found in zip(torch_, machine, strict=True):
+        assert expected.shape == found.shape and expected.dtype == found.dtype
+        assert_close(expected.double(), found.double(), 5e-14)  # measured 5e-15 at most
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("shape", [{"filters": 5}, SHAPES[2]])
+def test_machine_code_in_float32_and_on_several_threads(shape, monkeypatch, counted):
+    monkeypatch.setattr(native, "PARALLEL", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        machine, torch_ = both(tiny_student(modal=True, **shape).float(), monkeypatch)
+    finally:
+        torch.set_num_threads(threads)
+    assert counted
+    for expected, found in zip(torch_, machine, strict=True):
+        assert_close(expected.double(), found.double(), 1e-5)  # measured 1e-6 at most
+
+
+@pytest.mark.parametrize("shape", UNKNOWN)
+def test_what_the_source_does_not_know_stays_in_torch(shape, monkeypatch, counted):
+    machine, torch_ = both(tiny_student(modal=True, **shape), monkeypatch)
+    assert not counted and torch.equal(machine[0], torch_[0])
+
+
+def test_a_step_with_gradients_stays_in_torch(counted):
+    model, ids = tiny_student(modal=True), random_ids(2, 9, device="cpu")
+    cache = model(input_ids=ids[:, :8], use_cache=True).cache
+    loss = model(input_ids=ids[:, 8:], cache=cache).logits.square().sum()
+    loss.backward()
+    assert not counted and model.model.layers[0].mixer.filter.pole.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", sys.executable])
+def test_without_a_compiler_a_student_generates_in_torch(compiler, monkeypatch, counted, tmp_path, caplog):
+    """None is there, or it refuses the source."""
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.compiled.cache_clear()
+    try:
+        decoder = tiny_student(modal=True).batch_decoder(rows=1)
+        assert decoder.generate([torch.tensor([3])], 2)[0].shape == (2,)
+    finally:
+        native.compiled.cache_clear()
+    assert not counted and not list(tmp_path.rglob("*.so"))
+    assert ("did not compile" in caplog.text) == (compiler == sys.executable)
