@@ -110,7 +110,6 @@ def parser():
     made.add_argument("--mixers", nargs="+", choices=list(MODES), default=["hyena"])
     made.add_argument("--modes", type=int, help="of each filter; 8 for hyena and 2 for multihyena by default")
     made.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768], help="of the first shape")
-    made.add_argument("--compile", action="store_true", help="time compiled steps too, of teacher and student")
     made.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--seconds", type=float, default=15.0, help="of timed steps in a row, about")
@@ -132,14 +131,18 @@ def shape_of(text):
     return shape
 
 
-def apart(function, *words):
-    """The result of `function` in a process of its own, so that the peak memory of one row does not hide another's."""
-    # Forked from a process that has imported everything and computed nothing; CUDA needs a fresh process.
+def processes():
+    """How processes are started: from one that has imported everything and computed nothing; CUDA needs fresh ones."""
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if not torch.cuda.is_available():
         context.set_forkserver_preload([f"scavenger.families.{families.TRAINED}", "scavenger.report.timing"])
+    return context
+
+
+def apart(function, *words):
+    """The result of `function` in a process of its own, so that the peak memory of one row does not hide another's."""
     try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, mp_context=processes()) as pool:
             return pool.submit(function, *words).result()
     except (BrokenProcessPool, torch.OutOfMemoryError):
         raise SystemExit("decoding: error: out of memory; expected a smaller batch or shape") from None
@@ -153,9 +156,11 @@ def rows(args, found):
         # The Decoder packs its linear layers here, so the teacher does too, with the faster of its caches.
         dynamic, static = (entry["generation"] for entry in found)
         yield contenders.PackedDynamic if dynamic < static else contenders.PackedStatic, None
-    if args.compile:
+    if contenders.compiles():
         yield contenders.CompiledStatic, None
-    recurrent = [contenders.ModelCalls, contenders.Decoded, *([contenders.CompiledDecoded] if args.compile else [])]
+    recurrent = [contenders.ModelCalls, contenders.Decoded]
+    if torch.cuda.is_available():
+        recurrent.append(contenders.CompiledDecoded)
     for mixer in args.mixers:
         for row in (ReadAgain, Exact, *recurrent):
             yield row, mixer
@@ -219,7 +224,11 @@ def prepare(args):
 
 def model_of(row, mixer, shape, length, device, args):
     """The model of a row, with random weights."""
-    torch.manual_seed(0)
+    return random_model(configuration_of(row.student, mixer, shape, length, args.modes), device, args.dtype)
+
+
+def configuration_of(student, mixer, shape, length, modes=None):
+    """The configuration of a teacher (`student` None), or of a student with this kind of filter."""
     width, layers, heads, mlp, vocabulary = shape
     shared = {
         "hidden_size": width,
@@ -228,23 +237,27 @@ def model_of(row, mixer, shape, length, device, args):
         "intermediate_size": mlp,
         "vocab_size": vocabulary,
     }
-    with no_init_weights():
-        if row.student is None:
-            family = families.of(families.TRAINED)
-            model = family.model(family.config(**shared, max_position_embeddings=length))
-        else:
-            filters = width if mixer == "hyena" else heads
-            sizes = [[args.modes or MODES[mixer]] * filters] * layers if row.student == "modal" else None
-            model = HyenaForCausalLM(
-                HyenaConfig(**shared, num_filters=filters, context_length=length, filter=row.student, state_sizes=sizes)
-            )
+    if student is None:
+        return families.of(families.TRAINED).config(**shared, max_position_embeddings=length)
+    filters = width if mixer == "hyena" else heads
+    sizes = [[modes or MODES[mixer]] * filters] * layers if student == "modal" else None
+    return HyenaConfig(**shared, num_filters=filters, context_length=length, filter=student, state_sizes=sizes)
+
+
+def random_model(config, device, dtype):
+    """A model of this configuration with random weights."""
+    torch.manual_seed(0)
+    made = HyenaForCausalLM if isinstance(config, HyenaConfig) else families.of(config.model_type).model
+    with no_init_weights(), device:
+        model = made(config)
     randomise(model)
-    return model.to(device, getattr(torch, args.dtype)).eval()
+    return model.to(device, getattr(torch, dtype)).eval()
 
 
 def randomise(model):
     """Repeat one short piece of random numbers in all weights: drawing a billion would take longer than the row."""
-    piece = 0.02 * torch.randn((1 << 20) + 7)  # an odd length, so that no two rows of a matrix are equal
+    # An odd length, so that no two rows of a matrix are equal.
+    piece = 0.02 * torch.randn((1 << 20) + 7).to(model.device)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -259,15 +272,15 @@ def randomise(model):
 
 
 def floor_of(contender, length, machine):
-    """The least time, bytes and operations of a step after `length` tokens; see FLOOR."""
+    """The least time, bytes and operations of a step after `length` tokens, `state` without weights; see FLOOR."""
     model = contender.model
     embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
     filters = sum(p.nbytes for m in model.modules() if isinstance(m, ImplicitFilter) for p in m.parameters())
-    moved, operations = work(contender, length)
-    moved += sum(p.nbytes for p in model.parameters()) - embedding - filters
+    state, operations = work(contender, length)
+    moved = state + sum(p.nbytes for p in model.parameters()) - embedding - filters
     operations += 2 * contender.batch * multiplied(model)
     seconds = max(moved / machine["bytes_per_second"], operations / machine["operations_per_second"])
-    return {"seconds": seconds, "bytes": moved, "operations": operations}
+    return {"seconds": seconds, "bytes": moved, "operations": operations, "state": state}
 
 
 def work(contender, length):
@@ -284,8 +297,12 @@ def work(contender, length):
         return 0, contender.batch * linear + mixing
     if contender.student == "modal":
         modes = sum(map(sum, config.state_sizes)) * width**2
-        # A complex product and the added input are 8 operations, the output 4. A step reads and writes the state.
-        return 2 * contender.kept, 12 * contender.batch * modes
+        rings = [ring for layer in contender.cache.layers for ring in layer.rings]
+        read = state_bytes([list(ring.states) for ring in rings])
+        # A complex product and the added input are 8 operations, the output 4; scores and their products with values 4.
+        # A step reads and writes the state; of a window's tokens it writes one.
+        scores = sum(ring.keys.numel() for ring in rings)
+        return 2 * (contender.kept - read) + read, 12 * contender.batch * modes + 4 * scores
     if isinstance(contender, Exact) and width == 1:
         sizes = [NEAR << level for level in range(max(0, int(math.log2(length / NEAR))))]
         # Half a block of inputs directly. For each tile size, a step reads one input and reads and writes one output,
@@ -318,7 +335,7 @@ def contexts(mixer, shape, args):
             cache = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1).cache
         found.append({"length": stop, "prefill": now(device) - began, "kept": state_bytes(cache), "steps": []})
         caches.append(copy.deepcopy(cache))
-    decoder = Decoder(model, 1, compiled=args.compile)
+    decoder = Decoder(model, 1, compiled=torch.cuda.is_available())
     for _ in range(ROUNDS):
         for entry, cache in zip(found, caches, strict=True):
             put(cache, decoder.cache)
@@ -387,18 +404,27 @@ def clocked(state, spent, device):
 def limits(args):
     """The machine's matrix rate and memory bandwidth, the best of a few measurements."""
     device = prepare(args)
+    return (
+        timing.machine(device, args.dtype)
+        | {"memory": args.memory, "seconds": args.seconds}
+        | rates(device, args.dtype)
+    )
+
+
+def rates(device, dtype):
+    """Operations a second of a square matrix product, and bytes a second of reading."""
     numbers, size = torch.ones(NUMBERS, device=device), MATRIX[device.type]
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, args.dtype))
-    return timing.machine(device, args.dtype) | {
-        "memory": args.memory,
-        "seconds": args.seconds,
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    return {
         "operations_per_second": 2 * size**3 / quickest(lambda: a @ a, device),
         "bytes_per_second": numbers.nbytes / quickest(lambda: numbers.sum(), device),
     }
 
 
 def quickest(call, device):
-    return min(duration(call, device) for _ in range(8))
+    """Seconds of a call, the best of a few; on a GPU in a row, so that waiting for the device does not count."""
+    row = 10 if device.type == "cuda" else 1
+    return min(duration(lambda: [call() for _ in range(row)], device) for _ in range(8)) / row
 
 
 def duration(call, device):
@@ -472,8 +498,8 @@ def share_text(found):
 FLOOR = """The floor of a step is the longer of two times, since moving
 and computing can overlap: the bytes it must move at the measured bandwidth, and its operations at the measured matrix
 rate. Bytes: all weights once, except the embedding; for each row, the state that is read and the part of it that is
-written (teacher: keys and values of all tokens read, one token written; recurrent: the state read and written, of wide
-heads only the part that a step updates; exact: a block of inputs and its part of the tiles). Operations: two for each
+written (teacher: keys and values of all tokens read, one token written; recurrent: the state read and written, windows
+of attention read; exact: a block of inputs and its part of the tiles). Operations: two for each
 weight and row, and those of the mixers."""
 
 

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            found = measured(Shape(name, Path(folder), accelerator), args.rounds)
+            found = measured(shape_of(name, Path(folder), accelerator), args.rounds)
         summary["shapes"][name] = found
         print("\n".join(table(name, found)) + "\n", flush=True)
     if args.output:
@@ -88,29 +88,30 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def shape_of(name, folder, accelerator):
+    """The shape of this name."""
+    recipe_name, batch_size, steps = SHAPES[name]
+    recipe = load_recipe(str(RECIPES / f"{recipe_name}.yaml"), [f"run_dir={folder}", "training.accumulate=1"])
+    family = families.of(families.TRAINED).config
+    config = family(**TEACHERS[name]) if name in TEACHERS else family.from_pretrained(recipe.teacher.folder)
+    kept = () if name == "tiny" else recipe.student.attention_layers
+    recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, attention_layers=kept))
+    return Shape(recipe, config, batch_size, steps, folder, accelerator)
+
+
 class Shape:
     """A teacher and a student of one size, a folder with what their trainings read, and those trainings."""
 
-    def __init__(self, name, folder, accelerator):
-        recipe_name, self.batch_size, self.steps = SHAPES[name]
-        recipe = load_recipe(str(RECIPES / f"{recipe_name}.yaml"), [f"run_dir={folder}", "training.accumulate=1"])
-        family = families.of(families.TRAINED)
-        config = (
-            family.config(**TEACHERS[name])
-            if name in TEACHERS
-            else family.config.from_pretrained(recipe.teacher.folder)
-        )
+    def __init__(self, recipe, config, batch_size, steps, folder, accelerator, dtype=torch.float32):
+        """A random teacher in this dtype; `batch_size` is of a step, `steps` are those that count in each round."""
         config.save_pretrained(folder / "teacher")
-        kept = () if name == "tiny" else recipe.student.attention_layers
-        self.recipe = dataclasses.replace(
-            recipe,
-            teacher=Teacher(path=str(folder / "teacher")),
-            student=dataclasses.replace(recipe.student, attention_layers=kept),
-            cache=None,
-        )
+        self.recipe = dataclasses.replace(recipe, teacher=Teacher(path=str(folder / "teacher")), cache=None)
+        self.batch_size, self.steps = batch_size, steps
         self.folder, self.accelerator, self.length = folder, accelerator, recipe.data.context_length
         torch.manual_seed(recipe.seed)
-        self.frozen = family.model(config).requires_grad_(False).eval().to(accelerator.device)
+        made = families.of(config.model_type).model(config)
+        self.frozen = made.requires_grad_(False).eval().to(accelerator.device, dtype)
+        kept = recipe.student.attention_layers
         self.layers = [layer for layer in range(config.num_hidden_layers) if layer not in kept]
         (folder / "data").mkdir()
         text = np.random.default_rng(0).integers(config.vocab_size, size=(4 * self.batch_size, self.length))

@@ -71,6 +71,14 @@ def decoding(benchmark):
         ("decoding", ["--cases", "2x1+3"], "--cases: found 2x1+3"),
         ("decoding", ["--shapes", "60,2,4,128,101"], "--shapes: found 60,2"),
         ("decoding", ["--contexts", "0"], "found 0 or less"),
+        ("gpu", ["--only", "speed"], "--only: found speed; expected some of correctness, decoding"),
+        ("gpu", ["--minutes", "0"], "--minutes: found 0; expected more than 0"),
+        ("gpu", ["--contexts", "512", "1"], "--contexts: found 1; expected more than 1"),
+        ("gpu", ["--shapes", "60,2,4,128,101"], "--shapes: found 60,2"),
+        ("gpu", ["--shapes", "64,1,4,128,101"], "--shapes: found 64,1,4,128,101; expected two layers or more"),
+        ("gpu", ["--train-length", "64"], "--train-length: found 64; expected more than the window of 64 tokens"),
+        ("gpu", ["--to", "no/such/page.md"], "found no/such/page.md, but no folder no/such; expected one that is"),
+        ("gpu", ["--json", "pyproject.toml"], "--json: pyproject.toml is not a file of this command"),
         ("recall", ["--train", "64"], "found 64; expected LENGTHxPAIRS"),
         ("recall", ["--test", "64x17"], "found 64x17"),
         ("recall", ["--vocabulary", "8"], "found --vocabulary 8"),
@@ -80,6 +88,7 @@ def decoding(benchmark):
 )
 def test_mistakes_are_one_line(name, words, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    monkeypatch.chdir(BENCHMARKS.parent)
     monkeypatch.syspath_prepend(str(BENCHMARKS))  # as Python does for a script
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
@@ -160,11 +169,11 @@ def test_decoding_command(decoding, monkeypatch, tmp_path):
     monkeypatch.setattr(decoding, "PROMPT", 150)
     monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
     words = ["--shapes", ",".join(map(str, TINY)), "--cases", "2x21+7", "--mixers", "hyena", "multihyena"]
-    words += ["--contexts", "9", "70", "--threads", str(torch.get_num_threads()), "--compile"]
+    words += ["--contexts", "9", "70", "--threads", str(torch.get_num_threads())]
     assert decoding.main([*words, "--json", str(tmp_path / "found.json"), "--to", str(tmp_path / "found.md")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     rows = {(row["mixer"], row["row"]): row for row in found["cases"][0]["rows"]}
-    assert len(rows) == 4 + 2 * 5
+    assert len(rows) == 4 + 2 * 4
     dynamic, static = rows[None, "teacher, dynamic cache"], rows[None, "teacher, static cache"]
     assert dynamic["kept_last"] - dynamic["kept_first"] == 7 * 2 * 4 * 2 * 64
     assert static["kept_last"] == static["kept_first"] == dynamic["kept_last"]
@@ -173,7 +182,7 @@ def test_decoding_command(decoding, monkeypatch, tmp_path):
     for mixer in ("hyena", "multihyena"):
         again, exact = rows[mixer, "read again"], rows[mixer, "exact"]
         assert again["tokens"] == exact["tokens"] and exact["kept_first"] < exact["kept_last"]
-        recurrent = [rows[mixer, f"recurrent, {kind}"] for kind in ("model(...)", "Decoder", "Decoder, compiled")]
+        recurrent = [rows[mixer, f"recurrent, {kind}"] for kind in ("model(...)", "Decoder")]
         for row in recurrent:
             assert row["tokens"] == recurrent[0]["tokens"] and row["kept_first"] == row["kept_last"]
     for row in rows.values():
@@ -323,7 +332,7 @@ def test_transfer_command(transfer, tmp_path, capsys):
 
 def test_rows_of_transfer_are_the_trainings_of_a_run(transfer, tmp_path):
     """What is timed is what the stages give to the loop; the loop's own steps are counted from batch to batch."""
-    shape = transfer.Shape("tiny", tmp_path, Accelerator(cpu=True))
+    shape = transfer.shape_of("tiny", tmp_path, Accelerator(cpu=True))
     rows = shape.trainings()
     kinds = {name: type(row.module).__name__ for name, row in rows.items()}
     assert set(kinds.values()) == {"NextTokens", "MixerMatching", "LogitMatching"}
@@ -373,3 +382,271 @@ def test_recall_command(benchmark, tmp_path, capsys):
     assert state["attention"] == 2 * 2 * 4 * 32 * 24 and state["window"] < state["window + positive"]
     assert state["window + positive"] < state["window + multihyena"]
     assert "window + features" in (tmp_path / "recall.md").read_text()
+
+
+ON_ONE_CARD = "--shapes 64,2,2,128,512 --batches 1 3 --contexts 9 40 --prompts 20 70 --prompt-tokens 140".split()
+ON_ONE_CARD += "--train-length 80 --train-batch-size 2".split()
+
+
+@pytest.fixture
+def gpu(benchmark, monkeypatch):
+    """The benchmark of a card, in this process and with few steps."""
+    decoding = benchmark("decoding")
+    benchmark("transfer")
+    module = benchmark("gpu")
+    monkeypatch.setattr(decoding, "MATRIX", {"cpu": 256})
+    monkeypatch.setattr(decoding, "NUMBERS", 1 << 20)
+    for name, value in {"ROUND_SECONDS": 0, "STEPS": (2, 4), "TRAINING_SECONDS": 0, "FILTERS": 3}.items():
+        monkeypatch.setattr(module, name, value)
+
+    def here(cases, args, figures, until, end):
+        module.carried_out(cases, args, figures.found["rates"], until, end, figures.take)
+
+    monkeypatch.setattr(module, "apart", here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return module
+
+
+def bench_of(gpu, folder, *words):
+    """What sections work on, for a tiny shape in float32."""
+    args = gpu.parser().parse_args([*ON_ONE_CARD, "--dtype", "float32", *words])
+    gpu.check(args)
+    return gpu.Bench(args, {"operations_per_second": 1e30, "bytes_per_second": 1e3}, folder, lambda *found: None)
+
+
+def test_gpu_command(gpu, monkeypatch, tmp_path, capsys):
+    """Every section; a rerun measures nothing, and --again one section anew."""
+    page, figures = tmp_path / "card.md", tmp_path / "card.json"
+    words = [*ON_ONE_CARD, "--to", str(page)]
+    assert gpu.main(words) == 0
+    shown = page.read_text()
+    assert capsys.readouterr().out == shown and " ".join(words) in shown and torch.__version__ in shown
+    found = json.loads(figures.read_text())
+    assert found["sections"]["correctness"]["pytest -m gpu"] == {"outcome": "needs CUDA"}
+    sections = {name: list(records.values()) for name, records in found["sections"].items()}
+    measured = {
+        name: [record for record in records if record["outcome"] == "measured"] for name, records in sections.items()
+    }
+    assert {record["outcome"] for records in sections.values() for record in records} == {"measured", "needs CUDA"}
+    # Of each form the teacher at every context, and three students; the form without CUDA is measured.
+    assert len(sections["decoding"]) == 3 * 2 * (2 + 3) and len(measured["decoding"]) == 2 * (2 + 3)
+    assert {record["form"] for record in measured["decoding"]} == {"plain"}
+    assert len(measured["prefill"]) == 4 * (2 + 2) and len(measured["reduction"]) == 2 == len(sections["reduction"]) / 2
+    assert [*found["sections"]["training"]] == ["activations, parallel", "activations, joint", "logits", "baseline"]
+    for name in ("decoding", "prefill", "training", "reduction"):
+        for record in measured[name]:
+            numbers = [value for value in record.values() if isinstance(value, float)]
+            assert len(numbers) > 1 and all(0 < number < math.inf for number in numbers), record
+    for title in ("# Everything on one card", "## Correctness", "## Decoding", "## Prompts", "## Training"):
+        assert title in shown
+    assert "windows, Decoder, captured" in shown and "× teacher 40" in shown and "needs CUDA" in shown
+    assert "## Failed" not in shown and "## Not run" not in shown
+
+    monkeypatch.setattr(gpu, "attempted", lambda *words: pytest.fail("it is measured"))
+    before = figures.read_text()
+    assert gpu.main(words) == 0 and figures.read_text() == before and page.read_text() == shown
+    monkeypatch.setattr(gpu, "attempted", lambda *words: {"outcome": "measured", "prompt_seconds": 7.0})
+    assert gpu.main([*words, "--again", "--only", "prefill"]) == 0
+    again = json.loads(figures.read_text())
+    assert {record["prompt_seconds"] for record in again["sections"].pop("prefill").values()} == {7.0}
+    assert again["sections"].items() <= found["sections"].items() and len(again["runs"]) == 2
+    capsys.readouterr()
+    assert gpu.main([*words, "--dtype", "float32"]) == 2
+    assert f"--json: {figures} has figures with dtype bfloat16; expected float32" in capsys.readouterr().err
+
+
+def test_a_section_that_raises_fails_alone(gpu, monkeypatch, tmp_path):
+    """Its cases are a table, and the exit code is 1; the next run tries them again."""
+    words = [*ON_ONE_CARD, "--only", "prefill", "reduction", "--to", str(tmp_path / "card.md")]
+
+    def broken(*words):
+        raise ImportError("no module named this\nand more")
+
+    measure = gpu.recurrence.reduce_filters
+    monkeypatch.setattr(gpu.recurrence, "reduce_filters", broken)
+    assert gpu.main(words) == 1
+    shown = (tmp_path / "card.md").read_text()
+    assert "| reduction | hyena, host | ImportError: no module named this |\n" in shown and "and more" not in shown
+    assert shown.count("| ImportError") == 2
+    found = json.loads((tmp_path / "card.json").read_text())["sections"]
+    assert {record["outcome"] for record in found["prefill"].values()} == {"measured"}
+    monkeypatch.setattr(gpu.recurrence, "reduce_filters", measure)
+    assert gpu.main(words) == 0
+    after = json.loads((tmp_path / "card.json").read_text())["sections"]
+    assert after["prefill"] == found["prefill"] and after["reduction"]["hyena, host"]["filters"] == 3
+    assert "## Failed" not in (tmp_path / "card.md").read_text()
+
+
+def test_what_does_not_fit_the_card(gpu, monkeypatch, tmp_path):
+    """A cache that is larger than the free memory, or what runs out of it, is an outcome of its own."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**31, 2**32))
+    gpu.require(0.8 * 2**31, torch.device("cuda"))
+
+    class Section:
+        def measured(self, size, limit):
+            gpu.require(size * 2**30, torch.device("cuda"))
+            raise torch.OutOfMemoryError("after all")
+
+    large, small = (gpu.Decoding.case("70m", "teacher", "plain", 3, context) for context in (40, 9))
+    records = [
+        case.facts | gpu.attempted(Section(), dataclasses.replace(case, facts={"size": size}), 0)
+        for case, size in ((large, 96), (small, 1))
+    ]
+    assert records[0]["note"] == "does not fit: 96 GiB of keys and values" and "note" not in records[1]
+    (table,) = gpu.Decoding.tables(records)
+    assert table.count("does not fit") == 2 and "3 sequences" in table
+
+
+def test_what_the_time_is_too_short_for(gpu, monkeypatch):
+    """A section has its share, and what it has no time for comes again at the end; what then does not fit is said."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(time=lambda: clock.now))
+
+    class Section:
+        def __init__(self, bench):
+            pass
+
+    def attempted(section, case, limit):
+        clock.now += case.facts["takes"]
+        return {"outcome": "measured"}
+
+    monkeypatch.setattr(gpu, "SECTIONS", dict.fromkeys(gpu.SHARES, Section))
+    monkeypatch.setattr(gpu, "attempted", attempted)
+    case = gpu.Case
+    cases = [
+        case("decoding", "first", {"takes": 50}, 10, "alike"),
+        case("decoding", "second", {"takes": 5}, 10, "alike"),  # as the first took 50, so long is expected
+        case("decoding", "third", {"takes": 20}, 20),
+        case("prefill", "fourth", {"takes": 5}, 30),
+        case("prefill", "fifth", {"takes": 5}, 200),
+    ]
+    until = gpu.deadlines(["decoding", "prefill"], 0, 100)
+    assert until == {"decoding": pytest.approx(76), "prefill": 100}
+
+    def run(until, end):
+        clock.now, told = 0.0, []
+        gpu.carried_out(cases, SimpleNamespace(), {}, until, end, lambda *found: told.append(found))
+        outcomes = {found[1].name: found[2]["outcome"] for found in told if found[0] == "record"}
+        left = {name for name, outcome in outcomes.items() if outcome == "not run: time"}
+        assert outcomes.keys() == {case.name for case in cases} and len(told) == 2 * len(cases) - len(left)
+        return [found[1:] for found in told if found[0] == "began"], left
+
+    began, left = run(until, 100)
+    assert left == {"second", "fifth"}
+    assert [(case.name, stop) for case, stop in began] == [
+        ("first", gpu.PATIENCE * 10 + gpu.GRACE),
+        ("third", 100),
+        ("fourth", 100),
+    ]
+    began, left = run(until | {"decoding": 60}, 130)
+    assert [case.name for case, _ in began] == ["first", "fourth", "second", "third"] and left == {"fifth"}
+
+
+IN_ITS_OWN_PROCESS = """
+import os, time
+
+def tell(cases, args, rates, until, end, sender):
+    for case in cases:
+        sender.send(("began", case, time.time() + case.seconds))
+        if case.name == "crash":
+            os._exit(3)
+        time.sleep(case.facts["takes"])
+        sender.send(("record", case, {"outcome": "measured"}))
+"""
+
+
+def test_a_case_that_crashes_its_process_or_does_not_end(benchmark, monkeypatch, tmp_path, capsys):
+    gpu = benchmark("gpu")
+    (tmp_path / "in_its_own_process.py").write_text(IN_ITS_OWN_PROCESS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpu, "_tell", importlib.import_module("in_its_own_process").tell)
+    args = gpu.parser().parse_args([*ON_ONE_CARD, "--json", str(tmp_path / "card.json")])
+    figures = gpu.Figures(args, [])
+    takes = {"crash": 0, "quick": 0, "endless": 600, "last": 0}
+    cases = [
+        gpu.Case("decoding", name, {"takes": seconds}, 20 if name != "endless" else 0.5)
+        for name, seconds in takes.items()
+    ]
+    began = gpu.time.time()
+    gpu.apart(cases, args, figures, {}, began + 120)
+    found = figures.records("decoding")
+    assert found["crash"]["outcome"] == "failed" and found["crash"]["note"] == "the process ended with code 3"
+    assert found["quick"]["outcome"] == found["last"]["outcome"] == "measured"
+    assert found["endless"]["outcome"] == "not run: time" and "stopped" in found["endless"]["note"]
+    assert figures.wrong() and [case.name for case in cases if not figures.has(case)] == ["crash", "endless"]
+
+
+def test_pytest_is_counted(gpu, monkeypatch, tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest, time\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "@pytest.mark.skip\n"
+        "def test_left(): pass\n"
+    )
+    words = ["-p", "no:randomly", "--rootdir", str(tmp_path)]
+    found = gpu.suite([*words, str(tmp_path)], 60)
+    assert found == {"passed": 1, "failed": 1, "skipped": 1, "stopped": False, "failures": ["test_some::test_bad"]}
+    (shown,) = gpu.Correctness.tables([found | {"outcome": "measured", "seconds": 1.0}])
+    assert shown == "1 passed, 1 failed, 1 skipped; 1 s\ntest_some::test_bad"
+    (tmp_path / "test_some.py").write_text("import time\ndef test_good(): pass\ndef test_long(): time.sleep(600)\n")
+    found = gpu.suite([*words, str(tmp_path)], 2)
+    assert found["stopped"] and found["passed"] == 1
+    with pytest.raises(RuntimeError, match="pytest ran no test: .*no-such-folder"):
+        gpu.suite([str(tmp_path / "no-such-folder")], 60)
+
+
+@pytest.mark.parametrize("form", ["plain", "compiled"])
+@pytest.mark.parametrize("model", ["teacher", "windows"])
+def test_steps_leave_the_cache_where_it_was(gpu, monkeypatch, tmp_path, model, form):
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    made = []
+    measure = gpu.step_seconds
+    monkeypatch.setattr(gpu, "step_seconds", lambda *words: made.append(words[0]) or measure(*words))
+    section = gpu.Decoding(bench_of(gpu, tmp_path))
+    context = 40 if model == "teacher" else None
+    found = section.measured("64,2,2,128,512", model, form, 3, context, limit=math.inf)
+    assert 0 < found["step"] < math.inf and found["floor"] == (found["weights"] + found["state"]) / 1e3
+    config = made[0].model.config
+    width, layers, itemsize = 64, 2, 4
+    if model == "teacher":
+        assert made[0].cache.get_seq_length() == 40
+        assert found["state"] == 3 * layers * 2 * itemsize * width * (40 + gpu.STEPS[1] / 2 + 2)
+    else:  # one layer has modes, read and written, and a window that is read; the other is kept in a larger window
+        assert (config.attention_layers, config.attention_window, config.window) == ([1], 512, 64)
+        modes = 2 * 2 * 2 * itemsize * 32 * 32  # filters, modes, components
+        ring = 2 * itemsize * width + 1
+        assert found["state"] == 3 * (2 * modes + (64 + 512) * ring)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["teacher", "hyena", "multihyena", "windows"])
+@torch.inference_mode()
+def test_a_captured_step_is_the_step(benchmark, tmp_path, model):
+    """The same logits from a graph that was captured by hand and from calls, in float32."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    gpu = benchmark("gpu")
+    own = bench_of(gpu, tmp_path).model_of(model, "64,2,2,128,512")
+    ids = torch.randint(512, (7, 3), device=own.device)
+    found = []
+    for capture in (False, True):
+        contender = gpu.FORMS["plain"][model != "teacher"](own, Case(3, 9, 30))
+        contender.read(torch.arange(18, device=own.device).view(3, 6))
+        tokens, logits = torch.zeros_like(ids[0]), torch.zeros(3, 512, device=own.device)
+
+        def step(contender=contender, tokens=tokens, logits=logits):
+            logits.copy_(contender.step(tokens))
+
+        if capture:
+            step = gpu.captured(step)
+        else:
+            for _ in range(gpu.WARM):
+                step()
+        kept = []
+        for new in ids:
+            tokens.copy_(new)
+            step()
+            kept.append(logits.clone())
+        found.append(torch.stack(kept))
+    assert_close(*found, 1e-5)
