@@ -489,15 +489,16 @@ def draw(found: dict, path: Path):
             strict=True,
         ):
             spread = statistics.stdev(values) if len(values) > 1 else None
-            place.errorbar(
-                state, statistics.fmean(values), yerr=spread, fmt="o", capsize=2, label=f"{number} {row['mixer']}"
-            )
-            place.annotate(str(number), (state, statistics.fmean(values)), xytext=(4, 4), textcoords="offset points")
+            mean, color = statistics.fmean(values), f"C{number - 1}"
+            name = f"{number} {row['mixer']}"
+            place.errorbar(state, mean, yerr=spread, fmt="o", capsize=2, label=name, color=color)
+            aside = 4 + 7 * (number % 3)  # rows of one budget are close together
+            place.annotate(str(number), (state, mean), xytext=(aside, 3), textcoords="offset points", color=color)
     gains = [text["by_distance"][-1] for text in found["teacher"]["texts"]]
     axes[0].axhline(1, color="0.6", linestyle="--", linewidth=1)
     axes[1].axhline(statistics.fmean(gains), color="0.6", linestyle="--", linewidth=1)
-    axes[0].set_ylabel("perplexity, × teacher (dashed)")
-    axes[1].set_ylabel(f"gain on passages after {furthest} tokens, nats\n(dashed: teacher)")
+    axes[0].set_title("perplexity, × teacher (dashed)", fontsize=9)
+    axes[1].set_title(f"gain on passages repeated after {furthest} tokens, nats (dashed: teacher)", fontsize=9)
     for place in axes:
         place.set_xlabel("state of a sequence, KiB")
         place.spines[["top", "right"]].set_visible(False)
