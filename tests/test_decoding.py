@@ -215,6 +215,31 @@ def test_rows_that_come_and_go_are_each_sequence_alone(shape, device):
     assert read[3] == 14 and read[0] == 33
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_in_pieces_between_steps(shape, device):
+    """Of several lengths, in pieces shorter than any; closed before its end, a prompt takes no row."""
+    model = tiny_student(modal=True, **shape).to(device)
+    texts = [random_ids(LENGTH, device=device) for _ in range(3)]
+    whole = [model(input_ids=text[None], use_cache=False).logits[0] for text in texts]
+    decoder = Decoder(model, rows=3)
+    (first,) = decoder.add([texts[0][:9]])
+    abandoned = decoder.adding([texts[1]], 5)
+    assert next(abandoned) is None and len(decoder.free) == 1
+    abandoned.close()
+    assert len(decoder.free) == 2
+    place, rows = 9, None
+    for rows in decoder.adding([texts[1][:33], texts[2][:21]], 6):
+        assert_close(whole[0][place - 1], decoder.logits[first], 5e-14)
+        if rows is None:
+            tokens = random_ids(3, device=device)
+            tokens[first] = texts[0][place]
+            decoder.step(tokens)
+            place += 1
+    assert place == 9 + 4 + 6 and not decoder.free  # the shorter prompt, by itself, and the longer
+    for text, row, length in zip(texts[1:], rows, (33, 21), strict=True):
+        assert_close(whole[1 if text is texts[1] else 2][length - 1], decoder.logits[row], 5e-14)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES[::2])
 def test_generated_tokens_are_those_of_transformers(shape, device):

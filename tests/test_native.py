@@ -91,6 +91,19 @@ def test_machine_code_in_float32_and_on_several_threads(shape, monkeypatch, coun
         assert_close(expected.double(), found.double(), 1e-5)  # measured 1e-6 at most
 
 
+@needs_a_compiler
+def test_one_mask_for_all_rows(monkeypatch, counted):
+    model, ids = tiny_student(modal=True, window=7), random_ids(3, 9, device="cpu")
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits[:, -1:]
+        cache = model(input_ids=ids[:, :8], use_cache=True).cache
+        assert_close(whole, model(input_ids=ids[:, 8:], attention_mask=torch.ones(1, 9), cache=cache).logits, 5e-14)
+        assert counted
+        cache.layers[0].near.keys = cache.layers[0].near.keys[:2].clone()
+        with pytest.raises(ValueError, match="rows beside 3 of q, k and v; expected as many"):
+            model(input_ids=ids[:, 8:], cache=cache)
+
+
 @pytest.mark.parametrize("shape", UNKNOWN)
 def test_what_the_source_does_not_know_stays_in_torch(shape, monkeypatch, counted):
     machine, torch_ = both(tiny_student(modal=True, **shape), monkeypatch)

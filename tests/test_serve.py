@@ -465,17 +465,16 @@ def test_a_failed_step_fails_its_requests_alone(evaluated, monkeypatch, caplog):
         # A prompt that cannot be read, beside a sequence that goes on.
         staying = server.complete(stream=True, max_tokens=100)
         found = next(staying).choices[0].text
-        add = server.worker.decoder.add
+        adding = server.worker.decoder.adding
         calls = []
 
-        def unreadable(prompts):
-            if not prompts:
-                return add(prompts)
+        def unreadable(prompts, tokens):
             calls.append(prompts)
-            monkeypatch.setattr(server.worker.decoder, "add", add)
+            monkeypatch.setattr(server.worker.decoder, "adding", adding)
+            yield
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(server.worker.decoder, "add", unreadable)
+        monkeypatch.setattr(server.worker.decoder, "adding", unreadable)
         with pytest.raises(openai.InternalServerError, match="the model failed") as caught:
             server.complete()
         assert caught.value.status_code == 500 and len(calls) == 1
@@ -485,21 +484,56 @@ def test_a_failed_step_fails_its_requests_alone(evaluated, monkeypatch, caplog):
     assert "a step failed" in caplog.text and "a prompt could not be read" in caplog.text
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_long_prompt_is_read_between_steps(fails, evaluated, monkeypatch):
+    """And again from its start, where a step of the others fails before its end."""
+    monkeypatch.setattr(serve, "PIECE", 7)
+    prompt = "def f(x, y):\n    return x + y\n\n" * 3
+    tokens = len(evaluated.tokenizer(prompt).input_ids)
+    with running(evaluated, rows=2) as server:
+        decoder, events = server.worker.decoder, []
+        adding, step = decoder.adding, decoder.step
+
+        def piecewise(*words):
+            for rows in adding(*words):
+                events.append("piece" if rows is None else "entered")
+                yield rows
+
+        def stepping(*words):
+            if fails and events.count("piece") == 2 and "failed" not in events:
+                events.append("failed")
+                raise RuntimeError("out of memory")
+            events.append("step")
+            return step(*words)
+
+        staying = server.complete(stream=True, max_tokens=ENDLESS)
+        next(staying)
+        monkeypatch.setattr(decoder, "adding", piecewise)
+        monkeypatch.setattr(decoder, "step", stepping)
+        assert server.complete(prompt).choices[0].text == alone(evaluated, prompt, 9)[0]
+        staying.close()
+    pieces = -(-tokens // 7)
+    assert pieces > 5 and events.count("piece") == pieces + 2 * fails and events.count("entered") == 1
+    if not fails:
+        first = events.index("piece")
+        assert events[first : events.index("entered")] == ["piece", "step"] * pieces
+
+
 def test_logits_that_are_not_finite_fail_their_own_row(evaluated, monkeypatch):
     with running(evaluated, rows=2) as server:
         decoder = server.worker.decoder
         staying = server.complete(stream=True, max_tokens=60)
         found = next(staying).choices[0].text
-        add = decoder.add
+        adding = decoder.adding
 
-        def poisoned(prompts):
-            rows = add(prompts)
-            for row in rows:
-                decoder.logits[row, 3] = float("nan")
-            return rows
+        def poisoned(prompts, tokens):
+            for rows in adding(prompts, tokens):
+                for row in rows or []:
+                    decoder.logits[row, 3] = float("nan")
+                yield rows
 
         with monkeypatch.context() as patched:
-            patched.setattr(decoder, "add", poisoned)
+            patched.setattr(decoder, "adding", poisoned)
             with pytest.raises(openai.InternalServerError, match="logits are not finite"):
                 server.complete()
         assert found + "".join(chunk.choices[0].text for chunk in staying) == alone(evaluated, "def f(", 60)[0]

@@ -8,6 +8,7 @@ import copy
 import itertools
 import re
 from collections import deque
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -62,35 +63,55 @@ class Decoder:
         self.buffers = _tensors(self.cache)
         self._compute = self._compiled() if compiled and self.device.type == "cuda" else self._advance
 
-    @torch.no_grad()
     def add(self, prompts: list[Tensor]) -> list[int]:
         """Read prompts, each (token,), into free rows and return the row numbers; `logits` is for their next tokens."""
+        *_, rows = self.adding(prompts)
+        return rows
+
+    @torch.no_grad()
+    def adding(self, prompts: list[Tensor], tokens: int | None = None) -> Iterator[list[int] | None]:
+        """The same in pieces of at most `tokens` tokens: yields None after each, and the row numbers at the end.
+
+        Between two pieces `step` may be called for the other rows. The rows are free again if the iterator is closed.
+        """
         if len(prompts) > len(self.free):
             raise ValueError(f"{len(prompts)} prompts for {len(self.free)} free rows of {self.rows}; expected no more")
         for index, prompt in enumerate(prompts):
             if prompt.ndim != 1 or not len(prompt):
                 raise ValueError(f"prompt {index} has shape {tuple(prompt.shape)}; expected one axis of tokens")
-        if not prompts:
-            return []
-        rows = self.free[: len(prompts)]
+        rows, self.free = self.free[: len(prompts)], self.free[len(prompts) :]
         shortest_first = sorted(zip(rows, prompts, strict=True), key=lambda pair: len(pair[1]))
-        for _, alike in itertools.groupby(shortest_first, lambda pair: (max(len(pair[1]), SHORT) - 1).bit_length()):
-            self._read(*zip(*alike, strict=True))
-        self.free = self.free[len(prompts) :]
-        return rows
+        alike = itertools.groupby(shortest_first, lambda pair: (max(len(pair[1]), SHORT) - 1).bit_length())
+        try:
+            for group in [list(pairs) for _, pairs in alike]:
+                yield from self._read(*zip(*group, strict=True), tokens)
+        except BaseException:
+            self.free = [*rows, *self.free]
+            raise
+        yield rows
 
-    def _read(self, rows, prompts):
-        """Read prompts of similar lengths, padded to the longest, into these rows."""
+    def _read(self, rows, prompts, tokens):
+        """Read prompts of similar lengths, padded to the longest, into these rows; yields after every piece."""
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
         mask = torch.zeros_like(ids)
         for own, real, prompt in zip(ids, mask, prompts, strict=True):
             own[longest - len(prompt) :] = prompt.to(self.device)
             real[longest - len(prompt) :] = 1
-        read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        piece, cache = longest if tokens is None else max(1, tokens // len(prompts)), None
+        for stop in range(piece, longest + piece, piece):
+            read = self.model(
+                input_ids=ids[:, stop - piece : stop],
+                attention_mask=mask[:, :stop],
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = read.cache
+            yield
         places = torch.tensor(rows, device=self.device)
-        self.cache.real.index_copy_(0, places, read.cache.real)
-        for mine, new in zip(self.cache.layers, read.cache.layers, strict=True):
+        self.cache.real.index_copy_(0, places, cache.real)
+        for mine, new in zip(self.cache.layers, cache.layers, strict=True):
             for ring, own in zip(mine.rings, new.rings, strict=True):
                 own.turn_to(ring.written)  # the newest token has the same place in all rows
             for buffer, state in zip(mine.states, new.states, strict=True):

@@ -159,7 +159,7 @@ class HyenaMixer(nn.Module):
             projected[:, 0],
             cos[:, 0],
             sin[:, 0],
-            None if mask is None else mask[:, 0].bool(),
+            None if mask is None else mask[:, 0].bool().expand(len(projected)),
             self.short_filter.to(projected.dtype),
             norms,
             None if gates is None else gates[:, 0],

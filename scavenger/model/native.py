@@ -393,6 +393,9 @@ def step(
 ) -> Tensor:  # (batch, channel of q)
     """The output of a mixer before its last projection; conv_state, rings and state move on by one token, in place."""
     batch, heads = len(projected), len(places)
+    of_rows = [x for x in (cos, sin, real, gates, conv_state, *near[:3], *kept[:3], state) if x is not None]
+    if any(len(x) != batch for x in of_rows):  # the source would read beyond the end of it
+        raise ValueError(f"found {[len(x) for x in of_rows]} rows beside {batch} of q, k and v; expected as many")
     width = projected.shape[1] // (heads * (queries + 2))
     y = projected.new_empty(batch, heads * queries * width)
     numbered = (ctypes.c_int64 * heads)(*places)

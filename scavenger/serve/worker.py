@@ -5,7 +5,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -50,14 +50,15 @@ class Sequence:
 class Worker:
     """Continuous batching of sequences that other threads submit and cancel.
 
-    `places`: sequences that run or wait at most. `prompt_tokens`: prompts read between two steps have no more tokens
-    together, unless one alone does, so that the running sequences do not wait longer than for the longest prompt.
+    `places`: sequences that run or wait at most. `prompt_tokens`: no more tokens of prompts are read between two steps,
+    so that the running sequences never wait longer than for so many.
     """
 
     def __init__(self, decoder: Decoder, ends: set[int], places: int, prompt_tokens: int):
         self.decoder, self.ends, self.places, self.prompt_tokens = decoder, ends, places, prompt_tokens
         self.running: dict[int, Sequence] = {}  # by row
         self.entering: list[Sequence] = []  # their prompts are being read
+        self.reading: Iterator[list[int] | None] | None = None  # the prompts of `entering`
         self.waiting: deque[Sequence] = deque()
         self.usable = True
         self.closed = False
@@ -104,13 +105,13 @@ class Worker:
             self.usable, reason = False, "the model has failed"
         with self.changed:
             self.closed = True
-            left = [*self.running.values(), *self.waiting]
-            self.running, self.waiting = {}, deque()
+            left = [*self.running.values(), *self.entering, *self.waiting]
+            self.running, self.entering, self.waiting = {}, [], deque()
         self._fail(left, Failed(reason, self.usable))
 
     def _some_to_do(self):
         with self.changed:
-            self.changed.wait_for(lambda: self.closed or self.running or self.waiting)
+            self.changed.wait_for(lambda: self.closed or self.running or self.entering or self.waiting)
             return not self.closed
 
     def _turn(self):
@@ -123,27 +124,38 @@ class Worker:
             log.exception("a step failed")
             failed, self.running = list(self.running.values()), {}
             self._fail(failed, _failure(error))
+            if self.reading:  # its sequences lose nothing but time
+                self.reading.close()
+                with self.changed:
+                    self.waiting.extendleft(reversed(self.entering))
+                    self.reading, self.entering = None, []
             self.decoder.reset()
 
     def _enter(self):
-        """Read the prompts of waiting sequences into free rows."""
-        tokens = 0
+        """Read a piece of the prompts of waiting sequences, and let those run that are read to the end."""
         with self.changed:
-            while self.waiting and len(self.entering) < len(self.decoder.free):
-                tokens += len(self.waiting[0].prompt)
+            while not self.reading and self.waiting and len(self.entering) < len(self.decoder.free):
+                tokens = sum(len(sequence.prompt) for sequence in [*self.entering, self.waiting[0]])
                 if self.entering and tokens > self.prompt_tokens:
                     break
                 self.entering.append(self.waiting.popleft())
+        if not self.entering:
+            return
+        if not self.reading:
+            prompts = [torch.tensor(sequence.prompt) for sequence in self.entering]
+            self.reading = self.decoder.adding(prompts, self.prompt_tokens)
         new, rows = self.entering, []
         try:
-            rows = self.decoder.add([torch.tensor(sequence.prompt) for sequence in new])
+            rows = next(self.reading)
         except Exception as error:  # the rows of the others are as they were
             log.exception("a prompt could not be read")
             self._fail(new, _failure(error))
+        if rows is None:
+            return
         with self.changed:
             self.running |= zip(rows, new, strict=False)  # none where reading failed
-            self.entering = []
-        if new and not self.running:
+            self.reading, self.entering = None, []
+        if not self.running:
             self.decoder.reset()  # raises if the model can compute nothing any more
 
     def _step(self):
