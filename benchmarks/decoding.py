@@ -277,7 +277,9 @@ def floor_of(contender, length, machine):
     embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
     filters = sum(p.nbytes for m in model.modules() if isinstance(m, ImplicitFilter) for p in m.parameters())
     state, operations = work(contender, length)
+    packs = [m.weight for m in model.modules() if isinstance(m, PackedLinear)]  # in place of parameters
     moved = state + sum(p.nbytes for p in model.parameters()) - embedding - filters
+    moved += sum(weight.numel() * weight.itemsize for weight in packs)
     operations += 2 * contender.batch * multiplied(model)
     seconds = max(moved / machine["bytes_per_second"], operations / machine["operations_per_second"])
     return {"seconds": seconds, "bytes": moved, "operations": operations, "state": state}

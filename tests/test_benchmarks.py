@@ -168,6 +168,7 @@ def test_decoding_command(decoding, monkeypatch, tmp_path):
     monkeypatch.setattr(decoding, "NUMBERS", 1 << 20)
     monkeypatch.setattr(decoding, "PROMPT", 150)
     monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    monkeypatch.setattr("scavenger.model.decoding.PACKING_PAYS", 0)
     words = ["--shapes", ",".join(map(str, TINY)), "--cases", "2x21+7", "--mixers", "hyena", "multihyena"]
     words += ["--contexts", "9", "70", "--threads", str(torch.get_num_threads())]
     assert decoding.main([*words, "--json", str(tmp_path / "found.json"), "--to", str(tmp_path / "found.md")]) == 0
@@ -178,6 +179,8 @@ def test_decoding_command(decoding, monkeypatch, tmp_path):
     assert dynamic["kept_last"] - dynamic["kept_first"] == 7 * 2 * 4 * 2 * 64
     assert static["kept_last"] == static["kept_first"] == dynamic["kept_last"]
     assert static["tokens"] == dynamic["tokens"] and len(dynamic["tokens"]) == 8
+    packed = next(row for (_, name), row in rows.items() if name.endswith("packed"))
+    assert packed["floor_bytes"] == static["floor_bytes"]
     assert rows[None, "teacher, static cache, compiled"]["tokens"] == dynamic["tokens"]
     for mixer in ("hyena", "multihyena"):
         again, exact = rows[mixer, "read again"], rows[mixer, "exact"]
