@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .modal import may_overwrite, writable
-from .norm import head_norm
+from .native import fits, next_token, ready
+from .norm import RMSNorm, head_norm
 from .rotary import turn
 
 
@@ -34,6 +35,7 @@ class WindowedAttention(nn.Module):
         self.v = nn.Linear(width, config.key_value_width, bias=config.qkv_bias)
         self.out = nn.Linear(inner, width, bias=config.out_bias)
         self.q_norm, self.k_norm = head_norm(config), head_norm(config)
+        self.native = self.window > 0 and fits(config)
 
     def forward(
         self,
@@ -43,12 +45,43 @@ class WindowedAttention(nn.Module):
         mask: Tensor | None = None,  # (batch, length), zero for padding
         cache=None,
     ) -> Tensor:  # (batch, length, channel)
-        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (self.q(hidden), self.k(hidden), self.v(hidden)))
+        projected = self.q(hidden), self.k(hidden), self.v(hidden)
+        layer_cache = None if cache is None else cache.layers[self.layer_index]
+        if self.native and hidden.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
+            if ready(projected[0], layer_cache):
+                return self.out(self._native_step(torch.cat(projected, dim=-1), cos, sin, mask, layer_cache)[:, None])
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in projected)
         q, k = (turn(z, cos, sin, adjacent=False) for z in (self.q_norm(q), self.k_norm(k)))
         tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), None if mask is None else mask.bool())
-        ring = None if cache is None else cache.layers[self.layer_index].ring
+        ring = None if layer_cache is None else layer_cache.ring
         y, _ = attention(q.transpose(1, 2), tokens, self.window, ring)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _native_step(self, projected, cos, sin, mask, layer_cache):
+        """The output of one token before the last projection, (batch, channel)."""
+        heads = self.k.out_features // self.head_dim
+        norms = [norm.weight for norm in (self.q_norm, self.k_norm) if isinstance(norm, RMSNorm)]
+        return next_token(
+            projected[:, 0],
+            cos[:, 0],
+            sin[:, 0],
+            None if mask is None else mask[:, 0].bool().expand(len(projected)),
+            taps=None,
+            norms=norms,
+            gates=None,
+            places=list(range(heads)),
+            conv_state=None,
+            near=[],
+            kept=layer_cache.ring.tensors,
+            modes=[],
+            state=None,
+            queries=self.q.out_features // self.k.out_features,
+            own_state=False,
+            turned=True,
+            adjacent=False,
+            scale=1.0,
+            eps=self.q_norm.eps if norms else 0.0,
+        )
 
 
 class Tokens(NamedTuple):
@@ -200,6 +233,11 @@ class AttentionCacheLayer:
 
     def __init__(self):
         self.ring = Ring()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token, or padding, was read."""
+        return self.ring.keys is not None
 
     @property
     def rings(self) -> list[Ring]:

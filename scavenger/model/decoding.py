@@ -82,16 +82,20 @@ class Decoder:
         rows, self.free = self.free[: len(prompts)], self.free[len(prompts) :]
         shortest_first = sorted(zip(rows, prompts, strict=True), key=lambda pair: len(pair[1]))
         alike = itertools.groupby(shortest_first, lambda pair: (max(len(pair[1]), SHORT) - 1).bit_length())
+        groups = [tuple(zip(*pairs, strict=True)) for _, pairs in alike]  # rows and prompts of similar lengths
+        found = []
         try:
-            for group in [list(pairs) for _, pairs in alike]:
-                yield from self._read(*zip(*group, strict=True), tokens)
+            for _, own in groups:
+                found.append((yield from self._read(own, tokens)))
         except BaseException:
             self.free = [*rows, *self.free]
             raise
+        for (own, _), read in zip(groups, found, strict=True):  # not before: a step would read on in their rows
+            self._put(own, read)
         yield rows
 
-    def _read(self, rows, prompts, tokens):
-        """Read prompts of similar lengths, padded to the longest, into these rows; yields after every piece."""
+    def _read(self, prompts, tokens):
+        """Read prompts of similar lengths, padded to the longest; yields after every piece, and returns the outputs."""
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
         mask = torch.zeros_like(ids)
@@ -109,9 +113,13 @@ class Decoder:
             )
             cache = read.cache
             yield
+        return read
+
+    def _put(self, rows, read):
+        """Copy the states after prompts into these rows."""
         places = torch.tensor(rows, device=self.device)
-        self.cache.real.index_copy_(0, places, cache.real)
-        for mine, new in zip(self.cache.layers, cache.layers, strict=True):
+        self.cache.real.index_copy_(0, places, read.cache.real)
+        for mine, new in zip(self.cache.layers, read.cache.layers, strict=True):
             for ring, own in zip(mine.rings, new.rings, strict=True):
                 own.turn_to(ring.written)  # the newest token has the same place in all rows
             for buffer, state in zip(mine.states, new.states, strict=True):
