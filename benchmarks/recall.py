@@ -20,6 +20,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -267,7 +268,7 @@ def table(found: list[dict], args) -> list[str]:
 
 def page(summary, args, words):
     body = "\n".join(table(summary["results"], args))
-    command = " ".join(["python benchmarks/recall.py", *words])
+    command = shlex.join(["python", "benchmarks/recall.py", *words])
     return f"""# Recall of the mixers, trained from scratch
 
 `{command}`

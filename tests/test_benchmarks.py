@@ -580,6 +580,7 @@ def test_a_case_that_crashes_its_process_or_does_not_end(benchmark, monkeypatch,
 
 
 def test_pytest_is_counted(gpu, monkeypatch, tmp_path):
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     (tmp_path / "test_some.py").write_text(
         "import pytest, time\n"
         "def test_good(): pass\n"
