@@ -42,9 +42,12 @@ def counted(monkeypatch):
     return calls
 
 
+PROMPT, LENGTH = 6, 31  # windows are not full after the prompt, and of a padded row hold padding
+
+
 def both(model, monkeypatch, padded=False):
-    """Logits of the last 12 of 31 tokens, one at a time, and the states after them: in machine code, and in torch."""
-    ids, mask = random_ids(2, 31, device="cpu"), torch.ones(2, 31, dtype=torch.long)
+    """Logits of the tokens after a prompt, one at a time, and the states after 2 and after all: machine code, torch."""
+    ids, mask = random_ids(2, LENGTH, device="cpu"), torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :5] = 0
     found = []
     for in_torch in (False, True):
@@ -52,14 +55,15 @@ def both(model, monkeypatch, padded=False):
             if in_torch:
                 patched.setattr(native, "available", lambda: False)
             seen = mask if padded else torch.ones_like(mask)
-            cache = model(input_ids=ids[:, :19], attention_mask=seen[:, :19], cache=HyenaCache(model.config)).cache
-            logits = [
-                model(input_ids=ids[:, t : t + 1], attention_mask=seen[:, : t + 1], cache=cache).logits
-                for t in range(19, 31)
-            ]
-        written = [ring.written for layer in cache.layers for ring in layer.rings]
-        states = [state for layer in cache.layers for state in layer.states if state.numel()]
-        found.append([torch.cat(logits, 1), *states, *written])
+            cache = HyenaCache(model.config)
+            model(input_ids=ids[:, :PROMPT], attention_mask=seen[:, :PROMPT], cache=cache)
+            logits, states = [], []
+            for t in range(PROMPT, LENGTH):
+                logits.append(model(input_ids=ids[:, t : t + 1], attention_mask=seen[:, : t + 1], cache=cache).logits)
+                if t in (PROMPT + 1, LENGTH - 1):
+                    states += [z.clone() for layer in cache.layers for z in layer.states if z.numel()]
+                    states += [ring.written.clone() for layer in cache.layers for ring in layer.rings]
+        found.append([torch.cat(logits, 1), *states])
     return found
 
 
@@ -69,7 +73,7 @@ def both(model, monkeypatch, padded=False):
 def test_machine_code_is_torch(shape, padded, monkeypatch, counted):
     model = tiny_student(modal=True, **shape)
     machine, torch_ = both(model, monkeypatch, padded)
-    assert len(counted) == 12 * model.config.num_hidden_layers
+    assert len(counted) == (LENGTH - PROMPT) * model.config.num_hidden_layers
     for expected, found in zip(torch_, machine, strict=True):
         assert expected.shape == found.shape and expected.dtype == found.dtype
         assert_close(expected.double(), found.double(), 5e-14)  # measured 5e-15 at most

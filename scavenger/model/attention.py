@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .modal import may_overwrite, writable
 from .native import fits, next_token, ready
-from .norm import RMSNorm, head_norm
+from .norm import head_norm
 from .rotary import turn
 
 
@@ -49,7 +49,7 @@ class WindowedAttention(nn.Module):
         layer_cache = None if cache is None else cache.layers[self.layer_index]
         if self.native and hidden.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
             if ready(projected[0], layer_cache):
-                return self.out(self._native_step(torch.cat(projected, dim=-1), cos, sin, mask, layer_cache)[:, None])
+                return self.out(self._native_step(torch.cat(projected, dim=-1), cos, sin, mask, layer_cache))
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in projected)
         q, k = (turn(z, cos, sin, adjacent=False) for z in (self.q_norm(q), self.k_norm(k)))
         tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), None if mask is None else mask.bool())
@@ -58,18 +58,16 @@ class WindowedAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _native_step(self, projected, cos, sin, mask, layer_cache):
-        """The output of one token before the last projection, (batch, channel)."""
-        heads = self.k.out_features // self.head_dim
-        norms = [norm.weight for norm in (self.q_norm, self.k_norm) if isinstance(norm, RMSNorm)]
+        """The output of one token before the last projection, (batch, 1, channel)."""
         return next_token(
-            projected[:, 0],
-            cos[:, 0],
-            sin[:, 0],
-            None if mask is None else mask[:, 0].bool().expand(len(projected)),
+            self,
+            projected,
+            cos,
+            sin,
+            mask,
             taps=None,
-            norms=norms,
             gates=None,
-            places=list(range(heads)),
+            places=list(range(self.k.out_features // self.head_dim)),
             conv_state=None,
             near=[],
             kept=layer_cache.ring.tensors,
@@ -80,7 +78,6 @@ class WindowedAttention(nn.Module):
             turned=True,
             adjacent=False,
             scale=1.0,
-            eps=self.q_norm.eps if norms else 0.0,
         )
 
 

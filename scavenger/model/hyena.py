@@ -34,7 +34,7 @@ from .convolution import ToeplitzProduct, causal_convolution, outer_product_conv
 from .filters import ImplicitFilter, ModalFilter, PositiveFilter
 from .modal import CHUNK, ChannelState, HeadState, modal_scan
 from .native import fits, next_token, ready
-from .norm import RMSNorm, head_norm
+from .norm import head_norm
 from .rotary import turn
 
 
@@ -109,7 +109,7 @@ class HyenaMixer(nn.Module):
         layer_cache = None if cache is None else cache.layers[self.layer_index]
         if self.native and projected.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
             if ready(projected, layer_cache):
-                return self.out(self._native_step(projected, gates, cos, sin, mask, layer_cache)[:, None])
+                return self.out(self._native_step(projected, gates, cos, sin, mask, layer_cache))
         x, conv_state = short_convolution(
             projected, self.short_filter.to(projected.dtype), layer_cache.conv_state if layer_cache else None
         )
@@ -152,29 +152,27 @@ class HyenaMixer(nn.Module):
         return every[..., :streams], every[..., streams:] if self.join is not None else None
 
     def _native_step(self, projected, gates, cos, sin, mask, layer_cache):
-        """The output of one token before the last projection, (batch, channel)."""
+        """The output of one token before the last projection, (batch, 1, channel)."""
         state = next(iter(layer_cache.modal_states), None)
-        norms = [norm.weight for norm in (self.q_norm, self.k_norm) if isinstance(norm, RMSNorm)]
         return next_token(
-            projected[:, 0],
-            cos[:, 0],
-            sin[:, 0],
-            None if mask is None else mask[:, 0].bool().expand(len(projected)),
-            self.short_filter.to(projected.dtype),
-            norms,
-            None if gates is None else gates[:, 0],
-            self.heads.places,
-            layer_cache.conv_state,
-            layer_cache.near.tensors,
-            layer_cache.kept.tensors,
-            [] if state is None else state.numbers,
-            None if state is None else state.state,
-            self.heads.queries,
-            self.heads.own_state,
+            self,
+            projected,
+            cos,
+            sin,
+            mask,
+            taps=self.short_filter.to(projected.dtype),
+            gates=None if gates is None else gates[:, 0],
+            places=self.heads.places,
+            conv_state=layer_cache.conv_state,
+            near=layer_cache.near.tensors,
+            kept=layer_cache.kept.tensors,
+            modes=[] if state is None else state.numbers,
+            state=None if state is None else state.state,
+            queries=self.heads.queries,
+            own_state=self.heads.own_state,
             turned=self.rotary,
             adjacent=True,
             scale=self.scale if self.num_filters else 1.0,
-            eps=self.q_norm.eps if norms else 0.0,
         )
 
     def _split(self, x, cos, sin):

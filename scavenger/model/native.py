@@ -19,9 +19,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, library
+from torch import Tensor, library, nn
 
 from .modal import may_overwrite
+from .norm import RMSNorm
 
 
 logger = logging.getLogger(__name__)
@@ -169,9 +170,8 @@ static void convolve(const Arguments &a, int64_t row, int64_t channel, int64_t c
     }
     const T *weight = (const T *)a.taps_of + channel * a.taps;
     T *before = (T *)a.conv_state + row * kept * streams + channel;
-    const bool real = !a.real || a.real[row];
     for (int64_t c = 0; c < count; c++) {
-        const T token = real ? now[c] : T(0);
+        const T token = now[c];
         T sum = weight[c * a.taps + kept] * token;
         for (int64_t t = 0; t < kept; t++) {
             sum += weight[c * a.taps + t] * before[t * streams + c];
@@ -365,13 +365,20 @@ def ready(projected: Tensor, cache) -> bool:
     )
 
 
-def next_token(*words, **more) -> Tensor:
-    """`step`, as an operator where torch.compile makes a graph."""
-    return (step_operator if torch.compiler.is_compiling() else step)(*words, **more)
+def next_token(mixer: nn.Module, projected: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **parts) -> Tensor:
+    """`step` for the projections of one token, (batch, 1, channel); an operator where torch.compile draws a graph.
+
+    `parts` are the arguments of `step` that differ between mixers.
+    """
+    norms = [norm.weight for norm in (mixer.q_norm, mixer.k_norm) if isinstance(norm, RMSNorm)]
+    real = None if mask is None else mask[:, 0].bool().expand(len(projected))
+    eps = mixer.q_norm.eps if norms else 0.0
+    run = step_operator if torch.compiler.is_compiling() else step
+    return run(projected[:, 0], cos[:, 0], sin[:, 0], real, norms=norms, eps=eps, **parts)[:, None]
 
 
 def step(
-    projected: Tensor,  # (batch, channel of q, k and v)
+    projected: Tensor,  # (batch, channel of q, k and v), zero where a row has no token
     cos: Tensor,  # (batch, turned pair)
     sin: Tensor,
     real: Tensor | None,  # (batch,) whether a row has a token; None: all
