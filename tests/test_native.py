@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import GROUPED_SHAPES, random_ids, tiny_student
+from conftest import GROUPED, GROUPED_SHAPES, random_ids, tiny_student
 from reference import assert_close
 from test_window import MODAL_SHAPES, SHAPES
 
@@ -18,6 +18,7 @@ NARROW = [
     {"filters": 10, "short_filter_length": 1},
     {"filters": 5, "qk_norm": True, "norm": "rms"},
     {"filters": 5, "attention_layers": [1], "attention_window": 7},
+    {"filters": 12, **GROUPED, "share_state": False},  # each head of q has filters and states of its own, two
 ]
 UNKNOWN = [
     {"filters": 30, "hyena_order": 2},
