@@ -23,6 +23,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from filelock import FileLock
+
+
+if not torch.cuda.is_available():  # before Triton is imported: its kernels are interpreted on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

@@ -9,7 +9,7 @@ import torch
 from conftest import GROUPED_SHAPES, Graphs, normal, random_ids, tiny_student
 from reference import assert_close, relative_error
 
-from scavenger.model import HyenaCache, native
+from scavenger.model import HyenaCache
 from scavenger.model.decoding import Decoder
 from scavenger.model.filters import ModalFilter
 from scavenger.model.hyena import HyenaMixer, long_convolution
@@ -114,7 +114,7 @@ def test_whole_pass_is_prompt_and_steps_is_pure_recurrence(shape, prompt, monkey
     with torch.no_grad():
         assert_close(whole, _prompt_and_steps(model, ids, prompt), 5e-14)
         if prompt == 1:
-            monkeypatch.setattr(native, "available", lambda: False)
+            monkeypatch.setattr("scavenger.model.step.available", lambda: False)
             monkeypatch.setattr("scavenger.model.hyena.ChannelState", _loop_state)
             monkeypatch.setattr("scavenger.model.hyena.HeadState", _loop_state)
             assert_close(whole, _prompt_and_steps(model, ids, prompt), 5e-14)
@@ -364,13 +364,13 @@ def test_packed_layers_are_the_layers(shape, device, monkeypatch):
 def test_a_step_compiles_to_one_graph(shape, in_torch, monkeypatch, device):
     """Its logits are the eager ones while rows join and leave, and nothing is compiled a second time."""
     if in_torch:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr("scavenger.model.step.available", lambda: False)
     graphs = Graphs()
     torch._dynamo.reset()
     model = tiny_student(modal=True, num_hidden_layers=2, **shape).to(device)
     prompts = [random_ids(n, device=device) for n in (9, 2, 14)]
     compiled, eager = (Decoder(model, rows=3) for _ in range(2))
-    compiled._compute = torch.compile(compiled._advance, backend=graphs, dynamic=False, fullgraph=True)
+    compiled._advance = torch.compile(compiled._advance, backend=graphs, dynamic=False, fullgraph=True)
     for step in range(12):
         for decoder in (compiled, eager):
             if step in (0, 4):

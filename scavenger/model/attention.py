@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .modal import may_overwrite, writable
-from .native import fits, next_token, ready
 from .norm import head_norm
 from .rotary import turn
+from .step import fits, next_token, ready
 
 
 # Queries of one attention mask: as many as the window, so that half of a block's scores count, but no fewer than make a
@@ -35,7 +35,7 @@ class WindowedAttention(nn.Module):
         self.v = nn.Linear(width, config.key_value_width, bias=config.qkv_bias)
         self.out = nn.Linear(inner, width, bias=config.out_bias)
         self.q_norm, self.k_norm = head_norm(config), head_norm(config)
-        self.native = self.window > 0 and fits(config)
+        self.at_once = self.window > 0 and fits(config)
 
     def forward(
         self,
@@ -47,9 +47,9 @@ class WindowedAttention(nn.Module):
     ) -> Tensor:  # (batch, length, channel)
         projected = self.q(hidden), self.k(hidden), self.v(hidden)
         layer_cache = None if cache is None else cache.layers[self.layer_index]
-        if self.native and hidden.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
+        if self.at_once and hidden.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
             if ready(projected[0], layer_cache):
-                return self.out(self._native_step(torch.cat(projected, dim=-1), cos, sin, mask, layer_cache))
+                return self.out(self._step_at_once(torch.cat(projected, dim=-1), cos, sin, mask, layer_cache))
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in projected)
         q, k = (turn(z, cos, sin, adjacent=False) for z in (self.q_norm(q), self.k_norm(k)))
         tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), None if mask is None else mask.bool())
@@ -57,7 +57,7 @@ class WindowedAttention(nn.Module):
         y, _ = attention(q.transpose(1, 2), tokens, self.window, ring)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _native_step(self, projected, cos, sin, mask, layer_cache):
+    def _step_at_once(self, projected, cos, sin, mask, layer_cache):
         """The output of one token before the last projection, (batch, 1, channel)."""
         return next_token(
             self,

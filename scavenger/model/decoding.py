@@ -1,7 +1,7 @@
 """Continuous batching: sequences at different positions start and end in a fixed number of rows.
 
 The state of a sequence has constant size, so it fits into one row of the buffers, and every step has the same shapes:
-a graph, compiled or captured once, serves every token.
+a graph, captured once, serves every token.
 """
 
 import copy
@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .capture import EAGER, Buffers
 from .hyena import HyenaMixer
 from .precision import WideModule
 
@@ -41,11 +42,11 @@ class Decoder:
         decoder.remove([first])                              # its row is free again
 
     Free rows are computed too, and ignored. The weights are read when the decoder is created: it keeps a copy of those
-    that it lays out for its products, so the model itself may go. With `compiled` a step is one captured graph on a
-    GPU; on a CPU the mixers' part of it is machine code in any case.
+    that it lays out for its products, so the model itself may go. On a GPU a step is one captured graph; on a CPU the
+    mixers' part of it is machine code.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, compiled: bool = False):
+    def __init__(self, model: PreTrainedModel, rows: int):
         config = model.config
         if config.filter != "modal":
             raise ValueError(f"filter is {config.filter!r}; expected 'modal', with a state of constant size")
@@ -60,8 +61,13 @@ class Decoder:
             self.cache = self._no_tokens()
             self.cache.real = self.cache.real.clone()
             self.logits = torch.zeros(rows, config.vocab_size, dtype=model.lm_head.weight.dtype, device=self.device)
-        self.buffers = _tensors(self.cache)
-        self._compute = self._compiled() if compiled and self.device.type == "cuda" else self._advance
+        self.buffers = Buffers(self.cache)
+        if self.device.type == "cuda":
+            for _ in range(EAGER + 1):  # the last one is captured
+                self.step(torch.zeros(rows, dtype=torch.long, device=self.device))
+            self.reset()
+        # Steps that a GPU is ahead of the host, which then looks for ends while the device computes.
+        self.late = 1 if self.device.type == "cuda" else 0
 
     def add(self, prompts: list[Tensor]) -> list[int]:
         """Read prompts, each (token,), into free rows and return the row numbers; `logits` is for their next tokens."""
@@ -128,11 +134,10 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:  # (row,) -> (row, vocabulary)
-        """Read one token in every row and return the logits of the next."""
+        """Read one token in every row and return the logits of the next, without waiting for the device."""
         if tokens.shape != (self.rows,):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected ({self.rows},), one for each row")
-        logits = self._compute(tokens.to(self.device)[:, None])
-        self.logits = logits.clone() if logits.is_cuda else logits  # a captured graph overwrites its outputs
+        self.logits = self._advance(tokens.to(self.device)[:, None])
         return self.logits
 
     def remove(self, rows: list[int]):
@@ -148,9 +153,7 @@ class Decoder:
 
         After an exception in `step` this is necessary: it may have advanced some layers only.
         """
-        for (holder, name, buffer), (_, _, start) in zip(self.buffers, _tensors(self._no_tokens()), strict=True):
-            buffer.copy_(start)
-            setattr(holder, name, buffer)
+        self.buffers.take(self._no_tokens())
         self.free = list(range(self.rows))
 
     def generate(
@@ -190,6 +193,7 @@ class Decoder:
 
     def _generate(self, prompts, max_new_tokens, ends, warpers):
         waiting, running, found = deque(enumerate(prompts)), {}, [[] for _ in prompts]
+        unread = deque()  # tokens that were chosen, and the sequences in their rows
         while waiting or running:
             new = [waiting.popleft() for _ in range(min(len(self.free), len(waiting)))]
             running |= zip(self.add([prompt for _, prompt in new]), [index for index, _ in new], strict=True)
@@ -197,15 +201,20 @@ class Decoder:
                 tokens = torch.multinomial(warpers(None, self.logits.float()).softmax(-1), 1)[:, 0]
             else:
                 tokens = self.logits.argmax(-1)
-            for row, token in enumerate(tokens.tolist()):
-                if row not in running:
-                    continue
-                own = found[running[row]]
-                own.append(token)
-                if len(own) == max_new_tokens or token in ends:
-                    del running[row]
-                    self.remove([row])
-            if running:
+            unread.append((Arriving(tokens), dict(running)))
+            if self.late:
+                self.step(tokens)
+            while len(unread) > self.late:
+                arriving, sequences = unread.popleft()
+                chosen = arriving.tolist()
+                for row, index in sequences.items():
+                    if running.get(row) != index:  # it ended one token before
+                        continue
+                    found[index].append(chosen[row])
+                    if len(found[index]) == max_new_tokens or chosen[row] in ends:
+                        del running[row]
+                        self.remove([row])
+            if running and not self.late:
                 self.step(tokens)
         return [torch.tensor(tokens) for tokens in found]
 
@@ -216,31 +225,25 @@ class Decoder:
 
     def _advance(self, ids):
         logits = self.model(input_ids=ids, cache=self.cache).logits[:, 0]
-        for holder, name, buffer in self.buffers:
-            value = getattr(holder, name)
-            if value is not buffer:
-                buffer.copy_(value)
-                setattr(holder, name, buffer)
+        self.buffers.keep()
         return logits
 
-    def _compiled(self):
-        """The step as a captured graph."""
-        for layer in self.cache.layers:
-            for state in layer.states:
-                torch._dynamo.mark_static_address(state)
-        for _, _, buffer in self.buffers:
-            torch._dynamo.mark_static_address(buffer)
-        return torch.compile(self._advance, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
+class Arriving:
+    """A tensor on its way to the host, behind which the device may go on."""
 
-def _tensors(cache):
-    """The tensors that a step may replace, each with the object and the name that hold it."""
-    holders = [cache, *cache.layers]
-    for layer in cache.layers:
-        holders += [*layer.rings, *getattr(layer, "modal_states", ())]
-    return [
-        (holder, name, value) for holder in holders for name, value in vars(holder).items() if torch.is_tensor(value)
-    ]
+    def __init__(self, x: Tensor):
+        self.held, self.event = x, None
+        if x.is_cuda:
+            self.held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.held.copy_(x, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def tolist(self) -> list:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.held.tolist()
 
 
 def packed(model: nn.Module, rows: int) -> nn.Module:

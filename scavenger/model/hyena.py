@@ -33,9 +33,9 @@ from .attention import Tokens, attention
 from .convolution import ToeplitzProduct, causal_convolution, outer_product_convolution, short_convolution
 from .filters import ImplicitFilter, ModalFilter, PositiveFilter
 from .modal import CHUNK, ChannelState, HeadState, modal_scan
-from .native import fits, next_token, ready
 from .norm import head_norm
 from .rotary import turn
+from .step import fits, next_token, ready
 
 
 # Break-even points of the forms on a CPU (benchmarks/mixers.py compares them). The matrix form reads and writes
@@ -77,7 +77,7 @@ class HyenaMixer(nn.Module):
         self.join = nn.Linear(width, 2 * self.heads.filtered * self.heads.queries) if joined else None
         self.features = Features(config, self.heads) if config.features != "none" else None
         grows = self.heads.kept and not self.kept_window
-        self.native = config.filter == "modal" and not grows and fits(config)
+        self.at_once = config.filter == "modal" and not grows and fits(config)
         self.projected_at_once: nn.Module | None = None  # all projections as one product, which a Decoder makes
         self.reset_parameters()
 
@@ -107,9 +107,9 @@ class HyenaMixer(nn.Module):
         if mask is not None:
             projected = projected * mask[..., None].to(projected.dtype)
         layer_cache = None if cache is None else cache.layers[self.layer_index]
-        if self.native and projected.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
+        if self.at_once and projected.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
             if ready(projected, layer_cache):
-                return self.out(self._native_step(projected, gates, cos, sin, mask, layer_cache))
+                return self.out(self._step_at_once(projected, gates, cos, sin, mask, layer_cache))
         x, conv_state = short_convolution(
             projected, self.short_filter.to(projected.dtype), layer_cache.conv_state if layer_cache else None
         )
@@ -151,7 +151,7 @@ class HyenaMixer(nn.Module):
         streams = sum(self.streams)
         return every[..., :streams], every[..., streams:] if self.join is not None else None
 
-    def _native_step(self, projected, gates, cos, sin, mask, layer_cache):
+    def _step_at_once(self, projected, gates, cos, sin, mask, layer_cache):
         """The output of one token before the last projection, (batch, 1, channel)."""
         state = next(iter(layer_cache.modal_states), None)
         return next_token(

@@ -6,6 +6,7 @@ that a saved student outlives its versions.
 """
 
 import inspect
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import AttentionCacheLayer, Ring, WindowedAttention
+from .capture import EAGER, CapturedStep, capturable
 from .configuration_hyena import HyenaConfig
 from .decoding import Decoder
 from .filters import ImplicitFilter, ModalFilter
@@ -29,6 +31,7 @@ from .rotary import Rotary
 # has no attention matrices: `output_attentions` changes nothing.
 OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "cache_position", "past_key_values")
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
+EAGERLY = ("output_hidden_states", "cache_position", *LOSS)  # a step that is asked for one of them is not captured
 
 
 class HyenaCacheLayer:
@@ -81,6 +84,8 @@ class HyenaCache(Cache):
         # Tensors rather than numbers, so that one compiled step serves every length.
         self.seen: Tensor | None = None  # () tokens read, padding included
         self.real: Tensor | None = None  # (batch,) tokens read, padding not included
+        self.captured: CapturedStep | None = None  # on a GPU the step that reads one token
+        self.eager: int | None = EAGER  # single tokens before it is captured; None: it is not
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.seen is None else int(self.seen)
@@ -98,6 +103,7 @@ class HyenaCache(Cache):
             raise ValueError("a HyenaCache cannot forget its last tokens; copy the cache before reading them")
 
     def reorder_cache(self, beam_idx: Tensor):
+        self.captured = self.eager = None  # beams move at every token: there would be as many captures
         for layer in self.layers:
             layer.select(beam_idx)
         if self.real is not None:
@@ -358,9 +364,9 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
-    def batch_decoder(self, rows: int, compiled: bool = False) -> Decoder:
+    def batch_decoder(self, rows: int) -> Decoder:
         """Continuous batching with `rows` sequences at a time; only with modal filters."""
-        return Decoder(self, rows, compiled)
+        return Decoder(self, rows)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -371,6 +377,33 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value):
         self.lm_head = value
+
+    def _may_be_captured(self, ids, cache):
+        """Whether this call reads one more token of each sequence, on one GPU, into states of constant size."""
+        return (
+            isinstance(cache, HyenaCache)
+            and cache.eager is not None
+            and cache.real is not None
+            and ids is not None
+            and ids.shape == (len(cache.real), 1)
+            and capturable(ids)
+            and self.config.filter == "modal"
+            and not self.config.state_grows
+            and not asked(self, {}, "output_hidden_states")
+            and len(set((getattr(self, "hf_device_map", None) or {"": 0}).values())) == 1
+        )
+
+    def _captured(self, cache, *inputs):
+        """The logits of one more token from a graph of the step; None for the first tokens, which are read eagerly."""
+        if cache.captured is None or not cache.captured.serves(self, *inputs):
+            if cache.eager:
+                cache.eager -= 1
+                return None
+            cache.captured = CapturedStep(partial(self._advance, cache), self, cache, *inputs)
+        return cache.captured(*inputs)
+
+    def _advance(self, cache, ids, mask=None):
+        return self.lm_head(self.model(ids, attention_mask=mask, cache=cache).last_hidden_state)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         """Always a HyenaCache, the only kind that fits."""
@@ -408,6 +441,14 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         refuse_unknown(self, kwargs, OUTPUTS + LOSS)
+        cache = kwargs.get("past_key_values") if cache is None else cache
+        asks_more = any(x is not None for x in (inputs_embeds, labels, position_ids, *map(kwargs.get, EAGERLY)))
+        if not asks_more and self._may_be_captured(input_ids, cache):
+            mask = [] if attention_mask is None else [attention_mask[:, -1:]]
+            logits = self._captured(cache, input_ids, *mask)
+            if logits is not None:
+                found = CausalLMOutputWithPast(logits=logits, cache=cache)
+                return found if asked(self, kwargs, "return_dict") else found.to_tuple()
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

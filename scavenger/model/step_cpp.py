@@ -1,9 +1,6 @@
 """One token through a mixer in machine code, on a CPU: one pass over its state, where torch takes dozens of calls.
 
-`next_token` does all that a mixer does between its projections: short convolution, norms and rotary turn of q and k,
-windows, modes and gates. The C++ below is compiled when it is first used, by the machine's own compiler, into the
-user's cache. Where there is none, or where a mixer has parts that the source does not know, the mixer goes on in torch,
-whose results are the same to rounding.
+The C++ below is compiled when it is first used, by the machine's own compiler, into the user's cache.
 """
 
 import ctypes
@@ -12,17 +9,12 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, library, nn
-
-from .modal import may_overwrite
-from .norm import RMSNorm
 
 
 logger = logging.getLogger(__name__)
@@ -334,12 +326,6 @@ def compiled() -> ctypes.CDLL | None:
         return None
 
 
-@torch.compiler.assume_constant_result
-def available() -> bool:
-    """Whether there is a compiled step."""
-    return compiled() is not None
-
-
 def _lines(path):
     try:
         return Path(path).read_text().splitlines()
@@ -347,76 +333,23 @@ def _lines(path):
         return []
 
 
-def fits(config) -> bool:
-    """Whether the source knows all parts of a student's mixers."""
-    known_norm = not config.qk_norm or config.norm == "rms"
-    within_heads = not config.num_filters or config.head_dim % config.filter_head_width == 0
-    return config.hyena_order == 1 and config.features == "none" and known_norm and within_heads
-
-
-def ready(projected: Tensor, cache) -> bool:
-    """Whether `step` can read a token here: on a CPU, without gradients, all numbers of one type that it knows."""
-    return (
-        projected.device.type == "cpu"
-        and projected.dtype in (torch.float32, torch.float64)
-        and available()
-        and all(x.is_contiguous() and x.dtype in (projected.dtype, torch.bool) for x in cache.states)
-        and may_overwrite(cache.states)
-    )
-
-
-def next_token(mixer: nn.Module, projected: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **parts) -> Tensor:
-    """`step` for the projections of one token, (batch, 1, channel); an operator where torch.compile draws a graph.
-
-    `parts` are the arguments of `step` that differ between mixers.
-    """
-    norms = [norm.weight for norm in (mixer.q_norm, mixer.k_norm) if isinstance(norm, RMSNorm)]
-    real = None if mask is None else mask[:, 0].bool().expand(len(projected))
-    eps = mixer.q_norm.eps if norms else 0.0
-    run = step_operator if torch.compiler.is_compiling() else step
-    return run(projected[:, 0], cos[:, 0], sin[:, 0], real, norms=norms, eps=eps, **parts)[:, None]
-
-
-def step(
-    projected: Tensor,  # (batch, channel of q, k and v), zero where a row has no token
-    cos: Tensor,  # (batch, turned pair)
-    sin: Tensor,
-    real: Tensor | None,  # (batch,) whether a row has a token; None: all
-    taps: Tensor | None,  # (channel of q, k and v, tap); None: no short convolution
-    norms: list[Tensor],  # the weights of the norms of q and k, each (channel of a head,); or none
-    gates: Tensor | None,  # (batch, 2 · filtered head of q), before the sigmoid
-    places: list[int],  # of each head of k and v: that among those that keep attention, or -1 - that among the others
-    conv_state: Tensor | None,  # (batch, tap - 1, channel)
-    near: list[Tensor],  # of the ring beside the filters: keys, values, real, written; or none
-    kept: list[Tensor],  # of the ring of the heads that keep attention; or none
-    modes: list[Tensor],  # Re and Im of poles and of residues, (2, mode), direct, first, size, (filter,); or none
-    state: Tensor | None,  # of the modes
-    queries: int,  # heads of q for each of k and v
-    own_state: bool,  # whether each head of q has filters and states of its own
-    turned: bool,  # whether q and k are turned
-    adjacent: bool,  # whether turned pairs are adjacent channels
-    scale: float,  # of q before the filters
-    eps: float,  # of the norms
-) -> Tensor:  # (batch, channel of q)
-    """The output of a mixer before its last projection; conv_state, rings and state move on by one token, in place."""
-    batch, heads = len(projected), len(places)
-    of_rows = [x for x in (cos, sin, real, gates, conv_state, *near[:3], *kept[:3], state) if x is not None]
-    if any(len(x) != batch for x in of_rows):  # the source would read beyond the end of it
-        raise ValueError(f"found {[len(x) for x in of_rows]} rows beside {batch} of q, k and v; expected as many")
-    width = projected.shape[1] // (heads * (queries + 2))
-    y = projected.new_empty(batch, heads * queries * width)
-    numbered = (ctypes.c_int64 * heads)(*places)
+def step_in_cpp(
+    y, projected, cos, sin, real, taps, norms, gates, places, conv_state, near, kept, modes, state,
+    width, queries, groups, own_state, pairs, adjacent, scale, eps,
+):  # fmt: skip
+    """`step` of step.py, into y; `width` is that of a head, in `groups` of channels with a filter each."""
+    numbered = (ctypes.c_int64 * len(places))(*places)
     read = [None if x is None else x.contiguous() for x in (projected, taps, cos, sin, gates, real)]
     numbers = sum(x.numel() for x in [*near, *kept, *([] if state is None else [state])])
     arguments = _Arguments(
-        rows=batch,
-        heads=heads,
+        rows=len(projected),
+        heads=len(places),
         queries=queries,
         width=width,
-        pairs=cos.shape[-1] if turned else 0,
+        pairs=pairs,
         adjacent=adjacent,
         taps=0 if taps is None else taps.shape[1],
-        groups=len(modes[2]) // _others(heads, kept, queries if own_state else 1) if modes else 0,
+        groups=groups,
         own_state=own_state,
         components=len(modes[0]) if modes else 0,
         gated=bool(near and modes),
@@ -438,12 +371,6 @@ def step(
     )
     entry = compiled().step_float32 if projected.dtype == torch.float32 else compiled().step_float64
     entry(ctypes.byref(arguments))
-    return y
-
-
-def _others(heads, kept, queries):
-    """Heads that filters run over."""
-    return (heads - (kept[0].shape[1] if kept else 0)) * queries
 
 
 def _ring(tensors):
@@ -452,15 +379,3 @@ def _ring(tensors):
 
 def _address(x):
     return None if x is None else x.data_ptr()
-
-
-# An operator for torch.compile. Named after the module, as this file can be loaded twice, from the package and from a
-# checkpoint.
-step_operator = library.custom_op(
-    re.sub(r"\W", "_", __name__) + "::mixer_step", step, mutates_args=("conv_state", "near", "kept", "state")
-)
-
-
-@step_operator.register_fake
-def _(projected, cos, sin, real, taps, norms, gates, places, conv_state, near, kept, modes, state, queries, *rest):
-    return projected.new_empty(len(projected), projected.shape[1] * queries // (queries + 2))

@@ -9,7 +9,7 @@ from conftest import GROUPED, GROUPED_SHAPES, random_ids, tiny_student
 from reference import assert_close
 from test_window import MODAL_SHAPES, SHAPES
 
-from scavenger.model import HyenaCache, native
+from scavenger.model import HyenaCache, step, step_cpp
 
 
 NARROW = [
@@ -38,8 +38,8 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs
 @pytest.fixture
 def counted(monkeypatch):
     """A list that grows by one with each step in machine code."""
-    calls, step = [], native.step
-    monkeypatch.setattr(native, "step", lambda *words, **more: calls.append(1) or step(*words, **more))
+    calls, once = [], step.step
+    monkeypatch.setattr(step, "step", lambda *words, **more: calls.append(1) or once(*words, **more))
     return calls
 
 
@@ -54,7 +54,7 @@ def both(model, monkeypatch, padded=False):
     for in_torch in (False, True):
         with monkeypatch.context() as patched, torch.no_grad():
             if in_torch:
-                patched.setattr(native, "available", lambda: False)
+                patched.setattr(step, "available", lambda: False)
             seen = mask if padded else torch.ones_like(mask)
             cache = HyenaCache(model.config)
             model(input_ids=ids[:, :PROMPT], attention_mask=seen[:, :PROMPT], cache=cache)
@@ -83,7 +83,7 @@ def test_machine_code_is_torch(shape, padded, monkeypatch, counted):
 @needs_a_compiler
 @pytest.mark.parametrize("shape", [{"filters": 5}, SHAPES[2]])
 def test_machine_code_in_float32_and_on_several_threads(shape, monkeypatch, counted):
-    monkeypatch.setattr(native, "PARALLEL", 0)
+    monkeypatch.setattr(step_cpp, "PARALLEL", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -127,11 +127,11 @@ def test_without_a_compiler_a_student_generates_in_torch(compiler, monkeypatch, 
     """None is there, or it refuses the source."""
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.compiled.cache_clear()
+    step_cpp.compiled.cache_clear()
     try:
         decoder = tiny_student(modal=True).batch_decoder(rows=1)
         assert decoder.generate([torch.tensor([3])], 2)[0].shape == (2,)
     finally:
-        native.compiled.cache_clear()
+        step_cpp.compiled.cache_clear()
     assert not counted and not list(tmp_path.rglob("*.so"))
     assert ("did not compile" in caplog.text) == (compiler == sys.executable)
