@@ -158,11 +158,8 @@ def rows(args, found):
         yield contenders.PackedDynamic if dynamic < static else contenders.PackedStatic, None
     if contenders.compiles():
         yield contenders.CompiledStatic, None
-    recurrent = [contenders.ModelCalls, contenders.Decoded]
-    if torch.cuda.is_available():
-        recurrent.append(contenders.CompiledDecoded)
     for mixer in args.mixers:
-        for row in (ReadAgain, Exact, *recurrent):
+        for row in (ReadAgain, Exact, contenders.ModelCalls, contenders.Decoded):
             yield row, mixer
 
 
@@ -337,7 +334,7 @@ def contexts(mixer, shape, args):
             cache = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1).cache
         found.append({"length": stop, "prefill": now(device) - began, "kept": state_bytes(cache), "steps": []})
         caches.append(copy.deepcopy(cache))
-    decoder = Decoder(model, 1, compiled=torch.cuda.is_available())
+    decoder = Decoder(model, 1)
     for _ in range(ROUNDS):
         for entry, cache in zip(found, caches, strict=True):
             put(cache, decoder.cache)

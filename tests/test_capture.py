@@ -40,6 +40,7 @@ def captures(monkeypatch):
 
         return replay, output
 
+    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
     monkeypatch.setattr("scavenger.model.capture.record", record)
     monkeypatch.setattr("scavenger.model.modeling_hyena.capturable", lambda x: not torch.is_grad_enabled())
     return found
@@ -149,6 +150,7 @@ class Launches(TorchDispatchMode):
 def test_a_step_launches_ten_kernels_a_layer_and_never_waits(shape, monkeypatch):
     """Counted with the mixer's step, one kernel, as one operation of torch."""
     calls = []
+    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
     monkeypatch.setattr("scavenger.model.step.available", lambda: True)
     monkeypatch.setattr("scavenger.model.step.step_in_cpp", lambda y, *words: calls.append(1) or y.zero_())
     counts = []

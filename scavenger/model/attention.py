@@ -49,7 +49,7 @@ class WindowedAttention(nn.Module):
         layer_cache = None if cache is None else cache.layers[self.layer_index]
         if self.at_once and hidden.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
             if ready(projected[0], layer_cache):
-                return self.out(self._step_at_once(torch.cat(projected, dim=-1), cos, sin, mask, layer_cache))
+                return self.out(next_token(self, torch.cat(projected, dim=-1), None, cos, sin, mask, layer_cache))
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in projected)
         q, k = (turn(z, cos, sin, adjacent=False) for z in (self.q_norm(q), self.k_norm(k)))
         tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), None if mask is None else mask.bool())
@@ -57,16 +57,10 @@ class WindowedAttention(nn.Module):
         y, _ = attention(q.transpose(1, 2), tokens, self.window, ring)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _step_at_once(self, projected, cos, sin, mask, layer_cache):
-        """The output of one token before the last projection, (batch, 1, channel)."""
-        return next_token(
-            self,
-            projected,
-            cos,
-            sin,
-            mask,
+    def step_words(self, layer_cache, dtype: torch.dtype) -> dict:
+        """The arguments of `step` (step.py) that this layer and its cache decide."""
+        return dict(
             taps=None,
-            gates=None,
             places=list(range(self.k.out_features // self.head_dim)),
             conv_state=None,
             near=[],

@@ -24,6 +24,7 @@ from transformers import (
 from .capture import EAGER, Buffers
 from .hyena import HyenaMixer
 from .precision import WideModule
+from .token_cpp import Token, knows
 
 
 SHORT = 32  # tokens: prompts up to this length are read together, longer ones with others of the same power of two
@@ -55,12 +56,14 @@ class Decoder:
         if rows < 1:
             raise ValueError(f"rows is {rows}; expected 1 or more")
         self.rows, self.device = rows, model.device
-        self.model = packed(model, rows).eval()
+        self.model = model
         self.free = list(range(rows))
         with torch.inference_mode(False), torch.no_grad():  # buffers that may be written to in either mode
             self.cache = self._no_tokens()
             self.cache.real = self.cache.real.clone()
             self.logits = torch.zeros(rows, config.vocab_size, dtype=model.lm_head.weight.dtype, device=self.device)
+            self.token = Token(model, self.cache) if knows(model, self.cache) else None
+        self.model = packed(model, rows, lays_out=self.token is None).eval()
         self.buffers = Buffers(self.cache)
         if self.device.type == "cuda":
             for _ in range(EAGER + 1):  # the last one is captured
@@ -224,6 +227,8 @@ class Decoder:
         return self.model(input_ids=nothing, use_cache=True).cache
 
     def _advance(self, ids):
+        if self.token is not None:
+            return self.token(ids)
         logits = self.model(input_ids=ids, cache=self.cache).logits[:, 0]
         self.buffers.keep()
         return logits
@@ -246,13 +251,15 @@ class Arriving:
         return self.held.tolist()
 
 
-def packed(model: nn.Module, rows: int) -> nn.Module:
-    """A copy of the model for decoding: it shares all parameters, but for products in a layout of their own.
+def packed(model: nn.Module, rows: int, lays_out: bool = True) -> nn.Module:
+    """A copy of the model for decoding: it shares all parameters, but for products that are laid out for steps.
 
     The projections of a mixer become one product; on a CPU large products in float32 are packed for oneDNN.
     """
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     model = copy.deepcopy(model, shared)
+    if not lays_out:
+        return model
     packs = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
     for parent in list(model.modules()):
         if isinstance(parent, WideModule):

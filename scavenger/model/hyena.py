@@ -109,7 +109,7 @@ class HyenaMixer(nn.Module):
         layer_cache = None if cache is None else cache.layers[self.layer_index]
         if self.at_once and projected.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
             if ready(projected, layer_cache):
-                return self.out(self._step_at_once(projected, gates, cos, sin, mask, layer_cache))
+                return self.out(next_token(self, projected, gates, cos, sin, mask, layer_cache))
         x, conv_state = short_convolution(
             projected, self.short_filter.to(projected.dtype), layer_cache.conv_state if layer_cache else None
         )
@@ -151,17 +151,11 @@ class HyenaMixer(nn.Module):
         streams = sum(self.streams)
         return every[..., :streams], every[..., streams:] if self.join is not None else None
 
-    def _step_at_once(self, projected, gates, cos, sin, mask, layer_cache):
-        """The output of one token before the last projection, (batch, 1, channel)."""
+    def step_words(self, layer_cache, dtype: torch.dtype) -> dict:
+        """The arguments of `step` (step.py) that this mixer and its cache decide."""
         state = next(iter(layer_cache.modal_states), None)
-        return next_token(
-            self,
-            projected,
-            cos,
-            sin,
-            mask,
-            taps=self.short_filter.to(projected.dtype),
-            gates=None if gates is None else gates[:, 0],
+        return dict(
+            taps=self.short_filter.to(dtype),
             places=self.heads.places,
             conv_state=layer_cache.conv_state,
             near=layer_cache.near.tensors,

@@ -41,16 +41,27 @@ def available() -> bool:
     return compiled() is not None
 
 
-def next_token(mixer: nn.Module, projected: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **parts) -> Tensor:
-    """`step` for the projections of one token, (batch, 1, channel); an operator where torch.compile draws a graph.
-
-    `parts` are the arguments of `step` that differ between mixers.
-    """
-    norms = [norm.weight for norm in (mixer.q_norm, mixer.k_norm) if isinstance(norm, RMSNorm)]
+def next_token(
+    mixer: nn.Module,
+    projected: Tensor,  # (batch, 1, channel of q, k and v)
+    gates: Tensor | None,  # (batch, 1, 2 · filtered head of q)
+    cos: Tensor,  # (batch, 1, turned pair)
+    sin: Tensor,
+    mask: Tensor | None,  # (batch or 1, 1)
+    layer_cache,
+) -> Tensor:  # (batch, 1, channel of q)
+    """`step` of a mixer for one token; an operator where torch.compile draws a graph."""
     real = None if mask is None else mask[:, 0].bool().expand(len(projected))
-    eps = mixer.q_norm.eps if norms else 0.0
+    gates = None if gates is None else gates[:, 0]
     run = step_operator if torch.compiler.is_compiling() else step
-    return run(projected[:, 0], cos[:, 0], sin[:, 0], real, norms=norms, eps=eps, **parts)[:, None]
+    words = mixer.step_words(layer_cache, projected.dtype) | norm_words(mixer)
+    return run(projected[:, 0], cos[:, 0], sin[:, 0], real, gates=gates, **words)[:, None]
+
+
+def norm_words(mixer: nn.Module) -> dict:
+    """The arguments of `step` that the norms of q and k decide."""
+    norms = [norm for norm in (mixer.q_norm, mixer.k_norm) if isinstance(norm, RMSNorm)]
+    return {"norms": [norm.weight for norm in norms], "eps": norms[0].eps if norms else 0.0}
 
 
 def step(
@@ -75,6 +86,23 @@ def step(
     eps: float,  # of the norms
 ) -> Tensor:  # (batch, channel of q)
     """The output of a mixer before its last projection; conv_state, rings and state move on by one token, in place."""
+    y, words = prepared(
+        *(projected, cos, sin, real, taps, norms, gates, places, conv_state, near, kept, modes, state),
+        *(queries, own_state, turned, adjacent, scale, eps),
+    )
+    if projected.is_cuda:
+        from .step_triton import step_in_triton as run
+    else:
+        run = step_in_cpp
+    run(y, *words)
+    return y
+
+
+def prepared(
+    projected, cos, sin, real, taps, norms, gates, places, conv_state, near, kept, modes, state, queries, own_state,
+    turned, adjacent, scale, eps,
+):  # fmt: skip
+    """An empty output, and the arguments of the compiled steps after it."""
     batch = len(projected)
     of_rows = [x for x in (cos, sin, real, gates, conv_state, *near[:3], *kept[:3], state) if x is not None]
     if any(len(x) != batch for x in of_rows):  # the compiled step would read beyond the end of it
@@ -85,15 +113,10 @@ def step(
     if modes:
         filtered = len(places) - (kept[0].shape[1] if kept else 0)
         groups = len(modes[2]) // (filtered * (queries if own_state else 1))
-    if projected.is_cuda:
-        from .step_triton import step_in_triton as run
-    else:
-        run = step_in_cpp
-    run(
-        *(y, projected, cos, sin, real, taps, norms, gates, places, conv_state, near, kept, modes, state),
+    return y, (
+        *(projected, cos, sin, real, taps, norms, gates, places, conv_state, near, kept, modes, state),
         *(width, queries, groups, own_state, cos.shape[-1] if turned else 0, adjacent, scale, eps),
     )
-    return y
 
 
 # An operator for torch.compile. Named after the module, as this file can be loaded twice, from the package and from a

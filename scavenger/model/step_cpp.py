@@ -240,32 +240,162 @@ static void head(const Arguments &a, int64_t row, int64_t h, int64_t near_place,
     }
 }
 
-template <typename T> static void step(const Arguments &a) {
+// All heads of all rows, by the threads that call it together.
+template <typename T> static void mix(const Arguments &a, std::vector<T> &scratch) {
     const int64_t near = a.near.window ? *a.near.written % a.near.window : 0;
     const int64_t kept = a.kept_ring.window ? *a.kept_ring.written % a.kept_ring.window : 0;
-    const int64_t size = (2 * a.queries + 4) * a.width + std::max(a.near.window, a.kept_ring.window);
+    scratch.resize((2 * a.queries + 4) * a.width + std::max(a.near.window, a.kept_ring.window));
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < a.rows * a.heads; task++)
+        head<T>(a, task / a.heads, task % a.heads, near, kept, scratch.data());
+#pragma omp single
+    {
+        for (int64_t row = 0; row < a.rows; row++) {
+            const bool real = !a.real || a.real[row];
+            if (a.near.window) a.near.real[row * a.near.window + near] = real;
+            if (a.kept_ring.window) a.kept_ring.real[row * a.kept_ring.window + kept] = real;
+        }
+        if (a.near.window) ++*a.near.written;
+        if (a.kept_ring.window) ++*a.kept_ring.written;
+    }
+}
+
+template <typename T> static void step(const Arguments &a) {
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
-        std::vector<T> scratch(size);
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < a.rows * a.heads; task++)
-            head<T>(a, task / a.heads, task % a.heads, near, kept, scratch.data());
+        std::vector<T> scratch;
+        mix<T>(a, scratch);
     }
-    for (int64_t row = 0; row < a.rows; row++) {
-        const bool real = !a.real || a.real[row];
-        if (a.near.window) a.near.real[row * a.near.window + near] = real;
-        if (a.kept_ring.window) a.kept_ring.real[row * a.kept_ring.window + kept] = real;
-    }
-    if (a.near.window) ++*a.near.written;
-    if (a.kept_ring.window) ++*a.kept_ring.written;
 }
 
 extern "C" void step_float32(const Arguments *a) { step<float>(*a); }
 extern "C" void step_float64(const Arguments *a) { step<double>(*a); }
+
+// A whole student, for few rows.
+
+struct Norm { const void *weight, *bias; double eps; int64_t rms; };
+struct Linear { const void *weight, *bias; int64_t in, out; };  // weight (out, in)
+struct Block {
+    Norm mixer_norm, mlp_norm;
+    Linear streams, join, out, up, gate, down;  // join, gate: out 0 where there is none
+    int64_t activation, parallel;
+    Arguments mixer;  // reads what streams and join found
+};
+struct Student {
+    int64_t rows, layers, width, words, threads;
+    const int64_t *ids;
+    int64_t *seen, *real;  // tokens read: one number; and of each row
+    const void *embedding;
+    double embedding_scale;
+    const Block *blocks;
+    Norm norm;
+    Linear head;
+    void *hidden, *inner, *logits;
+};
+
+template <typename T> static void normalised(const Norm &norm, const T *x, int64_t rows, int64_t n, T *y) {
+    const T *weight = (const T *)norm.weight, *bias = (const T *)norm.bias;
+    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
+        T mean = 0, squares = 0;
+        if (!norm.rms) {
+#pragma omp simd reduction(+ : mean)
+            for (int64_t i = 0; i < n; i++) mean += x[i];
+            mean /= T(n);
+        }
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+        const T factor = T(1) / std::sqrt(squares / T(n) + T(norm.eps));
+        for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * factor * weight[i] + (bias ? bias[i] : T(0));
+    }
+}
+
+// Output `o` of a linear layer for one row.
+template <typename T> static T product(const Linear &linear, int64_t o, const T *x) {
+    const T sum = dot((const T *)linear.weight + o * linear.in, x, linear.in);
+    return linear.bias ? sum + ((const T *)linear.bias)[o] : sum;
+}
+
+template <typename T> static void linear(const Linear &layer, const T *x, int64_t rows, T *y) {
+#pragma omp for schedule(static) nowait
+    for (int64_t o = 0; o < layer.out; o++)
+        for (int64_t r = 0; r < rows; r++) y[r * layer.out + o] = product(layer, o, x + r * layer.in);
+}
+
+template <typename T> static T activated(int64_t kind, T x) {
+    switch (kind) {
+        case 0: return x * T(0.5) * (T(1) + std::erf(x * T(0.70710678118654752440)));
+        case 1: return x * T(0.5) * (T(1) + std::tanh(T(0.79788456080286535588) * (x + T(0.044715) * x * x * x)));
+        case 2: return x / (T(1) + std::exp(-x));
+        default: return x > 0 ? x : T(0);
+    }
+}
+
+template <typename T> static void widened(const Block &b, const T *x, int64_t rows, T *inner) {
+#pragma omp for schedule(static) nowait
+    for (int64_t o = 0; o < b.up.out; o++)
+        for (int64_t r = 0; r < rows; r++) {
+            const T up = product(b.up, o, x + r * b.up.in);
+            T &y = inner[r * b.up.out + o];
+            y = b.gate.out ? activated(b.activation, product(b.gate, o, x + r * b.up.in)) * up
+                           : activated(b.activation, up);
+        }
+}
+
+// One token of every row. Threads compute norms each for itself, and share the outputs of products and the heads.
+template <typename T> static int token(const Student &s) {
+    for (int64_t r = 0; r < s.rows; r++)
+        if (s.ids[r] < 0 || s.ids[r] >= s.words) return 1;
+    T *hidden = (T *)s.hidden, *inner = (T *)s.inner;
+#pragma omp parallel num_threads(s.threads) if (s.threads > 1)
+    {
+        std::vector<T> scratch, x(s.rows * s.width), other(s.rows * s.width);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < s.rows; r++) {
+            const T *word = (const T *)s.embedding + s.ids[r] * s.width;
+            for (int64_t i = 0; i < s.width; i++) hidden[r * s.width + i] = word[i] * T(s.embedding_scale);
+            ++s.real[r];
+        }
+        for (int64_t layer = 0; layer < s.layers; layer++) {
+            const Block &b = s.blocks[layer];
+            normalised(b.mixer_norm, hidden, s.rows, s.width, x.data());
+            linear(b.streams, x.data(), s.rows, (T *)b.mixer.projected);
+            linear(b.join, x.data(), s.rows, (T *)b.mixer.gates);
+            if (b.parallel) {
+                normalised(b.mlp_norm, hidden, s.rows, s.width, other.data());
+                widened(b, other.data(), s.rows, inner);
+            }
+#pragma omp barrier
+            mix<T>(b.mixer, scratch);
+            const T *mixed = (const T *)b.mixer.y;
+#pragma omp for schedule(static)
+            for (int64_t o = 0; o < s.width; o++)
+                for (int64_t r = 0; r < s.rows; r++) {
+                    T sum = product(b.out, o, mixed + r * b.out.in);
+                    if (b.parallel) sum += product(b.down, o, inner + r * b.down.in);
+                    hidden[r * s.width + o] += sum;
+                }
+            if (b.parallel) continue;
+            normalised(b.mlp_norm, hidden, s.rows, s.width, x.data());
+            widened(b, x.data(), s.rows, inner);
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t o = 0; o < s.width; o++)
+                for (int64_t r = 0; r < s.rows; r++)
+                    hidden[r * s.width + o] += product(b.down, o, inner + r * b.down.in);
+        }
+        normalised(s.norm, hidden, s.rows, s.width, x.data());
+        linear(s.head, x.data(), s.rows, (T *)s.logits);
+    }
+    ++*s.seen;
+    return 0;
+}
+
+extern "C" int token_float32(const Student *s) { return token<float>(*s); }
+extern "C" int token_float64(const Student *s) { return token<double>(*s); }
 """
 
 
-class _Ring(ctypes.Structure):
+class Ring(ctypes.Structure):
     """As in the source."""
 
     _fields_ = [
@@ -274,7 +404,7 @@ class _Ring(ctypes.Structure):
     ]
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """As in the source."""
 
     _fields_ = [
@@ -294,7 +424,7 @@ class _Arguments(ctypes.Structure):
             )
         ],
         ("kept_heads", ctypes.c_int64),
-        *[(name, _Ring) for name in ("near", "kept_ring")],
+        *[(name, Ring) for name in ("near", "kept_ring")],
         *[(name, ctypes.c_void_p) for name in ("poles", "residues", "direct", "first", "size")],
         *[(name, ctypes.c_int64) for name in ("modes", "filters")],
         ("state", ctypes.c_void_p),
@@ -333,15 +463,22 @@ def _lines(path):
         return []
 
 
-def step_in_cpp(
+def step_in_cpp(y, projected, *words):
+    """`step` of step.py, into y."""
+    arguments, read = step_arguments(y, projected, *words)
+    entry = compiled().step_float32 if projected.dtype == torch.float32 else compiled().step_float64
+    entry(ctypes.byref(arguments))
+
+
+def step_arguments(
     y, projected, cos, sin, real, taps, norms, gates, places, conv_state, near, kept, modes, state,
     width, queries, groups, own_state, pairs, adjacent, scale, eps,
 ):  # fmt: skip
-    """`step` of step.py, into y; `width` is that of a head, in `groups` of channels with a filter each."""
+    """The source's arguments, and what must live as long; `width` is that of a head, of `groups` with a filter each."""
     numbered = (ctypes.c_int64 * len(places))(*places)
     read = [None if x is None else x.contiguous() for x in (projected, taps, cos, sin, gates, real)]
     numbers = sum(x.numel() for x in [*near, *kept, *([] if state is None else [state])])
-    arguments = _Arguments(
+    arguments = Arguments(
         rows=len(projected),
         heads=len(places),
         queries=queries,
@@ -356,26 +493,25 @@ def step_in_cpp(
         threads=torch.get_num_threads() if numbers > PARALLEL else 1,
         scale=scale,
         eps=eps,
-        **dict(zip(("projected", "taps_of", "cos", "sin", "gates", "real"), map(_address, read), strict=True)),
-        **dict(zip(("q_norm", "k_norm"), map(_address, norms or [None, None]), strict=True)),
-        conv_state=_address(conv_state),
+        **dict(zip(("projected", "taps_of", "cos", "sin", "gates", "real"), map(address, read), strict=True)),
+        **dict(zip(("q_norm", "k_norm"), map(address, norms or [None, None]), strict=True)),
+        conv_state=address(conv_state),
         y=y.data_ptr(),
         kept=ctypes.addressof(numbered),
         kept_heads=kept[0].shape[1] if kept else 0,
         near=_ring(near),
         kept_ring=_ring(kept),
-        **dict(zip(("poles", "residues", "direct", "first", "size"), map(_address, modes), strict=False)),
+        **dict(zip(("poles", "residues", "direct", "first", "size"), map(address, modes), strict=False)),
         modes=modes[0].shape[1] if modes else 0,
         filters=len(modes[2]) if modes else 0,
-        state=_address(state),
+        state=address(state),
     )
-    entry = compiled().step_float32 if projected.dtype == torch.float32 else compiled().step_float64
-    entry(ctypes.byref(arguments))
+    return arguments, (numbered, read)
 
 
 def _ring(tensors):
-    return _Ring(*map(_address, tensors), tensors[0].shape[2]) if tensors else _Ring()
+    return Ring(*map(address, tensors), tensors[0].shape[2]) if tensors else Ring()
 
 
-def _address(x):
+def address(x):
     return None if x is None else x.data_ptr()

@@ -225,11 +225,10 @@ class Decoded(Contender):
 
     name = "Decoder"
     student = "modal"
-    compiled = False
 
     def __init__(self, model, case):
         super().__init__(model, case)
-        self.decoder, self.rows = Decoder(model, case.batch, compiled=self.compiled), []
+        self.decoder, self.rows = Decoder(model, case.batch), []
         self.step_model, self.cache = self.decoder.model, self.decoder.cache
 
     def read(self, ids):
@@ -242,11 +241,6 @@ class Decoded(Contender):
 
     def skip(self, count):
         """Nothing to do: a step does not depend on how many there were."""
-
-
-class CompiledDecoded(Decoded):
-    name = "Decoder, compiled"
-    compiled = True
 
 
 def kinds(model: Evaluated) -> list[type[Contender]]:

@@ -1,0 +1,153 @@
+"""One token through a whole student in machine code, on a CPU, where rows are few and calls of torch cost the most.
+
+All addresses are put into structures once, when a Decoder is created, as its states never move; a token is then one
+call. The source is that of step_cpp.py.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from .attention import WindowedAttention
+from .norm import RMSNorm
+from .step import norm_words, prepared, ready
+from .step_cpp import Arguments, address, compiled, step_arguments
+
+
+ROWS = 4  # with more, products of packed weights are quicker
+# The source's activations by their names in transformers.
+ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu_fast": 1, "silu": 2, "swish": 2, "relu": 3}
+
+
+def _structure(name, *groups):
+    fields = [(field, kind) for kind, fields in groups for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields, "__doc__": "As in the source."})
+
+
+_INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+Norm = _structure("Norm", (_POINTER, "weight bias"), (_FLOAT, "eps"), (_INT, "rms"))
+Linear = _structure("Linear", (_POINTER, "weight bias"), (_INT, "inputs outputs"))
+Block = _structure(
+    "Block",
+    (Norm, "mixer_norm mlp_norm"),
+    (Linear, "streams join out up gate down"),
+    (_INT, "activation parallel"),
+    (Arguments, "mixer"),
+)
+Student = _structure(
+    "Student",
+    (_INT, "rows layers width words threads"),
+    (_POINTER, "ids seen real embedding"),
+    (_FLOAT, "embedding_scale"),
+    (_POINTER, "blocks"),
+    (Norm, "norm"),
+    (Linear, "head"),
+    (_POINTER, "hidden inner logits"),
+)
+
+
+def knows(model: nn.Module, cache) -> bool:
+    """Whether the source knows all of a student, with a cache that has begun."""
+    weight = model.lm_head.weight
+    parts = [part for part in model.parameters() if part.is_floating_point()]
+    return (
+        weight.device.type == "cpu"
+        and len(cache.real) <= ROWS
+        and model.config.hidden_act in ACTIVATIONS
+        and all(part.dtype == weight.dtype and part.is_contiguous() for part in parts)
+        and all(layer.mixer.at_once for layer in model.model.layers)
+        and all(ready(weight, layer) for layer in cache.layers)
+    )
+
+
+class Token:
+    """A step of a student with the states of a cache, which must stay where they are."""
+
+    def __init__(self, model: nn.Module, cache):
+        config, weight = model.config, model.lm_head.weight
+        self.model, self.cache, self.weight = model, cache, weight  # addresses are of what lives
+        self.entry = compiled().token_float32 if weight.dtype == torch.float32 else compiled().token_float64
+        self.alive = []
+        rows, pairs = len(cache.real), len(model.model.rotary.inv_freq)
+        self.cos, self.sin = self._new(rows, pairs), self._new(rows, pairs)
+        blocks = [self._block(layer, own) for layer, own in zip(model.model.layers, cache.layers, strict=True)]
+        self.blocks = (Block * len(blocks))(*blocks)
+        self.student = Student(
+            rows=rows,
+            layers=len(blocks),
+            width=config.hidden_size,
+            words=len(model.model.embed.weight),
+            threads=torch.get_num_threads(),
+            seen=address(cache.seen),
+            real=address(cache.real),
+            embedding=address(model.model.embed.weight),
+            embedding_scale=config.embedding_scale,
+            blocks=ctypes.addressof(self.blocks),
+            norm=self._norm(model.model.norm),
+            head=self._linear(model.lm_head.weight, model.lm_head.bias),
+            hidden=address(self._new(rows, config.hidden_size)),
+            inner=address(self._new(rows, config.intermediate_size)),
+        )
+
+    def __call__(self, ids: Tensor) -> Tensor:  # (row, 1) -> (row, vocabulary)
+        ids = ids.long().contiguous()
+        # By torch, whose cos differs from the compiler's in its last bit.
+        angles = self.model.model.rotary(self.cache.real[:, None], self.cos.dtype)
+        for held, new in zip((self.cos, self.sin), angles, strict=True):
+            held.copy_(new[:, 0])
+        logits = self.weight.new_empty(len(ids), len(self.weight))
+        self.student.ids, self.student.logits = address(ids), address(logits)
+        if self.entry(ctypes.byref(self.student)):
+            raise IndexError(f"found the tokens {ids.flatten().tolist()}; expected 0 to {self.student.words - 1}")
+        return logits
+
+    def _block(self, block, layer_cache):
+        mixer, mlp = block.mixer, block.mlp
+        if isinstance(mixer, WindowedAttention):
+            projections, join = [mixer.q, mixer.k, mixer.v], None
+        else:
+            projections, join = [mixer.q, mixer.k, mixer.v], mixer.join
+        weight = self._held(torch.cat([each.weight for each in projections]))
+        bias = None
+        if any(each.bias is not None for each in projections):
+            zeros = [each.weight.new_zeros(len(each.weight)) for each in projections]
+            biases = [zero if each.bias is None else each.bias for each, zero in zip(projections, zeros, strict=True)]
+            bias = self._held(torch.cat(biases))
+        rows = len(self.cos)
+        projected = self._new(rows, len(weight))
+        gates = None if join is None else self._new(rows, join.out_features)
+        y, words = prepared(
+            projected, self.cos, self.sin, None, gates=gates, **mixer.step_words(layer_cache, weight.dtype),
+            **norm_words(mixer),
+        )  # fmt: skip
+        arguments, alive = step_arguments(y, *words)
+        self.alive += [y, words, alive]
+        gate = getattr(mlp, "gate", None)
+        return Block(
+            mixer_norm=self._norm(block.mixer_norm),
+            mlp_norm=self._norm(block.mlp_norm),
+            streams=self._linear(weight, bias),
+            join=Linear() if join is None else self._linear(join.weight, join.bias),
+            out=self._linear(mixer.out.weight, mixer.out.bias),
+            up=self._linear(mlp.up.weight, mlp.up.bias),
+            gate=Linear() if gate is None else self._linear(gate.weight, gate.bias),
+            down=self._linear(mlp.down.weight, mlp.down.bias),
+            activation=ACTIVATIONS[self.model.config.hidden_act],
+            parallel=self.model.config.parallel_residual,
+            mixer=arguments,
+        )
+
+    def _norm(self, norm):
+        bias = getattr(norm, "bias", None)
+        return Norm(address(norm.weight), address(bias), norm.eps, isinstance(norm, RMSNorm))
+
+    def _linear(self, weight, bias):
+        return Linear(address(weight), address(bias), weight.shape[1], weight.shape[0])
+
+    def _new(self, *shape):
+        return self._held(self.weight.new_empty(shape))
+
+    def _held(self, x):
+        self.alive.append(x)
+        return x
