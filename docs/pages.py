@@ -1,7 +1,7 @@
 """A hook of mkdocs: pages that lie outside docs/, and links that work in the repository as on the site.
 
-Pages link to files of the repository by relative paths. A link to a page of the site leads there; a link to any other
-file that exists keeps its words only; a link to nothing is a warning, which `mkdocs build --strict` turns into an error.
+Pages link to files of the repository by relative paths. A link to a page of the site leads there. A link to any other
+file that exists keeps its words only. A link to nothing is a warning, an error under `mkdocs build --strict`.
 """
 
 import logging
