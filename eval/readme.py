@@ -29,7 +29,7 @@ SHORT = 512  # tokens read before the first of the README's two speeds; the othe
 # Rows of the README's table: the metric, and what a reader calls it.
 SHOWN = (
     ("perplexity", "perplexity on held-out text"),
-    ("recall of pairs", "recall of key-value pairs (chance: 3.1 %)"),
+    ("recall of pairs", "recall of key-value pairs"),
     ("needle", "recall of a needle in real text"),
     ("gain on repeated passages", "gain on a passage read before, nats"),
 )
@@ -112,6 +112,7 @@ def summary(figures: dict) -> str:
         for metric, name in SHOWN
         if metric in by_name  # a short context has no room for passages
     ]
+    rows.insert(1, ["× teacher, 95 % interval", *map(ratio, models.values())])
     for length in sorted({min(SHORT, last_length(models)), last_length(models)}):
         at_length = [timed(model, length) for model in models.values()]
         speeds = [f"{row['tokens_per_second']:,.0f}" for row in at_length]
@@ -120,9 +121,17 @@ def summary(figures: dict) -> str:
         [f"state after {last_length(models):,} tokens, KiB"]
         + [f"{timed(model, last_length(models))['state_bytes'] / 1024:,.1f}" for model in models.values()]
     )
-    tokens = models["distilled"]["tokens_seen"]
-    students = f"The students read {tokens:,} tokens, the teacher {models['teacher']['tokens_seen']:,}."
-    return "\n".join([*markdown(["", *found["labels"]], rows), "", students, environment(figures)])
+    versions = found["versions"]
+    on = f"{versions['device']}, {versions['dtype']}, torch {versions['torch']}"
+    read = [f"{models[name]['tokens_seen']:,}" for name in ("distilled", "teacher")]
+    said = f"The students read {read[0]} tokens, the teacher {read[1]}; measured on {on}."
+    return "\n".join([*markdown(["", *found["labels"]], rows), "", said])
+
+
+def ratio(model: dict) -> str:
+    """A perplexity as a multiple of the teacher's, with its interval where there is one."""
+    low, high = model["ratio_interval"]
+    return f"{model['ratio_to_teacher']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
 
 
 def last_length(models: dict) -> int:
@@ -199,7 +208,7 @@ def environment(figures: dict) -> str:
     text = figures["data"]
     source = text.get("path") or text.get("name") or f"the {text['source']} of Python {text['python']}"
     versions = ", ".join(f"{name} {version}" for name, version in figures["comparison"]["versions"].items())
-    return f"Seed {figures['seed']}; text: {source};\n{versions}."
+    return f"Seed {figures['seed']}; text: {source}; {versions}."
 
 
 def drawn(figures: dict) -> str:

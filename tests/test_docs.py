@@ -155,6 +155,7 @@ def understood(line, place):
         load_recipe(str(ROOT / args.recipe), [f"{key}={ours.get(key, value)}" for key, value in pairs])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
 def test_commands_are_understood(line, tmp_path):
     (tmp_path / "text.txt").write_text("text")
@@ -226,6 +227,7 @@ def strings():
                 yield text(node)
 
 
+@pytest.mark.slow
 def test_messages_of_troubleshooting_are_the_programs():
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\| `([^`]+)` \|", page, flags=re.M)
