@@ -6,6 +6,7 @@ python eval/readme.py --check                   checks that they are current (ex
 """
 
 import argparse
+import datetime
 import difflib
 import hashlib
 import io
@@ -41,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
     try:
-        source = FIGURES if args.run is None else args.run / "report" / "report.json"
-        figures = checkpoint.read_json(source)
-        figures = figures if args.run is None else taken(figures)
+        figures = checkpoint.read_json(FIGURES) if args.run is None else taken(args.run)
         made = {README: with_results(read(README), figures), PAGE: results_page(figures)}
         drawing = DRAWING if digest(figures) in read(DRAWING) else None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -72,11 +71,14 @@ def differences(path: Path, text: str) -> list[str]:
     return list(difflib.unified_diff(read(path).splitlines(), text.splitlines(), path.name, "its figures", n=0))
 
 
-def taken(figures: dict) -> dict:
-    """The figures of a report that the README and the page show."""
+def taken(run: Path) -> dict:
+    """The figures of a run's report that the README and the page show, and the day it was written."""
+    path = run / "report" / "report.json"
+    figures = checkpoint.read_json(path)
     found = figures["comparison"]
     timings = list(found["details"]["speed"].values())
     return {
+        "date": datetime.date.fromtimestamp(path.stat().st_mtime).isoformat(),
         "seed": figures["seed"],
         "test_tokens": figures["test_tokens"],
         "models": figures["models"],
@@ -124,7 +126,7 @@ def summary(figures: dict) -> str:
     versions = found["versions"]
     on = f"{versions['device']}, {versions['dtype']}, torch {versions['torch']}"
     read = [f"{models[name]['tokens_seen']:,}" for name in ("distilled", "teacher")]
-    said = f"The students read {read[0]} tokens, the teacher {read[1]}; measured on {on}."
+    said = f"The students read {read[0]} tokens, the teacher {read[1]}; {figures['date']}, {on}."
     return "\n".join([*markdown(["", *found["labels"]], rows), "", said])
 
 
@@ -204,11 +206,11 @@ def results(figures: dict) -> str:
 
 
 def environment(figures: dict) -> str:
-    """Where and on what text it was measured, in one line."""
+    """When, where and on what text it was measured, in one line."""
     text = figures["data"]
     source = text.get("path") or text.get("name") or f"the {text['source']} of Python {text['python']}"
     versions = ", ".join(f"{name} {version}" for name, version in figures["comparison"]["versions"].items())
-    return f"Seed {figures['seed']}; text: {source}; {versions}."
+    return f"{figures['date']}; seed {figures['seed']}; text: {source}; {versions}."
 
 
 def drawn(figures: dict) -> str:

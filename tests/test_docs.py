@@ -242,6 +242,10 @@ def test_every_page_of_results_is_listed():
     listed = {(ROOT / "docs/results" / target).resolve() for target in re.findall(r"\]\(([^)]+\.md)\)", index)}
     there = {path for pattern in ("docs/results/*.md", "eval/*.md", "benchmarks/*.md") for path in ROOT.glob(pattern)}
     assert listed == there - {ROOT / "docs/results/index.md"}
+    for target, date in re.findall(r"\]\(([^)]+\.md)\) \|.*\| (\d{4}-\d\d-\d\d) \|", index):
+        listed.remove((ROOT / "docs/results" / target).resolve())
+        assert date in (ROOT / "docs/results" / target).read_text(encoding="utf-8"), "a page says its own date"
+    assert not listed, "without a date"
 
 
 def test_citation():

@@ -185,7 +185,7 @@ def test_a_run_gives_its_figures(quickstart):
     """From a report, what README, page and figure show of it: every model, and no sums over items."""
     folder, _ = quickstart
     made = runpy.run_path(str(ROOT / "eval/readme.py"))
-    figures = made["taken"](read_json(folder / "report/report.json"))
+    figures = made["taken"](folder)
     text = made["results_page"](figures) + made["summary"](figures)
     assert "<svg" in made["drawn"](figures)
     for name in ("teacher", "pre-trained", "distilled", "recurrent", "recall of pairs", "greedy agreement", "torch "):
