@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where there is no NVIDIA GPU, the CPU build of torch and not gigabytes of CUDA.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 
-.PHONY: setup quickstart check test quality
+.PHONY: setup quickstart check test quality docs
 
 setup: .venv/ready
 
@@ -27,3 +27,7 @@ check: setup quality
 
 quality: setup
 	$(BIN)/ruff check .
+
+# The documentation, into site/; a broken link is an error.
+docs: setup
+	$(BIN)/mkdocs build --strict

@@ -15,17 +15,21 @@ from scavenger.recipe import Recipe, Section, describe
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Recipes
 
-A recipe is one YAML file, one experiment. Its first line is `#!/usr/bin/env scavenger`; without it, `accelerate launch`
-recognises a recipe by its keys `run_dir` and `teacher`. Every key below can also be set on the command line, as
-`section.key=value`:
+A recipe is one YAML file, one experiment. Its first line is `#!/usr/bin/env scavenger`. Without that line,
+`accelerate launch` recognises a recipe by its keys `run_dir` and `teacher`.
+
+Every key below can also be set on the command line, as `section.key=value`:
 
     scavenger recipes/quickstart.yaml transfer.logits.steps=100 student.filter.form=modal
 
-`transfer.activations` and `transfer.logits` may be lists of sections that follow one another:
-`transfer.logits.0.steps=100`. A section that may be left out is a stage that is not run; `section=null` leaves it out.
-A key without a default must be given.
+`transfer.activations` and `transfer.logits` may be lists of sections that follow one another; their keys are then
+`transfer.logits.0.steps=100`. An optional section that is left out is a stage that does not run; `section=null` leaves
+it out. A key without a default must be given.
 
-Made from the code by `python docs/recipes.py`.
+How to choose: [Teachers and text](teachers.md), [Transfer](transfer.md), [Mixers and recall](mixers.md),
+[Recurrences](recurrences.md). Shipped recipes: [Teachers and text](teachers.md#shipped-recipes).
+
+Generated from the code by `python docs/recipes.py`.
 """
 
 

@@ -358,7 +358,7 @@ def page(found: dict, figure: Path | None = None) -> str:
 - ±: standard deviation over seeds. The seed also decides which held-out text is read, so compare the ratios
   (× teacher): both models are measured on the same text, at most {found["tokens"]:,} tokens of each split.
 - agreement: positions of the test split where the distilled student's most likely token is the teacher's.
-- pairs, passages: recall of the recurrent student on the test split, as [recall.py](recall.py) measures it;
+- pairs, passages: recall of the recurrent student on the test split, as `eval/recall.py` measures it;
   {asked["examples"]} sequences of pairs, and as many passages at each distance, the same for all students of a seed.
 - pairs: when a key that was read with its value is repeated, how often that value is the most likely of the
   {asked["pairs"]} shown; by chance {100 / asked["pairs"]:.1f} % over all distances.

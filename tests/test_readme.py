@@ -1,4 +1,4 @@
-"""The README's commands run, and its tree is the disk's."""
+"""The README's commands run, those of evaluation and of stage two too; its results are those of the figures."""
 
 import contextlib
 import io
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, command, command_line, launch, shared
+from pages import blocks, commands
 
-from scavenger.recipe import load_recipe
 from scavenger.run.checkpoint import read_json
 
 
@@ -33,11 +33,6 @@ SMALL = [
     "report.prompts=3",
     "report.rounds=1",
 ]
-
-
-def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.split("#")[0].strip()]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +59,7 @@ def test_quickstart(quickstart):
 
 
 def test_make_runs_those_commands():
-    found = commands()
-    assert found[:2] == ["make quickstart", "make test"]
+    assert {"make quickstart", "make test"} <= set(commands())
     for target, words in (
         ("quickstart", "accelerate launch recipes/quickstart.yaml"),
         ("test", "pytest"),
@@ -75,20 +69,7 @@ def test_make_runs_those_commands():
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 
-def test_recipes_in_commands_load():
-    named = [words.split() for words in commands() if "recipes/" in words]
-    assert len(named) >= 5
-    for words in named:
-        index = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
-        overrides = [
-            word for word in words[index + 1 :] if "=" in word and not word.startswith(("teacher.path=", "data.path="))
-        ]
-        load_recipe(str(ROOT / words[index]), overrides)
-    for configuration in re.findall(r"accelerate_configs/\w+\.yaml", README):
-        assert (ROOT / configuration).is_file()
-
-
-# Appended to the README's commands: the same measurements of less.
+# Appended to the commands of docs/evaluation.md and docs/recurrences.md: the same measurements of less.
 LESS = {
     "perplexity": "--longest 300",
     "recall": "--examples 3",
@@ -102,15 +83,15 @@ LESS = {
 
 @pytest.fixture(scope="module")
 def evaluated(quickstart, tmp_path_factory):
-    """What the README's commands of evaluation print, on the beginning of the README: the JSON of the last line."""
+    """What the commands of evaluation print, on the beginning of the README: the JSON of the last line."""
     run, found = quickstart[0], {}
     place = tmp_path_factory.mktemp("evaluated")
-    (place / "README.md").write_text(README[:6000])
+    (place / "README.md").write_text(README[:6000])  # of text, to evaluate on
     for line in commands():
         first, *words = line.split()
-        if not line.startswith(("python eval/", "scavenger recur ")):
-            continue
         name = Path(words[0]).stem
+        if not ("runs/quickstart" in line and name in LESS):
+            continue
         words = [word.replace("runs/quickstart", str(run)).replace("runs/", f"{place}/") for word in words]
         words += LESS[name].split()
         words = [str(place / word) if word == "README.md" else word for word in words]
@@ -167,65 +148,51 @@ def test_recur_commands(evaluated):
 
 
 def test_python_example(quickstart, tmp_path):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.S))
+    code = "\n".join(block.text for block in blocks("python") if block.page == ROOT / "README.md")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/quickstart").symlink_to(quickstart[0])
-    names = {}
     with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, names)
+        exec(code, {})
     assert printed.getvalue().startswith("def main(")
-    assert len(names["prompts"]) == 3 and 0 < len(names["new"]) <= 20, "the Decoder's last"
 
 
-def test_file_tree_is_the_disk():
-    tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.S)[1].splitlines()
-    named, folder = set(), None
-    for line in tree:
-        name, depth = line.split()[0], len(line) - len(line.lstrip())
-        if depth == 2:
-            named.add(name)
-            folder = name
-        if depth == 4:
-            named.add(folder + name)
-    tracked = [path.removeprefix("scavenger/") for path in launch("git", "ls-files", "scavenger").stdout.split()]
-    shown = {name.partition("/")[0] + "/" for name in named if "/" in name.rstrip("/")}  # folders with their files
-    entries = set()
-    for path in tracked:
-        first, slash, inside = path.partition("/")
-        entries.add(first + slash)
-        if slash and first + slash in shown:
-            entries.add(first + slash + inside.partition("/")[0] + ("/" if "/" in inside else ""))
-    assert named == {entry for entry in entries if not entry.endswith("__init__.py")}
-    top = {line.split()[0] for line in tree if not line.startswith("  ")}
-    assert all((ROOT / name).exists() for name in top)
+def test_it_is_read_in_three_minutes():
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_results_are_those_of_the_figures():
-    """Of eval/quickstart.json: `python eval/readme.py` writes them anew."""
+    """Of eval/quickstart.json: `python eval/readme.py` writes them anew, and page and figure of the quickstart too."""
     checked = command("eval/readme.py", "--check")
     assert checked.returncode == 0, checked.stderr
     made = runpy.run_path(str(ROOT / "eval/readme.py"))
     figures = read_json(ROOT / "eval/quickstart.json")
     assert made["with_results"](README, figures) == README
+    results = (ROOT / "docs/results/quickstart.md").read_text(encoding="utf-8")
+    assert made["results_page"](figures) == results
     shown = f"{figures['models']['recurrent']['perplexity']:.3f}"
-    assert shown in README
-    figures["models"]["recurrent"]["perplexity"] += 0.1
-    assert made["with_results"](README, figures) != README
+    assert shown in README and shown in results
+    digest = made["digest"](figures)
+    assert digest in made["drawn"](figures)
+    (row,) = [row for row in figures["comparison"]["rows"] if row["metric"] == "perplexity"]
+    row["models"]["recurrent"]["value"] += 0.1
+    assert made["with_results"](README, figures) != README and made["results_page"](figures) != results
+    assert made["digest"](figures) != digest
     with pytest.raises(ValueError, match="no place for results"):
         made["with_results"]("# scavenger", figures)
 
 
 def test_a_run_gives_its_figures(quickstart):
-    """From a report, what the README shows of it: every model, and no sums over items."""
+    """From a report, what README, page and figure show of it: every model, and no sums over items."""
     folder, _ = quickstart
     made = runpy.run_path(str(ROOT / "eval/readme.py"))
-    figures = made["taken"](read_json(folder / "report/report.json"))
-    text = made["results"](figures)
+    figures = made["taken"](folder)
+    text = made["results_page"](figures) + made["summary"](figures)
+    assert "<svg" in made["drawn"](figures)
     for name in ("teacher", "pre-trained", "distilled", "recurrent", "recall of pairs", "greedy agreement", "torch "):
         assert name in text, name
     assert len(json.dumps(figures)) < 100_000
 
 
 def test_links_in_the_readme_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target

@@ -68,9 +68,11 @@ class Token:
         config, weight = model.config, model.lm_head.weight
         self.model, self.cache, self.weight = model, cache, weight  # addresses are of what lives
         self.entry = compiled().token_float32 if weight.dtype == torch.float32 else compiled().token_float64
-        self.alive = []
+        self.scaling, self.alive = model.model.rotary.scaling, []
         rows, pairs = len(cache.real), len(model.model.rotary.inv_freq)
         self.cos, self.sin = self._new(rows, pairs), self._new(rows, pairs)
+        self.positions, self.frequencies = cache.real[:, None], model.model.rotary.inv_freq.float()
+        self.angles = self.frequencies.new_empty(rows, pairs)
         blocks = [self._block(layer, own) for layer, own in zip(model.model.layers, cache.layers, strict=True)]
         self.blocks = (Block * len(blocks))(*blocks)
         self.student = Student(
@@ -92,10 +94,9 @@ class Token:
 
     def __call__(self, ids: Tensor) -> Tensor:  # (row, 1) -> (row, vocabulary)
         ids = ids.long().contiguous()
-        # By torch, whose cos differs from the compiler's in its last bit.
-        angles = self.model.model.rotary(self.cache.real[:, None], self.cos.dtype)
-        for held, new in zip((self.cos, self.sin), angles, strict=True):
-            held.copy_(new[:, 0])
+        torch.mul(self.positions, self.frequencies, out=self.angles)
+        for turned, held in ((torch.cos, self.cos), (torch.sin, self.sin)):  # the compiler's differ in the last bit
+            held.copy_(turned(self.angles).mul_(self.scaling))
         logits = self.weight.new_empty(len(ids), len(self.weight))
         self.student.ids, self.student.logits = address(ids), address(logits)
         if self.entry(ctypes.byref(self.student)):
