@@ -451,3 +451,56 @@ def evaluated(workshop, finished):
         "recurrent": finished / "recurrence",
     }
     return [Evaluated(label, str(folder)) for label, folder in folders.items()]
+
+
+@pytest.fixture
+def interpreted(request, monkeypatch):
+    """On the CPU the kernels run in Triton's interpreter, which alone would multiply the bits of bfloat16."""
+    if "device" in request.fixturenames and request.getfixturevalue("device").type == "cuda":
+        return
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a CUDA device, for which Triton compiles: pytest -m gpu")
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    product = InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *others: product(self, widened(a), widened(b), *others)
+    )
+
+
+class Kernel:
+    """A kernel of Triton that keeps the arguments of its launches, and runs or not."""
+
+    def __init__(self, kernel, runs):
+        self.kernel, self.runs, self.launches = kernel, runs, []
+
+    def __getitem__(self, grid):
+        def launch(*given, **constants):
+            self.launches.append(given)
+            if self.runs:
+                self.kernel[grid](*given, **constants)
+
+        return launch
+
+
+def watched(monkeypatch, module, names, runs=True):
+    """Kernels of a module, which take their place."""
+    kernels = [Kernel(getattr(module, name), runs) for name in names]
+    for name, kernel in zip(names, kernels, strict=True):
+        monkeypatch.setattr(module, name, kernel)
+    return kernels
+
+
+def compiled(module, kernels, capability):
+    """Bytes of shared memory of kernels, as tests/triton_compiled.py takes them, on GPUs of that compute capability."""
+    words = [sys.executable, "tests/triton_compiled.py", module.__name__, json.dumps(kernels), capability]
+    done = launch(*words, env=LAUNCHED | {"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 BLOCK = 128  # query positions of one Toeplitz block: few enough that its scores stay in the CPU cache
+GPU_SCORES = 2**27  # of one block on a GPU, where many small kernels cost more than scores that count for nothing
 
 
 def causal_convolution(
@@ -69,7 +70,7 @@ class ToeplitzProduct(torch.autograd.Function):
     def forward(ctx, q, k, v, taps):
         ctx.save_for_backward(q, k, v, taps)
         y = v.new_empty(*q.shape[:-1], v.shape[-1])
-        for rows in _blocks(q.shape[3]):
+        for rows in _blocks(q):
             seen = slice(rows.stop)
             scores = score(q[:, :, :, rows], k[:, :, seen])
             y[:, :, :, rows] = weighted(scores.mul_(toeplitz_block(taps, rows)[:, None]), v[:, :, seen])
@@ -82,12 +83,12 @@ class ToeplitzProduct(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)  # many blocks are summed
         dq, dtaps = torch.empty_like(q), torch.zeros_like(taps, dtype=wide)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for rows in _blocks(q.shape[3]):
+        for rows in _blocks(q):
             seen = slice(rows.stop)
             block = toeplitz_block(taps, rows)[:, None]
             scores = score(q[:, :, :, rows], k[:, :, seen])
             weights = score(dy[:, :, :, rows], v[:, :, seen])
-            dtaps[:, seen] += _along_lags((scores * weights).sum((0, 2), dtype=wide))
+            dtaps[:, seen] += along_lags((scores * weights).sum((0, 2), dtype=wide))
             dv[:, :, seen] += scores.mul_(block).flatten(2, 3).mT @ dy[:, :, :, rows].flatten(2, 3)
             dq[:, :, :, rows] = weighted(weights.mul_(block), k[:, :, seen])
             dk[:, :, seen] += weights.flatten(2, 3).mT @ q[:, :, :, rows].flatten(2, 3)
@@ -139,7 +140,7 @@ def toeplitz_block(
     return ends.unfold(-1, rows.stop, 1).flip(1)  # the windows of the reversed taps, the longest lag first
 
 
-def _along_lags(block):
+def along_lags(block):
     """The sum of a (filter, row, column) block along each lag, (filter, column): the adjoint of toeplitz_block."""
     filters, count, columns = block.shape
     # Padding rows by `count` and reshaping to rows one shorter shifts each row one column further: lags become columns.
@@ -147,5 +148,7 @@ def _along_lags(block):
     return skewed.unflatten(1, (count, -1)).sum(1)[:, :columns].flip(-1)
 
 
-def _blocks(length):
-    return [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+def _blocks(q):
+    length = q.shape[3]
+    rows = max(BLOCK, GPU_SCORES // q[..., 0].numel()) if q.is_cuda else BLOCK
+    return [slice(start, min(start + rows, length)) for start in range(0, length, rows)]

@@ -38,10 +38,21 @@ from .rotary import turn
 from .step import fits, next_token, ready
 
 
+try:
+    from .triton_toeplitz import takes, toeplitz_product
+except ImportError:  # without Triton ToeplitzProduct computes the same
+
+    def takes(v, width):
+        return False
+
+
 # Break-even points of the forms on a CPU (benchmarks/mixers.py compares them). The matrix form reads and writes
 # length² / width scores per channel, the FFT form takes width · log(length) per channel and token: they were equal at
 # 256 tokens for width 8 and beyond 1,024 for width 16; widths 32 and 64 are extrapolated.
 FFT_PAYS = 4  # length / width²
+# The same with the kernels on a GPU, where the FFTs cost memory traffic and the products tensor cores: counted, not
+# measured.
+GPU_FFT_PAYS = 64
 # The scan's cost grows with its state, width · modes per channel and token, that of the matrix form with the length.
 SCAN_PAYS = 8  # length / (width · modes of a filter)
 # Of the gates before a sigmoid and a factor of 2: the window starts as the teacher's attention, filters at a quarter.
@@ -417,6 +428,8 @@ def long_convolution(
     length, width = k.shape[2:]
     if width == 1:
         return q * causal_convolution((k * v)[..., 0], taps)[:, :, None, :, None]
-    if length > FFT_PAYS * width * v.shape[-1]:
+    kernels = takes(v, width)
+    if length > (GPU_FFT_PAYS if kernels else FFT_PAYS) * width * v.shape[-1]:
         return outer_product_convolution(q, k, v, taps)
-    return ToeplitzProduct.apply(q, k, v, taps.to(q.dtype))
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast features are wider
+    return toeplitz_product(q, k, v, taps) if kernels else ToeplitzProduct.apply(q, k, v, taps.to(v.dtype))
