@@ -16,6 +16,12 @@ from torch.nn import functional as F
 from scavenger.recurrence.reduction.hankel import weighted_section
 
 
+try:
+    from scavenger.triton_losses import losses_and_slope_
+except ImportError:  # without Triton the plain form computes the same
+    losses_and_slope_ = None
+
+
 # Bytes of float32 logits in memory at a time, in training, in measurements and where the teacher's outputs are written.
 # Large enough for efficient matrix products (667 positions of 50,304 words, 220 of 152,000), small compared with the
 # weights of a model to distil.
@@ -23,17 +29,24 @@ CHUNK_BYTES = 2**27
 # Tensors as large as a chunk that exist together at most in any loss or measurement, with the rest of a step: 7.2 were
 # measured (benchmarks/logits.md).
 CHUNK_COPIES = 8
+# The same of a training step with the kernel on a GPU: the logits of student and teacher, and a product for the head's
+# gradient. Counted, not measured.
+GPU_CHUNK_BYTES, GPU_CHUNK_COPIES = 2**30, 3
 LEAST_LOG_MASS = -50.0  # of all tokens that were not kept: e⁻⁵⁰ is far below the float32 rounding of the others
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Positions of which the logits are computed at once: CHUNK_BYTES of float32, one position at least."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(vocabulary: int, kernel: bool = False) -> int:
+    """Positions of which the logits are computed at once: CHUNK_BYTES of float32, one position at least.
+
+    `kernel`: GPU_CHUNK_BYTES, in training where the losses are computed by the kernel.
+    """
+    return max(1, (GPU_CHUNK_BYTES if kernel else CHUNK_BYTES) // (4 * vocabulary))
 
 
-def logit_peak(vocabulary: int, positions: int) -> int:
+def logit_peak(vocabulary: int, positions: int, kernel: bool = False) -> int:
     """The most bytes that logits take at a time, where batches have so many positions."""
-    return CHUNK_COPIES * 4 * vocabulary * min(positions, chunk_rows(vocabulary))
+    copies = GPU_CHUNK_COPIES if kernel else CHUNK_COPIES
+    return copies * 4 * vocabulary * min(positions, chunk_rows(vocabulary, kernel))
 
 
 class Head(NamedTuple):
@@ -165,6 +178,56 @@ def following(ids: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(ids[:, 1:], (0, 1)).flatten(), F.pad(predicted[:, 1:], (0, 1)).flatten().float()
 
 
+class Terms(NamedTuple):
+    """What distillation sums over rows: divergences from the teacher, cross-entropies of the next tokens.
+
+    Called with logits (row, vocabulary) and their place among all rows; returns the sums (term,), in this order, of
+    those that have weights.
+    """
+
+    following: Tensor  # (row), the next tokens
+    counted: Tensor | None  # (row), the weights of the cross-entropies
+    matched: Tensor | None = None  # (row), those of the divergences
+    aim: Head | TopK | None = None  # the teacher's head, or its kept distribution
+    last: Tensor | None = None  # (row, channel), the input of the teacher's head
+    objective: str = "forward_kl"
+    temperature: float = 1.0
+
+    def __call__(self, logits: Tensor, rows: slice) -> Tensor:
+        sums = []
+        if self.matched is not None:
+            if isinstance(self.aim, TopK):
+                found = kept_divergence(logits, TopK(*(item[rows] for item in self.aim)), self.objective)
+            else:
+                found = logit_divergence(logits, self.target(rows), self.objective, self.temperature)
+            sums.append((found * self.matched[rows]).sum())
+        if self.counted is not None:
+            sums.append((cross_entropy(logits, self.following[rows]) * self.counted[rows]).sum())
+        return torch.stack(sums)
+
+    def target(self, rows: slice) -> Tensor | None:  # (row, vocabulary)
+        """The teacher's logits, in its own dtype."""
+        if self.last is None:
+            return None
+        with torch.autocast(self.last.device.type, enabled=False):
+            return F.linear(self.last[rows], *self.aim)
+
+    def in_place(self, logits: Tensor, rows: slice, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums, and the gradient of factors · sums in place of the logits, by the kernel."""
+        weights = [None if each is None else each[rows].float() for each in (self.matched, self.counted)]
+        found = losses_and_slope_(
+            logits, self.target(rows), self.following[rows], *weights, factors.float(), self.objective, self.temperature
+        )
+        return found.sum(1), logits
+
+
+def has_kernel(terms: Callable, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel computes these terms of logits of a dtype: on a GPU, of all words, in 32 bits or fewer."""
+    if losses_and_slope_ is None or device.type != "cuda" or dtype == torch.float64:
+        return False
+    return isinstance(terms, Terms) and not isinstance(terms.aim, TopK)
+
+
 def projected(
     hidden: Tensor, head: Head, terms: Callable[[Tensor, slice], Tensor], factors: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -187,16 +250,21 @@ class _Projected(torch.autograd.Function):
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         to_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         sums = torch.zeros_like(factors)
-        step = chunk_rows(len(weight))
+        kernel = has_kernel(terms, kind, hidden.device)
+        step = chunk_rows(len(weight), kernel)
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             part = hidden[rows].to(kind)
-            logits = wide(F.linear(part, matrix, offset)).requires_grad_()
-            with torch.enable_grad():
-                found = terms(logits, rows)
-                (slope,) = torch.autograd.grad((factors * found).sum(), logits)
+            logits = F.linear(part, matrix, offset)
+            if kernel:
+                found, slope = terms.in_place(logits, rows, factors)
+            else:
+                logits = wide(logits).requires_grad_()
+                with torch.enable_grad():
+                    found = terms(logits, rows)
+                    (slope,) = torch.autograd.grad((factors * found).sum(), logits)
             if to_bias is not None:
-                to_bias += slope.sum(0)
+                to_bias += slope.sum(0, dtype=to_bias.dtype)
             slope = slope.to(kind)
             to_hidden[rows] = slope @ matrix
             if to_weight is not None:

@@ -408,10 +408,13 @@ def _logit_line(recipe, config, processes):
     trained = (phase.batch_size for _, phase, _ in _trainings(recipe, config))
     parts = processes * recipe.training.accumulate
     most = max((-(-size // parts) * recipe.data.context_length for size in trained), default=0)
-    positions = max(most, measure.BATCH_TOKENS)
+    ways = [(max(most, measure.BATCH_TOKENS), False)]
+    if torch.cuda.is_available() and losses.losses_and_slope_ is not None:
+        ways.append((most, True))
+    positions, kernel = max(ways, key=lambda way: losses.logit_peak(config.vocab_size, *way))
     return (
-        f"logits    at most {losses.logit_peak(config.vocab_size, positions) / 2**30:.2f} GiB of memory at a time, on "
-        f"top of what is held: {min(positions, losses.chunk_rows(config.vocab_size)):,} positions of "
+        f"logits    at most {losses.logit_peak(config.vocab_size, positions, kernel) / 2**30:.2f} GiB of memory at a "
+        f"time, on top of what is held: {min(positions, losses.chunk_rows(config.vocab_size, kernel)):,} positions of "
         f"{config.vocab_size:,} words are computed at once"
     )
 

@@ -220,11 +220,7 @@ class NextTokens(nn.Module):
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         following, counts = losses.following(ids, predicted)
         one = torch.ones(1, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-
-        def terms(logits, rows):
-            return (losses.cross_entropy(logits, following[rows]) * counts[rows]).sum()[None]
-
-        return losses.projected(hidden, losses.Head(self.head, self.head_bias), terms, one)[0]
+        return losses.projected(hidden, losses.Head(self.head, self.head_bias), losses.Terms(following, counts), one)[0]
 
 
 def next_token_loss(module: nn.Module, part: Batch, target: None, whole: Batch) -> tuple[Tensor, dict]:

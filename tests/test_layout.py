@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("model", "families", "recipe"),
     ("recurrence.reduction", "run", "loading", "chat"),
-    ("losses", "measure", "data"),
+    ("losses", "triton_losses", "measure", "data"),
     ("training",),
     ("teacher", "student"),
     ("transfer", "recurrence"),

@@ -69,6 +69,18 @@ def test_memory_of_logits(recipe, monkeypatch, chunk, processes, positions):
     assert f"{positions} positions of 320 words" in line
 
 
+@pytest.mark.parametrize("kernel", [False, True])
+def test_memory_of_logits_on_a_gpu(recipe, kernel, monkeypatch):
+    """A batch of training at a time with the kernel, a chunk of the others without."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 320 * 7)
+    monkeypatch.setattr(losses, "losses_and_slope_", kernel or None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    line = plan._logit_line(recipe, plan._configuration(recipe), 1)
+    assert f"{192 if kernel else 7} positions of 320 words" in line
+    copies, positions = (losses.GPU_CHUNK_COPIES, 192) if kernel else (losses.CHUNK_COPIES, 7)
+    assert f"at most {4 * 320 * copies * positions / 2**30:.2f} GiB" in line
+
+
 def test_memory_by_what_it_holds(recipe):
     size = sum(p.numel() for p in tiny_teacher(vocab_size=320).parameters())
     made = {stage.name: stage.memory for stage in plan.stages(recipe)}

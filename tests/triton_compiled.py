@@ -1,8 +1,8 @@
 """Compiles kernels for a GPU that need not be there, and prints the bytes of shared memory that each takes, as JSON.
 
-    python tests/triton_compiled.py MODULE '[[KERNEL, {POINTER: TYPE}, {CONSTANT: VALUE}, {OPTION: VALUE}]]' CAPABILITY
+    python tests/triton_compiled.py MODULE '[[KERNEL, {ARGUMENT: TYPE}, {CONSTANT: VALUE}, {OPTION: VALUE}]]' CAPABILITY
 
-All other arguments of a kernel are integers.
+An argument without a type is an integer.
 """
 
 import importlib
@@ -14,14 +14,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
-def shared_memory(kernel, pointers, constants, options, capability):
+def shared_memory(kernel, types, constants, options, capability):
     names = kernel.arg_names
-    types = {name: "i32" for name in names} | pointers | dict.fromkeys(constants, "constexpr")
+    types = {name: "i32" for name in names} | types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         kernel,
         {name: types[name] for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in names if types[name][0] == "*"},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 

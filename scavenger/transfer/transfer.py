@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from scavenger import data, losses, measure, student, teacher, training
 from scavenger.model import HyenaForCausalLM
@@ -284,18 +283,8 @@ class LogitMatching(nn.Module):
         else:
             last = last.flatten(0, 1)
 
-        def terms(logits, rows):
-            if isinstance(aim, losses.TopK):
-                found = losses.kept_divergence(logits, losses.TopK(*(item[rows] for item in aim)), phase.objective)
-            else:
-                with torch.autocast(ids.device.type, enabled=False):  # the teacher in its own dtype
-                    target = F.linear(last[rows], *aim)
-                found = losses.logit_divergence(logits, target, phase.objective, phase.temperature)
-            sums = [(found * matched[rows]).sum()]
-            if phase.cross_entropy:
-                sums.append((losses.cross_entropy(logits, following[rows]) * counted[rows]).sum())
-            return torch.stack(sums)
-
+        own = counted if phase.cross_entropy else None
+        terms = losses.Terms(following, own, matched, aim, last, phase.objective, phase.temperature)
         weights = torch.tensor([1 - phase.cross_entropy, phase.cross_entropy], device=ids.device)
         used = 2 if phase.cross_entropy else 1
         head = losses.Head(self.head, self.head_bias)
