@@ -120,14 +120,46 @@ def short_convolution(
     kept = weight.shape[1] - 1
     if conv_state is None:
         conv_state = x.new_zeros(x.shape[0], kept, x.shape[2])
-    extended = torch.cat([conv_state.to(x.dtype), x], dim=1)
+    extended = torch.cat([conv_state.to(x.dtype), x], dim=1) if kept else x
     length = x.shape[1]
     if length == 0:
         return x, extended
-    if length == 1:  # a decoding step, where calling conv1d costs more than the arithmetic
-        return (extended.transpose(1, 2) * weight).sum(-1)[:, None], extended[:, 1:].clone()
-    y = F.conv1d(extended.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2)
-    return y, extended[:, length:].clone()  # a view would keep the whole prompt in memory
+    state = extended[:, length:].clone()  # a view would keep the whole prompt in memory
+    if length == 1:  # a decoding step, where calling a Function costs more than the arithmetic
+        return (extended.transpose(1, 2) * weight).sum(-1)[:, None], state
+    return ShortConvolution.apply(extended, weight), state
+
+
+class ShortConvolution(torch.autograd.Function):
+    """y_t = Σ_j w_j x_{t+j} in each channel as a multiply-add for each tap, without a transpose.
+
+    x is (batch, length + tap - 1, channel), w (channel, tap), y (batch, length, channel). On a CPU it takes half of the
+    time of conv1d with three taps in float32, and less with one tap or in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        *others, last = zip(_shifted(x, weight), weight.unbind(1), strict=True)
+        y = torch.mul(*last)
+        for shifted, tap in others:
+            y.addcmul_(shifted, tap)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = torch.zeros_like(x)
+        for shifted, tap in zip(_shifted(dx, weight), weight.unbind(1), strict=True):
+            shifted.addcmul_(dy, tap)
+        return dx, torch.stack([(shifted * dy).sum((0, 1)) for shifted in _shifted(x, weight)], dim=1)
+
+
+def _shifted(x, weight):
+    """What each tap multiplies, (batch, length, channel)."""
+    taps = weight.shape[1]
+    return [x[:, tap : x.shape[1] - taps + 1 + tap] for tap in range(taps)]
 
 
 def toeplitz_block(
