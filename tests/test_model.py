@@ -61,6 +61,14 @@ def test_fft_convolution_with_taps_longer_than_the_input_does_not_wrap(device):
         assert_close(whole[..., :length], causal_convolution(u[..., :length], taps), 1e-13)
 
 
+def test_fft_convolution_keeps_its_inputs_alone(device):
+    u, taps = normal(2, 3, 63, device=device).requires_grad_(), normal(3, 63, device=device).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        causal_convolution(u, taps)
+    assert sum(x.untyped_storage().nbytes() for x in kept) == u.nbytes + taps.nbytes
+
+
 @pytest.mark.parametrize("split", [[63], [1] * 63, [0, 1, 2, 60], [5, 0, 58]])
 def test_short_convolution_in_pieces(split, device):
     x, weight = normal(2, 63, 7, device=device), normal(7, 3, device=device)

@@ -21,14 +21,40 @@ def causal_convolution(
     """
     if u.numel() == 0:
         return u
-    length = u.shape[-1]
-    taps = taps[..., :length]
-    size = length + taps.shape[-1]
+    return CausalConvolution.apply(u, taps[..., : u.shape[-1]])
+
+
+class CausalConvolution(torch.autograd.Function):
+    """`causal_convolution` that keeps u and the taps for its gradient, not their spectra of twice the length.
+
+    With the spectra U, H and D of u, taps and dy, those of du and of the taps' gradient are D H* and Σ D U*, summed
+    over what shares the taps.
+    """
+
+    @staticmethod
+    def forward(ctx, u, taps):
+        ctx.save_for_backward(u, taps)
+        (signal, filter), size = _spectra(u, taps)
+        return torch.fft.irfft(signal.mul_(filter), n=size)[..., : u.shape[-1]].to(u.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, taps = ctx.saved_tensors
+        (signal, filter, slope), size = _spectra(u, taps, dy)
+        dtaps = (slope * signal.conj()).sum_to_size(filter.shape)
+        du = slope.mul_(filter.conj())
+        du, dtaps = (torch.fft.irfft(z, n=size)[..., : like.shape[-1]] for z, like in ((du, u), (dtaps, taps)))
+        return du.to(u.dtype), dtaps.to(taps.dtype)
+
+
+def _spectra(u, taps, *others):
+    """In float32 or wider, of a size in which nothing wraps around; and that size."""
+    size = u.shape[-1] + taps.shape[-1]
     if not torch.compiler.is_compiling():  # a graph with symbolic length has no bit_length()
         size = transform_size(size)
     wide = torch.promote_types(u.dtype, torch.float32)
-    product = torch.fft.rfft(u.to(wide), n=size) * torch.fft.rfft(taps.to(wide), n=size)
-    return torch.fft.irfft(product, n=size)[..., :length].to(u.dtype)
+    return [torch.fft.rfft(z.to(wide), n=size) for z in (u, taps, *others)], size
 
 
 def transform_size(length: int) -> int:
