@@ -8,7 +8,8 @@ Weights and text are random. For each row:
 peak    the most bytes beyond those held before, of models, inputs and gradients: of the process on a CPU, of torch's
         allocator on a GPU
 chunks  the peak in chunks of logits (losses.CHUNK_BYTES in float32), which losses.CHUNK_COPIES bounds; the gradient
-        of the head, which is as large as its weights, is taken off
+        of the head, which is as large as its weights, is taken off; where a kernel computes the losses, the constants
+        with GPU_ before their names
 whole   the bytes of one tensor of the logits of all positions, which no row makes
 
 The last line is JSON.
@@ -62,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    positions = args.batch_size * args.length
     summary = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "chunk_bytes": 4 * args.vocabulary * losses.chunk_rows(args.vocabulary),
-        "copies": losses.CHUNK_COPIES,
-        "whole": 4 * args.vocabulary * args.batch_size * args.length,
-        "planned": losses.logit_peak(args.vocabulary, args.batch_size * args.length),
+        "whole": 4 * args.vocabulary * positions,
+        "planned": max(losses.logit_peak(args.vocabulary, positions, kernel) for kernel in {False, kernels(device)}),
         "results": measured(Models(args, device)),
     }
     print("\n".join(table(summary)), flush=True)
@@ -77,6 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         write_text(args.output, page(summary, args, words))
     print(json.dumps(summary))
     return 0
+
+
+def kernels(device):
+    """Whether a kernel computes the losses of a training step without a cache."""
+    return device.type == "cuda" and losses.losses_and_slope_ is not None
 
 
 class Models:
@@ -162,8 +168,9 @@ def measured(models):
     """Each row's peak, after a small one of its kind: what is made once is there then."""
     args, found = models.args, []
     text = np.random.default_rng(0).integers(args.vocabulary, size=(args.batch_size, args.length))
-    chunk = 4 * args.vocabulary * losses.chunk_rows(args.vocabulary)
     for name, (call, trains) in models.rows().items():
+        kernel = trains and "cached" not in name and kernels(models.device)
+        chunk = 4 * args.vocabulary * losses.chunk_rows(args.vocabulary, kernel)
         call(text[:1, : 2 * DISTANCE])
         before, peak = memory(models.device)
         call(text)
@@ -177,8 +184,8 @@ def table(summary):
     lines += [f"{row['name']:<36}{row['peak'] / 2**20:>10,.0f}{row['chunks']:>8.1f}" for row in summary["results"]]
     return [
         *lines,
-        f"a chunk is {summary['chunk_bytes'] / 2**20:,.0f} MiB; planned {summary['planned'] / 2**20:,.0f} MiB, "
-        f"{summary['copies']} chunks; the logits of all positions are {summary['whole'] / 2**20:,.0f} MiB",
+        f"a chunk is {summary['chunk_bytes'] / 2**20:,.0f} MiB; planned {summary['planned'] / 2**20:,.0f} MiB "
+        f"at most; the logits of all positions are {summary['whole'] / 2**20:,.0f} MiB",
     ]
 
 
