@@ -132,10 +132,9 @@ class Contender:
     @contextlib.contextmanager
     def forced(self):
         """The mixer takes this form, whatever it would choose."""
-        never, always = math.inf, -1
         with (
-            mock.patch("scavenger.model.hyena.FFT_PAYS", always if self.form == "fft" else never),
-            mock.patch("scavenger.model.hyena.SCAN_PAYS", always if self.form == "scan" else never),
+            mock.patch("scavenger.model.hyena.fft_pays", lambda v, width: self.form == "fft"),
+            mock.patch("scavenger.model.hyena.SCAN_PAYS", -1 if self.form == "scan" else math.inf),
         ):
             yield
 
@@ -147,7 +146,8 @@ class Contender:
             return True
         if self.form == "scan":
             return self.module._scan_pays(length)
-        return (length > hyena.FFT_PAYS * self.head_width**2) == (self.form == "fft")
+        v = next(self.module.parameters()).new_empty(length, self.head_width)
+        return hyena.fft_pays(v, self.head_width) == (self.form == "fft")
 
     def floor(self, args, length, machine):
         """Seconds of a forward pass at the machine's limits."""

@@ -425,11 +425,15 @@ def long_convolution(
     taps: Tensor,  # (filter, length or more)
 ) -> Tensor:  # (batch, filter, query, length, value width)
     """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s in the exact form that is fastest for this shape."""
-    length, width = k.shape[2:]
+    width = k.shape[-1]
     if width == 1:
         return q * causal_convolution((k * v)[..., 0], taps)[:, :, None, :, None]
-    kernels = takes(v, width)
-    if length > (GPU_FFT_PAYS if kernels else FFT_PAYS) * width * v.shape[-1]:
+    if fft_pays(v, width):
         return outer_product_convolution(q, k, v, taps)
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast features are wider
-    return toeplitz_product(q, k, v, taps) if kernels else ToeplitzProduct.apply(q, k, v, taps.to(v.dtype))
+    return toeplitz_product(q, k, v, taps) if takes(v, width) else ToeplitzProduct.apply(q, k, v, taps.to(v.dtype))
+
+
+def fft_pays(v: Tensor, width: int) -> bool:
+    """Whether FFTs are quicker than a matrix form, for v (…, length, value width) and k of this width."""
+    return v.shape[-2] > (GPU_FFT_PAYS if takes(v, width) else FFT_PAYS) * width * v.shape[-1]
