@@ -1,9 +1,11 @@
 """The kernels of multihyena against the formula: interpreted on the CPU, or compiled on a GPU."""
 
+import sys
+
 import pytest
 import reference
 import torch
-from conftest import Graphs, compiled, normal, watched
+from conftest import LAUNCHED, Graphs, compiled, launch, normal, tiny_student, watched
 from reference import assert_close
 
 from scavenger.model import hyena, triton_toeplitz
@@ -168,3 +170,25 @@ def test_the_kernels_compile_without_a_gpu():
     ]
     shared = compiled(triton_toeplitz, kernels, 90)
     assert max(shared) <= 99 * 2**10, shared
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # an import of it raises ImportError
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.arange(1, 20)[None]
+model(input_ids=ids, labels=ids).loss.backward()
+print(type(model).__module__)
+"""
+
+
+@pytest.mark.slow
+def test_a_saved_student_needs_no_triton(tmp_path):
+    tiny_student().float().save_pretrained(tmp_path / "student")
+    assert (tmp_path / "student/triton_toeplitz.py").exists()
+    env = LAUNCHED | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = launch(sys.executable, "-c", WITHOUT_TRITON, tmp_path / "student", env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("transformers_modules.")
