@@ -159,8 +159,8 @@ def short_convolution(
 class ShortConvolution(torch.autograd.Function):
     """y_t = Σ_j w_j x_{t+j} in each channel as a multiply-add for each tap, without a transpose.
 
-    x is (batch, length + tap - 1, channel), w (channel, tap), y (batch, length, channel). On a CPU it takes half of the
-    time of conv1d with three taps in float32, and less with one tap or in bfloat16.
+    x is (batch, length + tap - 1, channel), w (channel, tap), y (batch, length, channel). On a CPU it takes 0.4 to 0.7
+    of the time of conv1d with three taps, in float32 and bfloat16, and a seventh or less with one.
     """
 
     @staticmethod
