@@ -339,7 +339,7 @@ def _how_it_was_made(recipe, run_dir):
             "",
             "First the mixers learned to reproduce the outputs of the teacher's attention. Then the student learned "
             f"the teacher's output distribution ({distillation}). The mixers follow Hyena ({hyena}) and MultiHyena "
-            f"({multihyena}); the recurrences follow the second of these papers.",
+            f"({multihyena}); the recurrences also follow the MultiHyena paper.",
             "",
             "<details><summary>The recipe, with every default</summary>",
             "",
