@@ -81,7 +81,7 @@ def push(run_dir: Path, target: Hub):
         command += ["--private"] if target.private else []
         command += ["--revision", target.revision] if target.revision else []
         raise RecipeError(
-            f"{_reason(error, target)}; what {run_dir} holds is kept, resume with `{shlex.join(command)}`"
+            f"{_reason(error, target)}; everything in {run_dir} is kept: resume with `{shlex.join(command)}`"
         ) from None
     print(f"\nhub: {address}")
 
@@ -97,7 +97,7 @@ def require_token():
     except Exception:  # a token that a continuous-integration service should have lent, and did not
         found = None
     if found is None:
-        raise RecipeError("hub: found no token; expected one that may write, by `hf auth login` or in HF_TOKEN")
+        raise RecipeError("hub: found no token; expected one with write access, from `hf auth login` or in HF_TOKEN")
 
 
 def student_folder(run_dir: Path) -> Path:
@@ -108,13 +108,13 @@ def student_folder(run_dir: Path) -> Path:
         if checkpoint.complete(run_dir / name):
             if name == "transfer" and _recipe(run_dir).get("recurrence"):
                 raise RecipeError(
-                    f"{run_dir}: the run has no recurrence yet, which its recipe asks for; expected a finished run, as "
-                    f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} makes it"
+                    f"{run_dir}: the recipe asks for a recurrence, and the run has none yet; expected a finished run: "
+                    f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} finishes it"
                 )
             return run_dir / name
     raise RecipeError(
-        f"{run_dir}: the run has no student yet (its transfer is not complete); expected a finished run, as "
-        f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} makes it"
+        f"{run_dir}: the run has no student yet (its transfer is not complete); expected a finished run: "
+        f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} finishes it"
     )
 
 
@@ -505,11 +505,9 @@ def _reason(error, target):
     if uploading:
         return f"hub: the upload to {target.name} broke off ({f'the Hub answered {status}' if status else said})"
     if status == 401:
-        return (
-            "hub: the token was refused (401); expected a valid one that may write, by `hf auth login` or in HF_TOKEN"
-        )
+        return "hub: the token was refused (401); expected one with write access, from `hf auth login` or in HF_TOKEN"
     if status == 403:
-        return f"hub: the token may not write to {target.name} (403); expected a repository of its own account"
+        return f"hub: the token may not write to {target.name} (403); expected a repository of the token's account"
     if status is not None:
         return f"hub: the Hub answered {status} ({said})"
     if isinstance(error, (OSError, HTTPError)):

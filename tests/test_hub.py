@@ -285,7 +285,7 @@ def test_an_upload_that_breaks_off_goes_on(hub, scavenger, finished):
     code, _, err = scavenger(*words)
     hub.drop_uploads = False
     assert code == 2 and "the upload to tester/fourth broke off" in one_line(err)
-    assert f"what {finished} holds is kept, resume with `scavenger push {finished} --to tester/fourth`" in err
+    assert f"everything in {finished} is kept: resume with `scavenger push {finished} --to tester/fourth`" in err
     assert hub.repositories["tester/fourth"].history() == ["initial commit"], "no half of a model"
 
     hub.broken = 503
@@ -327,7 +327,7 @@ def test_what_is_no_finished_run(scavenger, own_run, tmp_path):
     assert code == 2 and "--revision: found" in one_line(err)
     shutil.rmtree(own_run / "recurrence")
     code, _, err = scavenger("push", own_run, "--to", "tester/model")
-    assert code == 2 and "has no recurrence yet, which its recipe asks for" in one_line(err)
+    assert code == 2 and "the recipe asks for a recurrence, and the run has none yet" in one_line(err)
     (own_run / "transfer").rename(own_run / "transfer.partial")
     code, _, err = scavenger("push", own_run, "--to", "tester/model")
     assert code == 2 and "its transfer is not complete" in one_line(err)
@@ -360,7 +360,7 @@ def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, own_run):
 
     code, out, err = scavenger(*words, "hub.name=somebody/theirs")
     assert code == 2 and "may not write to somebody/theirs" in err
-    assert f"what {own_run} holds is kept, resume with `scavenger push {own_run} --to somebody/theirs`" in err
+    assert f"everything in {own_run} is kept: resume with `scavenger push {own_run} --to somebody/theirs`" in err
     assert "Traceback" not in err and "tester/fifth" not in hub.repositories
 
     code, out, err = scavenger(*words, "hub.name=tester/fifth", "hub.private=true")
