@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import sysconfig
 import zipfile
 
 import pytest
@@ -12,12 +11,12 @@ from scavenger.recipe import EMBEDDED_TEACHER
 
 
 # An interpreter whose only site-packages is the folder given first; it finds dependencies, but not their .pth lines, in
-# the second, then does what `python RECIPE --help` does.
+# the folders given last. It does what `python RECIPE --help` does.
 FRESH = """
 import runpy, site, sys
-wheel, dependencies, recipe = sys.argv[1:]
+wheel, recipe, *dependencies = sys.argv[1:]
 site.addsitedir(wheel)
-sys.path.append(dependencies)
+sys.path += dependencies
 import scavenger
 assert scavenger.__file__.startswith(wheel), scavenger.__file__
 sys.argv = [recipe, "--help"]
@@ -54,7 +53,8 @@ def test_an_installed_wheel_runs_recipes(wheel, tmp_path):
     wheel.extractall(tmp_path / "site-packages")
     recipe = tmp_path / "quickstart.yaml"
     recipe.write_bytes((ROOT / "recipes/quickstart.yaml").read_bytes())
-    words = [sys.executable, "-I", "-S", "-c", FRESH, tmp_path / "site-packages", sysconfig.get_path("purelib"), recipe]
-    made = subprocess.run([str(word) for word in words], cwd=tmp_path, capture_output=True, text=True)
+    dependencies = [folder for folder in sys.path if folder.endswith("site-packages")]
+    words = [sys.executable, "-I", "-S", "-c", FRESH, str(tmp_path / "site-packages"), str(recipe), *dependencies]
+    made = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert made.stdout.startswith("usage: scavenger")
