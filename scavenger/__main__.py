@@ -72,9 +72,9 @@ def parsed(arguments) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scavenger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a recipe, as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as transfer.logits.steps=100")
-    parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
+    parser.add_argument("recipe", help="a recipe, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as transfer.logits.steps=100")
+    parser.add_argument("--plan", action="store_true", help="print what would run, without running it")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -141,16 +141,16 @@ def rank(arguments) -> int:
     parser = argparse.ArgumentParser(
         prog="scavenger rank", description="Find the layers, or the single heads, that should keep their attention."
     )
-    parser.add_argument("recipe", help="a recipe, with a transfer section for --keep, as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as transfer.activations.steps=100")
+    parser.add_argument("recipe", help="a recipe, such as recipes/quickstart.yaml; --keep needs its transfer section")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as transfer.activations.steps=100")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--keep", type=int, metavar="N", help="rank layers, by training their mixers: N of them keep it (1)"
+        "--keep", type=int, metavar="N", help="rank the layers by training their mixers; N layers keep attention (1)"
     )
     what.add_argument(
-        "--heads", type=int, metavar="N", help="rank heads of k and v, without training: N of them keep it"
+        "--heads", type=int, metavar="N", help="rank the heads of k and v without training; N heads keep attention"
     )
-    parser.add_argument("--to", type=Path, metavar="FILE", help="the recipe that is written (none)")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="write the recipe that keeps them to FILE (none)")
     args = parser.parse_intermixed_args(arguments)
     recipe = load_recipe(args.recipe, args.overrides)
     from scavenger.report import heads
@@ -182,27 +182,27 @@ def recur(arguments) -> int:
         prog="scavenger recur",
         description="Turn the long filters of a student into recurrences, with a certificate of what that costs.",
     )
-    parser.add_argument("folder", type=Path, help="a student, as runs/quickstart/transfer")
+    parser.add_argument("folder", type=Path, help="a student, such as runs/quickstart/transfer")
     aim = parser.add_mutually_exclusive_group()
     aim.add_argument("--tolerance", type=float, help="relative l2 error of each filter's taps (1e-2)")
     aim.add_argument(
-        "--state-bytes", type=int, metavar="N", help="bytes of state a sequence, spread where they help most"
+        "--state-bytes", type=int, metavar="N", help="bytes of state per sequence, spent where they help most"
     )
     parser.add_argument(
-        "--method", choices=["balanced", "irka", "projection", "positive"], help="how poles are found (irka)"
+        "--method", choices=["balanced", "irka", "projection", "positive"], help="method that finds the poles (irka)"
     )
-    parser.add_argument("--max-state-size", type=int, metavar="N", help="complex modes a filter may have (32)")
+    parser.add_argument("--max-state-size", type=int, metavar="N", help="most complex modes of a filter (32)")
     parser.add_argument("--horizon", type=int, metavar="N", help="taps to match (the student's context length)")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="the folder that is written (FOLDER-recurrent)")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="folder for the result (FOLDER-recurrent)")
     parser.add_argument("--text", type=Path, metavar="PATH", help="text, file or folder (standard library)")
     parser.add_argument(
         "--split",
         choices=["validation", "test", "all"],
         default="validation",
-        help="the documents that a run on this text holds out, by file names or a hash; or all (validation)",
+        help="which documents of the text: a split, as a run on this text makes it, or all (validation)",
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that comes with the tokenizer: read it first"
+        "--trust-remote-code", action="store_true", help="run the code in the tokenizer's folder; read it first"
     )
     args = parser.parse_args(arguments)
     names = ("tolerance", "state_bytes", "method", "max_state_size", "horizon")
@@ -228,10 +228,10 @@ def recur(arguments) -> int:
 def push(arguments) -> int:
     """Push a finished run by hand."""
     parser = argparse.ArgumentParser(prog="scavenger push", description="Push a finished run to the Hub.")
-    parser.add_argument("run", type=Path, help="the folder of a run, as runs/quickstart")
-    parser.add_argument("--to", required=True, metavar="user/repo", help="the repository, made where there is none")
+    parser.add_argument("run", type=Path, help="the folder of a run, such as runs/quickstart")
+    parser.add_argument("--to", required=True, metavar="user/repo", help="the repository; created if there is none")
     parser.add_argument("--private", action="store_true", help="a private repository")
-    parser.add_argument("--revision", metavar="branch", help="another branch than main, made where there is none")
+    parser.add_argument("--revision", metavar="branch", help="a branch other than main; created if there is none")
     args = parser.parse_args(arguments)
     target = Hub.from_command_line(args.to, args.private, args.revision)
     from scavenger import hub
@@ -246,16 +246,18 @@ def serve(arguments) -> int:
         prog="scavenger serve",
         description="Serve a recurrent student behind the API of OpenAI. SCAVENGER_API_KEY is the key, if it is set.",
     )
-    parser.add_argument("model", help="a student, as runs/quickstart/recurrence; LABEL=FOLDER names it for clients")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one (8000)")
-    parser.add_argument("--rows", type=int, default=16, metavar="N", help="sequences that run at a time (16)")
+    parser.add_argument(
+        "model", help="a student, such as runs/quickstart/recurrence; LABEL=FOLDER: its name for clients"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="the port; 0 for any free one (8000)")
+    parser.add_argument("--rows", type=int, default=16, metavar="N", help="sequences that run at the same time (16)")
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="sequences that may wait (256)")
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="tokens of prompt and answer together (four training contexts)"
     )
     parser.add_argument(
-        "--grace", type=float, default=30, metavar="SECONDS", help="for running requests after SIGTERM (30)"
+        "--grace", type=float, default=30, metavar="SECONDS", help="time for running requests to end after SIGTERM (30)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(arguments)

@@ -40,8 +40,8 @@ def require_template(tokenizer, assistant: bool):
         ) from error
     if assistant and not tokenizer.is_fast:
         raise RecipeError(
-            "data.chat_loss: the teacher's tokenizer is a slow one, which does not say where in the text a token "
-            f"stands; expected a fast one (tokenizer.json): {USE_ALL}"
+            "data.chat_loss: the teacher's tokenizer is a slow one, which does not give the places of tokens in "
+            f"the text; expected a fast one (tokenizer.json): {USE_ALL}"
         )
 
 
@@ -49,7 +49,7 @@ def tokens(conversations: list[Conversation], tokenizer, assistant: bool) -> lis
     """The token ids of each conversation; with `assistant` also which of them the assistant wrote, (token,) bool.
 
     Raises RecipeError, with the conversation's file and row, for one that the template refuses, and for one in which
-    the assistant's tokens cannot be told.
+    the assistant's tokens cannot be found.
     """
     if not conversations:
         return []
@@ -115,7 +115,7 @@ def _spans(conversation, whole, tokenizer, ends):
             spans.append(span)
         else:
             raise RecipeError(
-                f"data: {where}: the chat template {changed}, so the assistant's tokens cannot be told; expected a "
+                f"data: {where}: the chat template {changed}, so the assistant's tokens cannot be found; expected a "
                 f"template with generation blocks, or one that shows each content unchanged ({USE_ALL})"
             )
     return spans

@@ -654,8 +654,8 @@ def _local_files(path):
     shown = {split: groups[split] for split in SPLITS} | {"in no split": others}
     found = "; ".join(f"{split}: {_some(path, group)}" for split, group in shown.items() if group)
     raise RecipeError(
-        f"data.path: {path}: found, by their names, {found}; expected files of all three splits and no others, or "
-        "data.path to name the files of one split, whose documents are then split 90/5/5"
+        f"data.path: {path}: found these splits by file name: {found}; expected files of all three splits and no "
+        "others, or data.path to name the files of one split, whose documents are then split 90/5/5"
     )
 
 
@@ -686,7 +686,7 @@ def _text_files(path):
 
 def _require_unpacked(file):
     if file.suffix.lower() in PACKED:
-        raise RecipeError(f"data.path: {file} is compressed; expected it unpacked")
+        raise RecipeError(f"data.path: {file} is compressed; expected an unpacked file")
 
 
 def _named_splits(path, files):
@@ -734,7 +734,7 @@ def _file_shard(file, kind, data):
             begin = opened.read(8)
             for magic, name in COMPRESSED.items():
                 if begin.startswith(magic):
-                    error = ValueError(f"it is a {name} file, expected it unpacked")
+                    error = ValueError(f"it is a {name} file, expected an unpacked one")
         return (
             f"data.path: {file}: cannot be read as {kind} ({_first_line(error)}); expected a file that can be: "
             "repair it and run the same command again"
@@ -793,8 +793,8 @@ def _shuffled(shards, seed, place):
     begin, count = place or (0, len(texts))
     if count != len(texts):
         raise RecipeError(
-            f"data: {shards[0].name} and the files read with it had {count} documents when tokenising began, now "
-            f"{len(texts)}; expected the same text (or delete the run's data.partial to start again)"
+            f"data: {shards[0].name} and the files read with it had {count} documents when tokenising began and "
+            f"have {len(texts)} now; expected the same text (or delete the run's data.partial to start again)"
         )
     order = np.random.default_rng(seed).permutation(count)
     for number in range(begin, count):

@@ -81,7 +81,7 @@ def push(run_dir: Path, target: Hub):
         command += ["--private"] if target.private else []
         command += ["--revision", target.revision] if target.revision else []
         raise RecipeError(
-            f"{_reason(error, target)}; what {run_dir} holds is kept, resume with `{shlex.join(command)}`"
+            f"{_reason(error, target)}; everything in {run_dir} is kept: resume with `{shlex.join(command)}`"
         ) from None
     print(f"\nhub: {address}")
 
@@ -97,7 +97,7 @@ def require_token():
     except Exception:  # a token that a continuous-integration service should have lent, and did not
         found = None
     if found is None:
-        raise RecipeError("hub: found no token; expected one that may write, by `hf auth login` or in HF_TOKEN")
+        raise RecipeError("hub: found no token; expected one with write access, from `hf auth login` or in HF_TOKEN")
 
 
 def student_folder(run_dir: Path) -> Path:
@@ -108,13 +108,13 @@ def student_folder(run_dir: Path) -> Path:
         if checkpoint.complete(run_dir / name):
             if name == "transfer" and _recipe(run_dir).get("recurrence"):
                 raise RecipeError(
-                    f"{run_dir}: the run has no recurrence yet, which its recipe asks for; expected a finished run, as "
-                    f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} makes it"
+                    f"{run_dir}: the recipe asks for a recurrence, and the run has none yet; expected a finished run: "
+                    f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} finishes it"
                 )
             return run_dir / name
     raise RecipeError(
-        f"{run_dir}: the run has no student yet (its transfer is not complete); expected a finished run, as "
-        f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} makes it"
+        f"{run_dir}: the run has no student yet (its transfer is not complete); expected a finished run: "
+        f"{shlex.join(['scavenger', str(run_dir / 'recipe.yaml')])} finishes it"
     )
 
 
@@ -135,7 +135,7 @@ def model_card(run_dir: Path, target: Hub) -> ModelCard:
         datasets=[recipe["data"]["name"]] if recipe["data"]["path"] is None and recipe["data"]["name"] else None,
         tags=["scavenger", "hyena", "distillation", *(["recurrence"] if config.filter == "modal" else [])],
         eval_results=[_result(recipe, row)] if row else None,
-        **(licence or {"license": "other"}),
+        **(licence or {"license": "unknown"}),
     )
     sections = [
         f"# {data.model_name}",
@@ -176,34 +176,32 @@ def _what_it_is(recipe, config):
     parts = []
     if config.num_filters:
         parts.append(
-            f"{recipe['student']['mixer']}, {config.num_filters * config.hyena_order} long filters a layer, each over "
-            f"{config.filter_head_width} channels"
+            f"{recipe['student']['mixer']}, {config.num_filters * config.hyena_order} long filters per layer, "
+            f"each over {config.filter_head_width} channels"
         )
     if config.window:
-        parts.append(f"softmax attention in a window of {config.window:,} tokens")
-    mixers = [f"{_layers(set(range(layers)) - set(kept))}: {', beside '.join(parts)}"]
-    seeing = f"{config.attention_window:,} tokens" if config.attention_window else "all that was read"
+        parts.append(f"softmax attention over the last {config.window:,} tokens")
+    mixers = [f"{_layers(set(range(layers)) - set(kept))}: {', and '.join(parts)}"]
+    seen = f"over the last {config.attention_window:,} tokens" if config.attention_window else "over all earlier tokens"
     if kept:
-        mixers.append(f"{_layers(kept)}: the teacher's attention, each token seeing {seeing}")
+        mixers.append(f"{_layers(kept)}: the teacher's attention, {seen}")
     heads = recipe["student"].get("attention_heads") or []
     if heads:
-        mixers.append(f"head {', '.join(heads)}: the teacher's attention, each token seeing {seeing}")
+        mixers.append(f"head {', '.join(heads)}: the teacher's attention, {seen}")
+    grows = "The state of the kept attention grows with the text."
+    constant = "Every new token takes the same time and memory, however long the text before it is."
     if config.filter != "modal":
-        generation = "Its filters are not recurrences: to generate, it keeps the inputs of all its long convolutions."
-    elif config.state_grows:
-        generation = (
-            "Each filter was then turned into a recurrence (poles and residues); the kept attention's state grows."
-        )
+        generation = "Its filters are not recurrences. To generate, it keeps the inputs of all its long convolutions."
     else:
-        generation = (
-            "Each filter was then turned into a recurrence (poles and residues), so that a token takes the same time "
-            "and memory whatever was read before it."
-        )
+        generation = grows if config.state_grows else constant
+        if config.num_filters:
+            generation = f"Each filter was then turned into a recurrence (poles and residues). {generation}"
+    replaced = "Hyena long convolutions replace" if config.num_filters else "Attention in a short window replaces"
     return "\n".join(
         [
-            f"A language model distilled by scavenger from {_teacher_name(recipe)}, a Transformer of {layers} "
-            f"layers of width {config.hidden_size}. Hyena long convolutions stand where attention was; everything else "
-            "has the teacher's shape and began with its weights.",
+            f"A language model that scavenger distilled from {_teacher_name(recipe)}, a Transformer of {layers} layers "
+            f"of width {config.hidden_size}. {replaced} its attention. All other parts have the teacher's shape and "
+            "started from its weights.",
             "",
             *_items(mixers),
             "",
@@ -217,7 +215,7 @@ def _how_to_load(target):
     where = f'"{target.name}"{revision}, trust_remote_code=True'
     return f"""## Use
 
-The mixers are code of this repository: hence `trust_remote_code=True`. transformers 5.24 or later.
+The model's code is in this repository, so it loads with `trust_remote_code=True`. It needs transformers 5.24 or later.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -231,23 +229,23 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 def _comparison(recipe, figures, label):
     if figures is None:
-        return "## What it reaches\n\nThe run made no report: nothing was measured or compared."
+        return "## Results\n\nThe run made no report, so nothing was measured or compared."
     header, rows = report.cells(figures)
     # A report made by an earlier version has no chat_loss.
     whose = " of the assistant" if figures.get("chat_loss") == "assistant" else ""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(
         [
-            "## What it reaches",
+            "## Results",
             "",
             report.verdict(figures),
             "",
             *lines,
             "",
-            f"Held-out text: {figures['test_tokens']:,} predicted tokens{whose} of the test split of "
-            f"{_text_name(recipe)}. "
-            "Agreement is the share of positions where the most likely token is the teacher's. "
-            f"Seed {figures['seed']}; speeds are of one run on the machine that made the model.",
+            f"Measured on {figures['test_tokens']:,} predicted tokens{whose}, from the test split of "
+            f"{_text_in_prose(recipe)}. "
+            "Agreement is the share of positions where student and teacher have the same most likely token. "
+            f"Seed {figures['seed']}. Speeds are from one run on the machine that made the model.",
             *(["", comparison.verdict(figures["comparison"], [label])] if "comparison" in figures else []),
         ]
     )
@@ -263,18 +261,19 @@ def _certificate(folder):
     layer, worst = max(found, key=lambda pair: pair[1]["relative_error"])
     modes = [filter["state_size"] for _, filter in found]
     lines = [
-        f"modes: {sum(modes):,} in all, {sum(modes) / len(modes):.1f} a filter, {max(modes)} at most",
-        f"worst error: {worst['relative_error']:.2e} (relative l2 error of the first {settings['horizon']:,} taps), of "
-        f"a filter of layer {layer}; no recurrence with as many states has less than {worst['floor']:.2e} (proven)",
+        f"modes: {sum(modes):,} in total, {sum(modes) / len(modes):.1f} per filter on average, {max(modes)} at most",
+        f"worst filter: relative l2 error {worst['relative_error']:.2e} over the first {settings['horizon']:,} taps, "
+        f"in layer {layer}; proven lower bound for any recurrence with as many states: {worst['floor']:.2e}",
         f"largest |pole|: {facts['largest_radius']:.4f}"
         + (" (every recurrence is stable)" if facts["largest_radius"] < 1 else ""),
-        f"against the exact student on {against['tokens']:,} held-out tokens: KL {against['divergence']:.2e} nats per "
-        f"token, the same most likely token at {100 * against['agreement']:.2f} % of positions, perplexity "
-        f"{against['perplexity']:.3f} and {against['exact_perplexity']:.3f}",
+        f"compared with the exact student on {against['tokens']:,} held-out tokens: KL {against['divergence']:.2e} "
+        f"nats per token, the same most likely token at {100 * against['agreement']:.2f} % of positions, perplexity "
+        f"{against['perplexity']:.3f} (exact: {against['exact_perplexity']:.3f})",
     ]
     lines += [
-        f"the same in contexts of {entry['context_length']:,} tokens, beyond what the filters were matched over: KL "
-        f"{entry['beyond_horizon']['divergence']:.2e}, {100 * entry['beyond_horizon']['agreement']:.2f} %"
+        f"the same in contexts of {entry['context_length']:,} tokens, at positions past the matched taps: KL "
+        f"{entry['beyond_horizon']['divergence']:.2e} nats per token, the same most likely token at "
+        f"{100 * entry['beyond_horizon']['agreement']:.2f} % of positions"
         for entry in against["contexts"]
         if entry["beyond_horizon"]
     ]
@@ -286,7 +285,7 @@ def _certificate(folder):
             "",
             *_items(lines),
             "",
-            "Every filter's own figures: `certificate.json`.",
+            "`certificate.json` has the figures of every filter.",
         ]
     )
 
@@ -294,54 +293,55 @@ def _certificate(folder):
 def _limits(recipe, config, figures):
     length = recipe["data"]["context_length"]
     seen = figures["models"]["distilled"]["tokens_seen"] if figures else None
+    text = f"{seen:,} tokens of {_text_in_prose(recipe)}" if seen else _text_in_prose(recipe)
+    unchecked = "its output was not checked for false or harmful statements."
     lines = [
-        f"Distilled at a context of {length:,} tokens"
-        + (f", on {seen:,} tokens of {_text_name(recipe)}" if seen else f", on {_text_name(recipe)}")
-        + "; it was not trained to recall what lies further back.",
-        f"One seed ({recipe['seed']}): how much another would differ was not measured.",
-        "It learned from its teacher's distribution: what the teacher's text taught it wrongly, or never, is not put "
-        "right here.",
-        "It was not checked for what it may say."
+        f"It was distilled in contexts of {length:,} tokens, on {text}. "
+        "It was not trained to recall anything from further back.",
+        f"One seed ({recipe['seed']}) was run. The variation between seeds was not measured.",
+        "It learned from its teacher's output distribution, so it has the teacher's errors and gaps.",
+        unchecked.capitalize()
         if recipe["data"].get("chat_column")
-        else "It is a language model only: not tuned to follow instructions, nor checked for what it may say.",
-        "Its code is in this repository and runs with `trust_remote_code=True`: read it first, and pin a revision.",
+        else f"It is a plain language model: it was not tuned to follow instructions, and {unchecked}",
+        "`trust_remote_code=True` runs the code in this repository: read it first, and pin a revision.",
     ]
     if config.keeps_attention:
         reach = (
             f"cannot look back further than {config.widest_window:,} tokens"
             if config.widest_window
-            else "keeps every key and value: the time and memory of a token grow with what was read"
+            else "keeps every key and value, so the time and memory per token grow with the text"
         )
         where = [_layers(config.attention_layers)] if config.attention_layers else []
         if heads := recipe["student"].get("attention_heads"):
             where.append(f"head {', '.join(heads)}")
-        lines.insert(1, f"Kept attention ({' and '.join(where)}) {reach}.")
+        lines.insert(1, f"Its kept attention ({' and '.join(where)}) {reach}.")
     if config.filter != "modal":
-        lines.insert(1, "No recurrence was made: generation slows down with the length of the input.")
+        lines.insert(1, "It has no recurrence, so generation slows down as the text grows.")
     return "\n".join(["## Limits", "", *_items(lines)])
 
 
 def _licence_text(licence):
-    whose = "## Licence\n\nThe student holds weights of its teacher, so its licence is its teacher's"
+    whose = "## Licence\n\nThe student holds weights of its teacher, so the teacher's licence applies"
     if licence is None or licence["license"] == "other" and "license_name" not in licence:
-        return f"{whose}. Which that is could not be found out; ask whoever made the teacher before you use it."
+        return f"{whose}. That licence could not be found; ask the teacher's authors before you use the model."
     return f"{whose}: {licence.get('license_name') or licence['license']}."
 
 
 def _how_it_was_made(recipe, run_dir):
     environment = checkpoint.read_json(run_dir / "environment.json")
     versions = ", ".join(f"{name} {version}" for name, version in environment.items())
-    papers = {
-        number: f"[{number}](https://arxiv.org/abs/{number})" for number in ("2401.17574", "2302.10866", "2310.18780")
-    }
+    distillation, hyena, multihyena = (
+        f"[{number}](https://arxiv.org/abs/{number})" for number in ("2401.17574", "2302.10866", "2310.18780")
+    )
     return "\n".join(
         [
             "## How it was made",
             "",
-            f"The teacher's attention was transferred to the mixers, then its distribution ({papers['2401.17574']}); "
-            f"mixers after Hyena ({papers['2302.10866']}) and MultiHyena, recurrences after {papers['2310.18780']}.",
+            "First the mixers learned to reproduce the outputs of the teacher's attention. Then the student learned "
+            f"the teacher's output distribution ({distillation}). The mixers follow Hyena ({hyena}) and MultiHyena "
+            f"({multihyena}); the recurrences also follow the MultiHyena paper.",
             "",
-            "<details><summary>The recipe, every default written out</summary>",
+            "<details><summary>The recipe, with every default</summary>",
             "",
             "```yaml",
             yaml.safe_dump(_shown(recipe), sort_keys=False) + "```",
@@ -456,6 +456,11 @@ def _text_name(recipe):
     return _code(data["name"]) if data["name"] else "Python standard library"
 
 
+def _text_in_prose(recipe):
+    name = _text_name(recipe)
+    return name if name.startswith("`") else f"the {name}"
+
+
 def _code(name):
     """A name as code: Markdown reads nothing in it."""
     return f"`{' '.join(name.replace('`', '').split())}`"
@@ -500,11 +505,9 @@ def _reason(error, target):
     if uploading:
         return f"hub: the upload to {target.name} broke off ({f'the Hub answered {status}' if status else said})"
     if status == 401:
-        return (
-            "hub: the token was refused (401); expected a valid one that may write, by `hf auth login` or in HF_TOKEN"
-        )
+        return "hub: the token was refused (401); expected one with write access, from `hf auth login` or in HF_TOKEN"
     if status == 403:
-        return f"hub: the token may not write to {target.name} (403); expected a repository of its own account"
+        return f"hub: the token may not write to {target.name} (403); expected a repository of the token's account"
     if status is not None:
         return f"hub: the Hub answered {status} ({said})"
     if isinstance(error, (OSError, HTTPError)):

@@ -344,7 +344,7 @@ class Student(Section):
             self.num_filter_heads is None or self.mixer == "multihyena",
             "num_filter_heads",
             self.num_filter_heads,
-            "nothing: hyena has one filter per channel, a window none; it goes with multihyena",
+            "no value: only multihyena takes one; hyena has a filter for each channel, window has none",
         )
         names = list(self.attention_heads)
         _require(all(map(HEAD.fullmatch, names)), "attention_heads", names, "heads as L2H3: layer 2, head 3, from 0")
@@ -658,7 +658,7 @@ class Recipe(Section):
             self.transfer is not None or self.teacher.train is not None,
             "transfer",
             None,
-            "a transfer section, or teacher.train: the recipe makes nothing",
+            "a transfer section, or teacher.train: without them the recipe makes nothing",
         )
         _require(
             self.data.chat_column is None or self.teacher.train is None,
@@ -869,7 +869,7 @@ def _override(values, override, path):
                 values[section] = {}
             values = values[section]
         if not isinstance(values, (dict, list)):
-            raise RecipeError(f"{path}: override {override!r}: {section} is no section")
+            raise RecipeError(f"{path}: override {override!r}: {section} is not a section")
     if isinstance(values, list):
         raise RecipeError(
             f"{path}: override {override!r}: found a list of sections; expected {'.'.join(sections)}.0.{last}"

@@ -134,7 +134,7 @@ def from_teacher(settings: Student, context_length: int, teacher: PreTrainedMode
     try:
         weights = families.of(teacher.config.model_type).student_weights(teacher, student.config.attention_layers)
     except KeyError as error:
-        raise RecipeError(f"teacher: has a parameter of {error}; expected those of its family alone") from None
+        raise RecipeError(f"teacher: has the parameter {error}; expected only those of its family") from None
     missing, unexpected = student.load_state_dict(weights, strict=False)
     strange = [key for key in missing if not any(name in key for name in NEW_PARAMETERS)] + unexpected
     if strange:

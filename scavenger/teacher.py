@@ -93,7 +93,9 @@ def load_configuration(settings: Teacher, run_dir: Path) -> PreTrainedConfig:
         if not getattr(config, key) >= 1:
             raise RecipeError(f"teacher: {where} has {key} {getattr(config, key)}; expected 1 or more")
     if config.hidden_act not in ACT2FN:
-        raise RecipeError(f"teacher: {where} has hidden_act {config.hidden_act}; expected one that transformers has")
+        raise RecipeError(
+            f"teacher: {where} has hidden_act {config.hidden_act}; expected an activation of transformers"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(f"teacher: {where} has quantised weights; expected the weights before quantisation")
     loading.skeleton(where, lambda: family.model(config))
@@ -146,8 +148,8 @@ def shape(train: TeacherTraining, context_length: int, vocab_size: int, **more) 
     turned = int(train.hidden_size // train.num_heads * config.rope_parameters.get("partial_rotary_factor", 1.0))
     if turned < 2 or turned % 2:
         raise RecipeError(
-            f"teacher.train.num_heads: found {train.num_heads}; expected heads of which an even number of channels is "
-            f"turned by rotary, 2 or more, not {turned}: wider heads, that is fewer"
+            f"teacher.train.num_heads: found {train.num_heads}; expected fewer: rotary positions turn {turned} "
+            "channels of each head, and must turn an even number, 2 or more"
         )
     return config
 

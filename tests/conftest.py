@@ -150,6 +150,7 @@ SLOW_MODULES = {
         "test_likelihood",
         "test_lm_eval_tasks",
         "test_loading",
+        "test_packaging",
         "test_page",
         "test_pipeline",
     ),

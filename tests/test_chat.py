@@ -352,7 +352,9 @@ def test_a_template_that_changes_earlier_messages(tmp_path):
     write(tmp_path / "a.jsonl", [turns("a", "so\nb")] * 3 + [turns("a", "so\nb", "c", "d")] * 3)
     for loss in ("all", "assistant"):
         asked = recipe(path=str(tmp_path / "a.jsonl"), chat_loss=loss)
-        message = "a.jsonl, line .: the chat template .* so the assistant's tokens cannot be told.*chat_loss: all works"
+        message = (
+            "a.jsonl, line .: the chat template .* so the assistant's tokens cannot be found.*chat_loss: all works"
+        )
         with pytest.raises(RecipeError, match=message if loss == "assistant" else "less than one context"):
             data.run(asked, tmp_path, made(REPEATING))
     with pytest.raises(RecipeError, match=r"here: the chat template changes its first 2 messages for later ones"):

@@ -425,8 +425,8 @@ def test_a_word_is_no_split_by_accident(tmp_path, files):
     [
         ("train.jsonl test.jsonl", "train: train.jsonl; test: test.jsonl; expected files of all three splits"),
         ("train/a.txt val/a.txt", "train: train/a.txt; validation: val/a.txt; expected"),
-        ("validation.jsonl", "by their names, validation: validation.jsonl; expected"),
-        ("test/a.txt test/b.txt", "by their names, test: test/a.txt, test/b.txt; expected"),
+        ("validation.jsonl", "found these splits by file name: validation: validation.jsonl; expected"),
+        ("test/a.txt test/b.txt", "found these splits by file name: test: test/a.txt, test/b.txt; expected"),
         ("train.txt dev.txt test.txt more.txt", "test: test.txt; in no split: more.txt; expected"),
         (
             "wiki.train.txt wiki.test.txt notes.txt",
@@ -713,11 +713,11 @@ def test_a_bad_row_is_named(tmp_path, row, message):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
 def test_compressed_text_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b'{"text": "a"}'))
-    with pytest.raises(RecipeError, match=f"{name}: cannot be read as .* .it is a gzip file, expected it unpacked"):
+    with pytest.raises(RecipeError, match=f"{name}: cannot be read as .* .it is a gzip file, expected an unpacked one"):
         names(Data(path=str(tmp_path)))
     (tmp_path / name).rename(tmp_path / f"{name}.gz")
     for path in (tmp_path, tmp_path / f"{name}.gz"):
-        with pytest.raises(RecipeError, match=f"{name}.gz is compressed; expected it unpacked"):
+        with pytest.raises(RecipeError, match=f"{name}.gz is compressed; expected an unpacked file"):
             names(Data(path=str(path)))
 
 
@@ -808,7 +808,7 @@ def test_text_that_changed_while_the_run_was_away(tmp_path, monkeypatch):
         broken.setattr(data._Files, "append", breaking)
         data.run(asked, tmp_path, Letters())
     write(tmp_path / "a.jsonl", texts_of(401))
-    with pytest.raises(RecipeError, match="had 400 documents when tokenising began, now 401"):
+    with pytest.raises(RecipeError, match="had 400 documents when tokenising began and have 401 now"):
         data.run(asked, tmp_path, Letters())
 
 

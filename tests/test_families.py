@@ -366,7 +366,7 @@ def test_heads_whose_turned_part_is_odd():
     """Phi turns half of each head, GPT-NeoX a quarter."""
     for family, heads in (("phi", 8), ("gpt_neox", 24)):
         train = TeacherTraining(family=family, **SIZES | {"num_heads": heads}, **TRAINING)
-        with pytest.raises(RecipeError, match=f"num_heads: found {heads}; expected heads of which an even number"):
+        with pytest.raises(RecipeError, match=f"num_heads: found {heads}; expected fewer: rotary positions turn"):
             teacher.shape(train, 63, 97)
 
 

@@ -12,6 +12,8 @@ import yaml
 from conftest import BIN, LAUNCHED, ROOT, launch, tiny_of
 from conftest import scavenger as whole_run
 from hub_server import Commit, Hub
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from transformers import AutoTokenizer, GenerationConfig
 
 from scavenger.hub import model_card, student_folder
@@ -283,7 +285,7 @@ def test_an_upload_that_breaks_off_goes_on(hub, scavenger, finished):
     code, _, err = scavenger(*words)
     hub.drop_uploads = False
     assert code == 2 and "the upload to tester/fourth broke off" in one_line(err)
-    assert f"what {finished} holds is kept, resume with `scavenger push {finished} --to tester/fourth`" in err
+    assert f"everything in {finished} is kept: resume with `scavenger push {finished} --to tester/fourth`" in err
     assert hub.repositories["tester/fourth"].history() == ["initial commit"], "no half of a model"
 
     hub.broken = 503
@@ -325,7 +327,7 @@ def test_what_is_no_finished_run(scavenger, own_run, tmp_path):
     assert code == 2 and "--revision: found" in one_line(err)
     shutil.rmtree(own_run / "recurrence")
     code, _, err = scavenger("push", own_run, "--to", "tester/model")
-    assert code == 2 and "has no recurrence yet, which its recipe asks for" in one_line(err)
+    assert code == 2 and "the recipe asks for a recurrence, and the run has none yet" in one_line(err)
     (own_run / "transfer").rename(own_run / "transfer.partial")
     code, _, err = scavenger("push", own_run, "--to", "tester/model")
     assert code == 2 and "its transfer is not complete" in one_line(err)
@@ -358,7 +360,7 @@ def test_a_recipe_pushes_at_its_end(hub, scavenger, workshop, own_run):
 
     code, out, err = scavenger(*words, "hub.name=somebody/theirs")
     assert code == 2 and "may not write to somebody/theirs" in err
-    assert f"what {own_run} holds is kept, resume with `scavenger push {own_run} --to somebody/theirs`" in err
+    assert f"everything in {own_run} is kept: resume with `scavenger push {own_run} --to somebody/theirs`" in err
     assert "Traceback" not in err and "tester/fifth" not in hub.repositories
 
     code, out, err = scavenger(*words, "hub.name=tester/fifth", "hub.private=true")
@@ -406,7 +408,7 @@ def test_mistakes_in_a_recipe(overrides, parts):
 def test_the_card_says_what_the_run_found(finished, workshop):
     figures, found = read_json(finished / "report/report.json"), read_json(finished / "recurrence/certificate.json")
     card = model_card(finished, Target("tester/model"))
-    assert card.data.license == "other" and "could not be found out" in card.text
+    assert card.data.license == "unknown" and "could not be found" in card.text
     metadata = card.data.to_dict()
     assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
     assert "base_model" not in metadata and "datasets" not in metadata, "they are local folders"
@@ -417,11 +419,11 @@ def test_the_card_says_what_the_run_found(finished, workshop):
     worst = max((f for layer in found["layers"] for f in layer["filters"]), key=lambda f: f["relative_error"])
     for fact in (
         found["verdict"],
-        f"worst error: {worst['relative_error']:.2e}",
-        f"less than {worst['floor']:.2e} (proven)",
+        f"worst filter: relative l2 error {worst['relative_error']:.2e}",
+        f"as many states: {worst['floor']:.2e}",
         f"largest |pole|: {found['largest_radius']:.4f}",
         f"KL {found['model']['divergence']:.2e} nats per token",
-        "at a context of 48 tokens, on 3,840 tokens of `text.jsonl`",
+        "in contexts of 48 tokens, on 3,840 tokens of `text.jsonl`",
         f"torch {read_json(finished / 'environment.json')['torch']}",
         "Compared with teacher, recurrent is ",
         "2401.17574",
@@ -433,6 +435,47 @@ def test_the_card_says_what_the_run_found(finished, workshop):
     shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, flags=re.S)[1])
     assert shown["data"]["path"] == "text.jsonl" and shown["teacher"]["path"] == "teacher" and shown["run_dir"] == "run"
     assert shown["transfer"] == yaml.safe_load((finished / "recipe.yaml").read_text())["transfer"]
+
+
+def test_the_metadata_is_what_huggingface_hub_reads(finished, own_run):
+    """It reads the card's YAML as the data that made it, and the model index as one whole result."""
+    perplexity = read_json(finished / "report/report.json")["models"]["recurrent"]["perplexity"]
+    values = yaml.safe_load((own_run / "recipe.yaml").read_text())
+    values["teacher"] |= {"path": None, "name": "somebody/theirs"}
+    values["data"] |= {"path": None, "name": "somebody/text", "subset": "small", "revision": 40 * "a"}
+    (own_run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    for run, dataset, config, base in (
+        (finished, "text.jsonl", None, None),
+        (own_run, "somebody/text", "small", "somebody/theirs"),
+    ):
+        card = model_card(run, Target("tester/model"))
+        read = ModelCard(str(card), ignore_metadata_errors=False)
+        assert read.data.to_dict() == card.data.to_dict() and read.text == card.text
+        (result,) = read.data.eval_results
+        assert result.task_type == "text-generation" and result.metric_type == "perplexity"
+        assert (result.dataset_type, result.dataset_split) == (dataset, "test") and result.dataset_name
+        assert result.dataset_config == config and isinstance(result.metric_value, float)
+        assert result.metric_value == pytest.approx(perplexity, abs=1e-4)
+        again = model_index_to_eval_results(eval_results_to_model_index("model", [result]))
+        assert again == ("model", [result])
+        written = yaml.safe_load(str(card).split("---\n")[1])
+        assert written == read.data.to_dict() and written.get("base_model") == base
+        # Of one type each, as the Hub's schema has them.
+        kinds = {"library_name": str, "license": str, "pipeline_tag": str, "tags": list, "model-index": list}
+        kinds |= {"base_model": str, "datasets": list}
+        assert all(isinstance(value, kinds[key]) for key, value in written.items())
+        assert written["pipeline_tag"] == "text-generation"
+
+
+def test_the_card_of_a_window_alone(own_run):
+    """A student without filters has neither long convolutions nor recurrences to speak of."""
+    path = own_run / "recurrence/config.json"
+    changes = {"num_filters": 0, "window": 9, "state_sizes": [[], [], []]}
+    path.write_text(json.dumps(read_json(path) | changes))
+    (own_run / "recurrence/certificate.json").unlink()
+    text = model_card(own_run, Target("tester/model")).text
+    assert "- layers 0, 1, 2: softmax attention over the last 9 tokens" in text
+    assert "convolutions" not in text.split("## Use")[0] and "poles and residues" not in text
 
 
 def test_the_card_of_an_older_run(own_run):
@@ -536,7 +579,7 @@ def test_the_card_of_less(hub, scavenger, own_run):
         metadata["license"] == "other"
         and metadata["license_name"] == "their-own"
         and metadata["license_link"] == "https://huggingface.co/somebody/theirs/blob/main/LICENSE"
-        and "its teacher's: their-own" in card
+        and "the teacher's licence applies: their-own" in card
     )
     assert metadata["base_model"] == "somebody/theirs" and metadata["datasets"] == ["somebody/text"]
     assert "model-index" not in metadata and "nothing was measured or compared" in card
@@ -548,8 +591,8 @@ def test_the_card_of_less(hub, scavenger, own_run):
     [
         (None, "apache-2.0"),  # the embedded teacher's own
         ("---\nlicense: cc-by-4.0\n---\n# a teacher\n", "cc-by-4.0"),
-        ("# a teacher without metadata\n", "other"),
-        ("---\nlicense: [broken\n---\n", "other"),
+        ("# a teacher without metadata\n", "unknown"),
+        ("---\nlicense: [broken\n---\n", "unknown"),
     ],
 )
 def test_the_licence_is_the_teachers(own_run, tmp_path, card, licence):
@@ -559,21 +602,21 @@ def test_the_licence_is_the_teachers(own_run, tmp_path, card, licence):
     (tmp_path / "README.md").write_text(card or "")
     made = model_card(own_run, Target("tester/model"))
     assert made.data.license == licence
-    assert ("could not be found out" in made.text) == (licence == "other")
+    assert ("could not be found" in made.text) == (licence == "unknown")
 
 
 @pytest.mark.parametrize(
     ("window", "parts"),
     [
-        (7, ["layer 1: the teacher's attention, each token seeing 7 tokens", "further than 7 tokens", "the same time"]),
-        (0, ["each token seeing all that was read", "the kept attention's state grows", "keeps every key and value"]),
+        (7, ["layer 1: the teacher's attention, over the last 7 tokens", "further than 7 tokens", "the same time"]),
+        (0, ["over all earlier tokens", "state of the kept attention grows", "keeps every key and value"]),
     ],
 )
 def test_the_card_says_what_attention_is_kept(own_run, window, parts):
     config = read_json(own_run / "recurrence/config.json") | {"attention_layers": [1], "attention_window": window}
     (own_run / "recurrence/config.json").write_text(json.dumps(config))
     text = model_card(own_run, Target("tester/model")).text
-    assert "layers 0, 2: multihyena, 5 long filters a layer, each over 6 channels" in text
+    assert "layers 0, 2: multihyena, 5 long filters per layer, each over 6 channels" in text
     for part in parts:
         assert part in text
-    assert ("whatever was read before it" in text) == (window > 0)
+    assert ("however long the text before it is" in text) == (window > 0)

@@ -224,7 +224,7 @@ def test_a_batch_that_the_parts_do_not_divide_is_refused(workshop, monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "3")
     told(monkeypatch, num_processes=3)
     with pytest.raises(
-        RecipeError, match=rf"{place}.*batch_size: found 4; expected a multiple of (3|9), processes \(3\)"
+        RecipeError, match=rf"{place}.*batch_size: found 4; expected a multiple of (3|9): processes \(3\)"
     ):
         processes.start(load_recipe(str(workshop / "recipe.yaml"), list(overrides)))
 

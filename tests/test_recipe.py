@@ -187,7 +187,7 @@ CACHE = "cache={logits: 8}"
             ["transfer.activations.steps", "3", "4 layers"],
         ),
         (["seed"], ["'seed'", "section.key=value"]),
-        (["run_dir.x=1"], ["run_dir", "no section"]),
+        (["run_dir.x=1"], ["run_dir", "not a section"]),
     ],
 )
 def test_mistakes_are_named(tmp_path, overrides, parts):

@@ -423,7 +423,11 @@ def test_recur(folder, workshop, tmp_path, monkeypatch):
     code, out, err = recur(*words)
     assert code == 0 and "(complete)" in out
     code, out, err = recur(*words[:1], "--tolerance", "1e-2")
-    assert code == 2 and "is there already and is not what this command makes" in err and err.count("\n") == 1
+    assert (
+        code == 2
+        and "exists already and was made from another student, with other settings" in err
+        and err.count("\n") == 1
+    )
 
     less = tmp_path / "less"
     budget = found["state_bytes"] - 2000
@@ -513,7 +517,7 @@ def test_mistakes_end_in_one_line(folder, workshop, tmp_path):
             [folder, "--text", tmp_path / "little.txt", "--to", tmp_path / "x"],
             ["--text: found", "in the validation split", "a context of the student", "or --split all"],
         ),
-        ([folder, "--to", tmp_path / "file"], ["is there already"]),
+        ([folder, "--to", tmp_path / "file"], ["exists already"]),
         ([folder, "--state-bytes", "9", "--to", tmp_path / "x"], ["recurrence.state_bytes: found 9"]),
     ):
         code, out, err = recur(*words)

@@ -219,7 +219,7 @@ WRONG = [
     ({"max_tokens": 10**30}, "prompt: found 1 tokens, and 1,000,000,000"),
     ({"n": 0}, "n: found 0"),
     ({"n": 10**12}, "n: found 1000000000000"),
-    ({"n": 128, "prompt": ["x", "y"]}, "n: found 256 choices of all prompts; expected 205 at most"),
+    ({"n": 128, "prompt": ["x", "y"]}, "n: found 256 choices for all prompts together; expected 205 at most"),
     ({"prompt": None}, "prompt: found None"),
     ({"prompt": 5}, "prompt: found 5"),
     ({"prompt": []}, "prompt: found []"),
@@ -621,13 +621,16 @@ def test_models_that_are_refused(tmp_path, folder, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for words, message in (
             ([EMBEDDED], "found a gpt_neox model, whose cache grows with the text; expected a recurrent student"),
-            ([exact], f"filters are not recurrences yet; expected what `scavenger recur {exact}` makes of it"),
+            (
+                [exact],
+                f"filters are not recurrences yet; expected a recurrent student: `scavenger recur {exact}` makes one",
+            ),
             ([growing], "found attention to all tokens"),
             ([tmp_path / "none"], "cannot be loaded"),
             ([folder, "--rows", 0], "--rows: found 0; expected 1 or more"),
             ([folder, "--grace", "nan"], "--grace: found nan; expected 0 or more"),
             ([folder, "--port", 70000], "--host, --port: found 127.0.0.1:70000"),
-            ([folder, "--port", taken.getsockname()[1]], "expected an address that is free"),
+            ([folder, "--port", taken.getsockname()[1]], "expected a free address"),
         ):
             found = command_line("serve", *words)
             assert found.returncode == 2 and message in found.stderr, found

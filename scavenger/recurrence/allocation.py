@@ -43,7 +43,7 @@ def check(config: HyenaConfig, budget: int):
     if budget < least:
         raise RecipeError(
             f"recurrence.state_bytes: found {budget}; expected {least} or more: short convolutions and kept "
-            "attention take that without any mode"
+            "attention take that much before any mode"
         )
 
 

@@ -76,7 +76,8 @@ def of_folder(
         saved["settings"] = {key: value for key, value in kept if (f"recurrence.{key}", value) not in REMOVED.items()}
         if {key: saved.get(key) for key in asked} != asked:
             raise RecipeError(
-                f"--to: {to} is there already and is not what this command makes; expected the name of a new folder"
+                f"--to: {to} exists already and was made from another student, with other settings or on other text; "
+                "expected the name of a new folder"
             )
         accelerator.print(f"{to} (complete)")
     else:
@@ -137,7 +138,7 @@ def distil(
     if settings.state_bytes is not None:
         if blocks is None:
             raise RecipeError(
-                "recurrence.state_bytes: found no text to measure on, which needs a tokenizer; expected a tolerance"
+                "recurrence.state_bytes: found no tokenizer, so there is no text to measure on; expected a tolerance"
             )
         allocation.check(student.config, settings.state_bytes)
     student.to(accelerator.device)

@@ -114,8 +114,8 @@ def _require_whole_parts(recipe, processes):
             if phase is not None and phase.batch_size % parts:
                 place = f".{index}" if len(phases) > 1 else ""
                 raise RecipeError(
-                    f"{name}{place}.batch_size: found {phase.batch_size}; expected a multiple of {parts}, processes "
-                    f"({processes}) times training.accumulate ({recipe.training.accumulate})"
+                    f"{name}{place}.batch_size: found {phase.batch_size}; expected a multiple of {parts}: processes "
+                    f"({processes}) × training.accumulate ({recipe.training.accumulate})"
                 )
 
 

@@ -88,12 +88,12 @@ def require_recurrent(model: Evaluated):
     if not model.is_student:
         raise RecipeError(
             f"{model.path}: found a {model.config.model_type} model, whose cache grows with the text; expected a "
-            "recurrent student, as a run leaves it in its folder recurrence"
+            "recurrent student, such as the folder recurrence of a run"
         )
     if not model.is_recurrent:
         raise RecipeError(
-            f"{model.path}: found a student whose filters are not recurrences yet; expected what "
-            f"`scavenger recur {model.path}` makes of it"
+            f"{model.path}: found a student whose filters are not recurrences yet; expected a "
+            f"recurrent student: `scavenger recur {model.path}` makes one"
         )
     if model.config.state_grows:
         raise RecipeError(
@@ -107,7 +107,7 @@ def bound(host, port) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise RecipeError(f"--host, --port: found {host}:{port} ({error}); expected an address that is free") from error
+        raise RecipeError(f"--host, --port: found {host}:{port} ({error}); expected a free address") from error
 
 
 class Server(uvicorn.Server):
@@ -215,9 +215,9 @@ class Gate:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self.service.key.encode()):
                 wanted = f"the key of the server ({KEY}) as Authorization: Bearer KEY"
-                raise Refused(401, f"api_key: found none or another one; expected {wanted}", code="invalid_api_key")
+                raise Refused(401, f"api_key: found none or a wrong one; expected {wanted}", code="invalid_api_key")
         if self.service.stopping:
-            raise Refused(503, "the server is stopping; expected the request at another one", retry=True)
+            raise Refused(503, "the server is stopping; send the request to another one", retry=True)
 
 
 async def _body(receive):
@@ -322,7 +322,7 @@ class Service:
         choices = prompts * (ask.n or 1)
         if choices > self.worker.places:
             most = f"{self.worker.places:,} at most, as many as may run and wait"
-            raise Refused(400, f"n: found {choices:,} choices of all prompts; expected {most}", "n")
+            raise Refused(400, f"n: found {choices:,} choices for all prompts together; expected {most}", "n")
 
     async def _encoded(self, text, **options):
         """Its tokens; in a thread, as a long text takes a while. An empty prompt is the beginning of a document."""
@@ -339,10 +339,10 @@ class Service:
         try:
             self.worker.submit(sequences)
         except QueueFull:
-            wrong = f"the queue is full: {self.worker.places:,} sequences run or wait; expected the request again later"
+            wrong = f"the queue is full: {self.worker.places:,} sequences run or wait; send the request again later"
             raise Refused(429, wrong, code="rate_limit_exceeded", retry=True) from None
         except Failed as failed:
-            raise Refused(503, f"{failed}; expected the request at another server") from None
+            raise Refused(503, f"{failed}; send the request to another server") from None
         request.scope["sequences"] += sequences
         if ask.stream:
             never_cached = {"Cache-Control": "no-store"}

@@ -326,8 +326,8 @@ def _require_room(run, folder, wanted, work, sizes, spare):
     if ACTIVATIONS in wanted and top is not None and needed[top] + spare <= free:
         fits.append("cache.activations=false")
     raise RecipeError(
-        f"cache: {_in_bytes(total)} are to be written to {folder}, and {_in_bytes(spare)} left for checkpoints, but "
-        f"{_in_bytes(free)} are free there; expected {', or '.join(fits)}"
+        f"cache: needs {_in_bytes(total)} in {folder} and {_in_bytes(spare)} for checkpoints, but {_in_bytes(free)} "
+        f"are free there; expected {', or '.join(fits)}"
     )
 
 
