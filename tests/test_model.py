@@ -9,7 +9,7 @@ from conftest import GROUPED, GROUPED_SHAPES, normal, random_ids, tiny_student
 from reference import assert_close, relative_error
 from transformers import DynamicCache
 
-from scavenger.model import HyenaCache, HyenaConfig, HyenaForCausalLM, convolution
+from scavenger.model import HyenaCache, HyenaConfig, HyenaForCausalLM, convolution, toeplitz_cpp
 from scavenger.model.attention import AttentionCacheLayer, Tokens, attention
 from scavenger.model.convolution import (
     ToeplitzProduct,
@@ -121,9 +121,11 @@ def test_transforms_are_of_a_size_that_is_quick():
 
 @pytest.mark.parametrize("length", [1, 16, 17, 50, 63])
 @pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("widest", [0, 64])
 @pytest.mark.parametrize("form", [ToeplitzProduct.apply, outer_product_convolution, long_convolution])
-def test_every_form_is_the_formula_with_gradients(form, queries, length, monkeypatch, device):
+def test_every_form_is_the_formula_with_gradients(form, widest, queries, length, monkeypatch, device):
     monkeypatch.setattr(convolution, "BLOCK", 17)  # lengths below, at and across blocks
+    monkeypatch.setattr(toeplitz_cpp, "WIDEST", widest)  # 0: no machine code
     q = normal(2, 5, queries, length, 7, device=device).requires_grad_()
     k, v = (normal(2, 5, length, 7, device=device).requires_grad_() for _ in range(2))
     taps = normal(5, length + 4, device=device).requires_grad_()

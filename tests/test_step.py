@@ -9,7 +9,7 @@ from conftest import GROUPED, GROUPED_SHAPES, random_ids, tiny_student
 from reference import assert_close
 from test_window import MODAL_SHAPES, SHAPES
 
-from scavenger.model import HyenaCache, step, step_cpp
+from scavenger.model import HyenaCache, machine_code, step, step_cpp
 
 
 NARROW = [
@@ -127,11 +127,11 @@ def test_without_a_compiler_a_student_generates_in_torch(compiler, monkeypatch, 
     """None is there, or it refuses the source."""
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    step_cpp.compiled.cache_clear()
+    machine_code.library.cache_clear()
     try:
         decoder = tiny_student(modal=True).batch_decoder(rows=1)
         assert decoder.generate([torch.tensor([3])], 2)[0].shape == (2,)
     finally:
-        step_cpp.compiled.cache_clear()
+        machine_code.library.cache_clear()
     assert not counted and not list(tmp_path.rglob("*.so"))
     assert ("did not compile" in caplog.text) == (compiler == sys.executable)

@@ -6,6 +6,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .toeplitz_cpp import gradients, pays, product
+
 
 BLOCK = 128  # query positions of one Toeplitz block: few enough that its scores stay in the CPU cache
 GPU_SCORES = 2**27  # of one block on a GPU, where many small kernels cost more than scores that count for nothing
@@ -89,12 +91,14 @@ class ToeplitzProduct(torch.autograd.Function):
 
     q is (batch, filter, query, length, width), k and v the same without the queries that share them, v perhaps of
     another width, taps (filter, length or more). The backward pass recomputes each block's scores, so no length² matrix
-    is ever stored.
+    is ever stored. On a CPU it is made in machine code where that can be had.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, taps):
         ctx.save_for_backward(q, k, v, taps)
+        if pays(q, k, v, taps):
+            return product(q, k, v, taps)
         y = v.new_empty(*q.shape[:-1], v.shape[-1])
         for rows in _blocks(q):
             seen = slice(rows.stop)
@@ -106,6 +110,8 @@ class ToeplitzProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         q, k, v, taps = ctx.saved_tensors
+        if pays(q, k, v, taps):
+            return gradients(dy, q, k, v, taps)
         wide = torch.promote_types(q.dtype, torch.float32)  # many blocks are summed
         dq, dtaps = torch.empty_like(q), torch.zeros_like(taps, dtype=wide)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)

@@ -1,25 +1,12 @@
-"""One token through a mixer in machine code, on a CPU: one pass over its state, where torch takes dozens of calls.
-
-The C++ below is compiled when it is first used, by the machine's own compiler, into the user's cache.
-"""
+"""One token through a mixer in machine code, on a CPU: one pass over its state, where torch takes dozens of calls."""
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 
+from .machine_code import library
 
-logger = logging.getLogger(__name__)
 
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 # Numbers of state that a second thread is worth: it takes some microseconds to start, in which one core reads so many.
 PARALLEL = 1 << 15
 
@@ -431,36 +418,9 @@ class Arguments(ctypes.Structure):
     ]
 
 
-@functools.cache
 def compiled() -> ctypes.CDLL | None:
     """The source as a library; None where it cannot be compiled."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return None
-    cpu = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), platform.processor())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    name = hashlib.sha256("\n".join([SOURCE, *FLAGS, cpu, version]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scavenger"
-    built = folder / f"step-{name}.so"
-    try:
-        if not built.exists():
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                source, made = Path(scratch) / "step.cpp", Path(scratch) / "step.so"
-                source.write_text(SOURCE)
-                subprocess.run([compiler, *FLAGS, source, "-o", made], check=True, capture_output=True)
-                made.replace(built)
-        return ctypes.CDLL(str(built))
-    except (OSError, subprocess.CalledProcessError) as error:
-        logger.warning(f"{compiler} did not compile the step of a mixer, which stays in torch: {error}")
-        return None
-
-
-def _lines(path):
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return library("step", SOURCE)
 
 
 def step_in_cpp(y, projected, *words):
