@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicLayer
 
 from scavenger import data, families, loading, measure, training
 from scavenger.recipe import Recipe, RecipeError, Teacher, TeacherTraining
@@ -168,7 +169,7 @@ def attention(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> tup
         last = _attentions(model)[max(layers)].register_forward_hook(stop)
         try:
             with contextlib.suppress(_Deep):
-                model.base_model(input_ids=ids, use_cache=False)
+                _read(model, ids)
         finally:
             last.remove()
     return recorded
@@ -200,8 +201,21 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, blocks: bool) -> tuple[Te
     with contextlib.ExitStack() as stack:
         for layer in families.of(model.config.model_type).blocks(model) if blocks else ():
             stack.callback(layer.register_forward_hook(lambda module, args, output: outputs.append(output)).remove)
-        last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        last = _read(model, ids).last_hidden_state
     return last, outputs
+
+
+class _KeepsNothing(DynamicLayer):
+    """The cache of a layer that is read once: keys and values pass through."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return key_states, value_states
+
+
+def _read(model, ids):
+    """The body's outputs. Without a cache transformers looks for packed sequences, and waits for the device for it."""
+    cache = Cache(layers=[_KeepsNothing() for _ in range(model.config.num_hidden_layers)])
+    return model.base_model(input_ids=ids, cache=cache, use_cache=False)
 
 
 def _attentions(model):

@@ -1,10 +1,13 @@
 """The one optimisation loop: step, clip, schedule, log, checkpoint, resume."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -60,8 +63,12 @@ def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
     the launch shards its parameters. Resumes from the newest intact checkpoint below `optimisation.steps_dir`. Poles
     that a step moved out of the unit circle are moved back. A step with a non-finite loss or gradient is skipped and
     counted; MOST_SKIPPED in a row raise RecipeError.
+
+    On a GPU nothing waits for a step: the next batch is read beside it, the update skips itself on the device, and what
+    the host knows of a step it learns after the next one was begun, or where something is logged.
     """
     accelerator, settings, stage = run.accelerator, run.recipe.training, optimisation.settings
+    ahead = runs_ahead(accelerator)
     module, optimizer = _prepared(optimisation, accelerator)
     modal = [part for part in module.modules() if isinstance(part, ModalFilter)]
     start, history = checkpoint.resume_step(run, optimisation.steps_dir)
@@ -70,28 +77,40 @@ def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
     ended = _is_flat(stage, history)
     module.train()
     bar = _progress_bar(optimisation, start, accelerator)
-    with bar, interruption.postponed() as signal:
-        for step in range(start, 0 if ended else stage.steps):
+    steps = range(start, 0 if ended else stage.steps)
+    batches = contextlib.closing(_batches(optimisation, steps, accelerator, settings.accumulate, ahead))
+    unknown = deque()  # steps whose outcome the host has not looked at
+    with bar, interruption.postponed() as signal, batches as batches:
+        for step in steps:
             clock.lap("checkpoints")  # includes the values that are logged with them
             _set_learning_rate(optimizer, stage, step)
-            whole = optimisation.batch(step)
+            whole, parts = next(batches)
             clock.lap("data")
-            found, norm = _gradients(run, optimisation, module, step, whole, clock)
-            value = float(found["loss"])
-            bad, stopped = _agreed(accelerator, not (math.isfinite(norm) and math.isfinite(value)), signal.asked)
-            if bad:
-                since.skip()
-                _give_up_if_lost(run, optimisation, step, whole, since, value, norm, not history)
-            else:
+            found, norm = _gradients(run, optimisation, module, step, whole, parts, clock)
+            outcome = _Outcome(accelerator, step, whole, found["loss"], norm, signal.asked)
+            since.add(found, norm, outcome.bad)
+            last, due = step + 1 == stage.steps, (step + 1) % settings.checkpoint_every == 0
+            logged_now = last or (step + 1) % settings.log_every == 0
+            stopped, bad = False, False
+            if ahead:
+                optimizer.optimizer.found_inf = outcome.bad  # the fused update makes no step where it is 1
                 optimizer.step()
-                for filters in modal:
-                    filters.stabilise()
-                since.add(found, norm)
+            unknown.append(outcome)
+            while unknown and (len(unknown) > 1 or not ahead or logged_now or stopped):
+                known = unknown.popleft()
+                value, value_norm, bad, asked = known.looked_at()
+                stopped = stopped or asked
+                since.count(bad)
+                if bad:
+                    _give_up_if_lost(run, optimisation, known.step, known.whole, since, value, value_norm, not history)
+            if not ahead and not bad:
+                optimizer.step()
+            for filters in modal:
+                filters.stabilise()
             optimizer.zero_grad()
             clock.lap("student")
             bar.update()
-            last, due = step + 1 == stage.steps, (step + 1) % settings.checkpoint_every == 0
-            if (last or (step + 1) % settings.log_every == 0) and since.steps:
+            if logged_now and since.steps:
                 logged = max(start, history[-1]["step"] if history else 0)
                 entry = {"step": step + 1, "seconds": clock.seconds} | since.means(accelerator)
                 entry |= clock.rates(whole.ids.numel() * (step + 1 - logged))
@@ -147,12 +166,13 @@ def _set_learning_rate(optimizer, stage, step):
         group["lr"] = group["share"] * learning_rate(stage, step)
 
 
-def _gradients(run, optimisation, module, step, whole, clock):
+def _gradients(run, optimisation, module, step, whole, parts, clock):
     """Forward and backward pass of this process's micro-batches; returns the values to log and the gradient norm."""
-    accelerator, accumulate = run.accelerator, run.recipe.training.accumulate
-    parts = accelerator.num_processes * accumulate
-    found, norm = {}, 0.0
-    for part in _micro_batches(whole, accelerator, accumulate):
+    accelerator = run.accelerator
+    count = accelerator.num_processes * len(parts)
+    found, norm = {}, None
+    for part in parts:
+        part = Batch(part.rows, *(x if x is None else x.to(accelerator.device, non_blocking=True) for x in part[1:]))
         target = optimisation.target(part)
         clock.lap("teacher")
         # The same random numbers in every micro-batch and process, and after a resumption.
@@ -161,12 +181,14 @@ def _gradients(run, optimisation, module, step, whole, clock):
             with accelerator.autocast():  # under FSDP2 accelerate's `prepare` does not do it
                 value, logged = optimisation.loss(module, part, target, whole)
             # accelerate divides by the micro-batches, data parallelism by the processes.
-            accelerator.backward(parts * value)
+            accelerator.backward(count * value)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(module.parameters(), MAX_GRADIENT_NORM) or 0.0
+                norm = accelerator.clip_grad_norm_(module.parameters(), MAX_GRADIENT_NORM)
         for key, item in {"loss": value, **logged}.items():
             found[key] = found.get(key, 0.0) + item.detach().double()
-    return found, float(norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+    norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float64, device=accelerator.device)
+    return found, norm
 
 
 def _give_up_if_lost(run, optimisation, step, whole, since, value, norm, unlogged):
@@ -200,6 +222,15 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def runs_ahead(accelerator: Accelerator) -> bool:
+    """Whether the host prepares the next step while the device makes one: on a GPU, with whole parameters.
+
+    The updates of FSDP and DeepSpeed do not skip themselves on the device.
+    """
+    own = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return accelerator.device.type == "cuda" and own
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the launch shards the parameters over the processes: FSDP, or DeepSpeed's third stage."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -229,12 +260,39 @@ def next_token_loss(module: nn.Module, part: Batch, target: None, whole: Batch) 
     return module(part.ids, part.predicted) / count.clamp_min(1), {}  # 0 where the batch has no such token
 
 
+class _Outcome:
+    """What is to be known of a step: loss, gradient norm, whether to skip it, whether to stop; copied without waiting.
+
+    A step is bad where the loss or the gradient of any process is no finite number.
+    """
+
+    def __init__(self, accelerator, step, whole, loss, norm, asked):
+        self.step, self.whole = step, whole
+        own = torch.stack([~(loss.isfinite() & norm.isfinite()), torch.full_like(loss, asked, dtype=torch.bool)])
+        flags = own.float()
+        if accelerator.num_processes > 1:
+            flags = (accelerator.reduce(flags, reduction="sum") > 0).float()
+        self.bad = flags[0]  # () 1 or 0
+        self.facts = torch.cat([torch.stack([loss, norm]), flags.double()]).to("cpu", non_blocking=True)
+        self.copied = None
+        if accelerator.device.type == "cuda":
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def looked_at(self) -> tuple[float, float, bool, bool]:
+        """Loss, gradient norm, whether the step is bad, whether to stop; waits until the device has made the step."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, norm, bad, asked = self.facts.tolist()
+        return loss, norm, bad > 0, asked > 0
+
+
 @dataclasses.dataclass
 class _Since:
-    """Sums over the steps since the last entry of the log."""
+    """Sums over the steps since the last entry of the log, on the device."""
 
     sums: dict = dataclasses.field(default_factory=dict)
-    norms: float = 0.0
+    norms: Tensor | float = 0.0
     steps: int = 0
     skipped: int = 0  # of the whole training
     in_a_row: int = 0
@@ -249,16 +307,21 @@ class _Since:
         share = {key: item / accelerator.num_processes for key, item in since.sums.items()}
         return dataclasses.replace(since, sums=share)
 
-    def add(self, found, norm):
+    def add(self, found, norm, bad):
+        """The values of a step; nothing of a bad one."""
+        good = bad == 0
         for key, item in found.items():
-            self.sums[key] = self.sums.get(key, 0.0) + item
-        self.norms += norm
-        self.steps += 1
-        self.in_a_row = 0
+            self.sums[key] = self.sums.get(key, 0.0) + torch.where(good, item, 0.0)
+        self.norms = self.norms + torch.where(good, norm, 0.0)
 
-    def skip(self):
-        self.skipped += 1
-        self.in_a_row += 1
+    def count(self, bad):
+        """A step whose outcome is known."""
+        if bad:
+            self.skipped += 1
+            self.in_a_row += 1
+        else:
+            self.steps += 1
+            self.in_a_row = 0
 
     def emptied(self):
         """After an entry of the log."""
@@ -266,14 +329,16 @@ class _Since:
 
     def means(self, accelerator):
         found = {key: _total(item, accelerator) / self.steps for key, item in self.sums.items()}
-        return found | {"gradient_norm": self.norms / self.steps} | ({"skipped": self.skipped} if self.skipped else {})
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        return found | {"gradient_norm": float(self.norms) / self.steps} | skipped
 
     def saved(self, seconds, accelerator):
         """As an extra entry at the end of a checkpoint's history; none where everything is logged."""
         if not self.steps and not self.in_a_row:
             return []
         sums = {key: _total(item, accelerator) for key, item in self.sums.items()}
-        return [{"since": dataclasses.asdict(self) | {"sums": sums, "seconds": seconds}}]
+        kept = {"sums": sums, "norms": float(self.norms), "seconds": seconds}
+        return [{"since": dataclasses.asdict(self) | kept}]
 
 
 class _Clock:
@@ -329,12 +394,33 @@ def _groups(model, rest_rate):
     ]
 
 
+def _batches(optimisation, steps, accelerator, accumulate, ahead) -> Iterator[tuple[Batch, list[Batch]]]:
+    """Each step's batch, and this process's micro-batches of it; `ahead`: a thread reads the next one meanwhile."""
+
+    def read(step):
+        whole = optimisation.batch(step)
+        return whole, list(_micro_batches(whole, accelerator, accumulate))
+
+    if not ahead:
+        yield from map(read, steps)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        following = None
+        for step in steps:
+            now = following or thread.submit(read, step)
+            found = now.result()
+            following = thread.submit(read, step + 1) if step + 1 in steps else None
+            yield found
+
+
 def _micro_batches(whole, accelerator, count):
     """This process's share of the batch, in `count` micro-batches of one size (processes.start checks that)."""
     first, stride = accelerator.process_index, accelerator.num_processes
     for part in range(count):
         rows = slice(first + part * stride, None, stride * count)
-        tensors = (item if item is None else item[rows].to(accelerator.device) for item in whole[1:])
+        tensors = [item if item is None else item[rows] for item in whole[1:]]
+        if accelerator.device.type == "cuda":  # only from pinned memory does the device copy by itself
+            tensors = [item if item is None else item.pin_memory() for item in tensors]
         yield Batch(whole.rows[rows], *tensors)
 
 
@@ -348,14 +434,6 @@ def _gathered(module, model, accelerator):
     made = type(model)(model.config)
     made.load_state_dict({key.removeprefix("model."): item for key, item in weights.items() if key not in HEAD})
     return made
-
-
-def _agreed(accelerator, *flags):
-    """Each flag, true on all processes where it is true on any."""
-    if accelerator.num_processes == 1:
-        return flags
-    found = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
-    return [count > 0 for count in accelerator.reduce(found, reduction="sum").tolist()]
 
 
 def _total(value, accelerator):

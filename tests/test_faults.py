@@ -428,7 +428,13 @@ def trained(workshop, steps_dir, faults, steps):
     return training.train(run, optimisation), batch, stage
 
 
-def test_a_step_without_a_number_is_skipped(workshop, tmp_path):
+@pytest.fixture(params=[False, True], ids=["in step", "ahead"])
+def ahead(request, monkeypatch):
+    """The host looks at a step before the next one, or, as on a GPU, after the next one has begun."""
+    monkeypatch.setattr(training, "runs_ahead", lambda accelerator: request.param)
+
+
+def test_a_step_without_a_number_is_skipped(workshop, tmp_path, ahead):
     (history, model), batch, stage = trained(workshop, tmp_path, {2: no_loss, 3: no_gradient, 7: no_loss}, 11)
     right = Line()
     optimizer = torch.optim.AdamW(right.parameters(), betas=training.BETAS, fused=True)
@@ -446,7 +452,7 @@ def test_a_step_without_a_number_is_skipped(workshop, tmp_path):
     assert all(math.isfinite(entry["loss"]) for entry in history)
 
 
-def test_skipped_steps_are_counted_to_the_end(workshop, tmp_path):
+def test_skipped_steps_are_counted_to_the_end(workshop, tmp_path, ahead):
     """Over a resumption, and where the last steps are skipped: what reads on begins behind them."""
 
     def stopped(value, module):
@@ -461,7 +467,7 @@ def test_skipped_steps_are_counted_to_the_end(workshop, tmp_path):
         trained(workshop, tmp_path / "short", dict.fromkeys(range(3), no_loss), 3)
 
 
-def test_many_steps_without_a_number_end_it(workshop, tmp_path):
+def test_many_steps_without_a_number_end_it(workshop, tmp_path, ahead):
     faults = dict.fromkeys(range(8, 8 + training.MOST_SKIPPED), no_gradient)
     with pytest.raises(RecipeError, match="line: .* at step 13.*nonfinite.json") as found:
         trained(workshop, tmp_path / "steps", faults, 20)

@@ -7,6 +7,7 @@ import torch
 from conftest import random_ids, scavenger, tiny_student, tiny_teacher
 from reference import assert_close
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
@@ -503,3 +504,71 @@ def test_documents_and_parts_are_those_of_one_batch(workshop, tmp_path):
     whole, parts = torch.tensor(curves)
     # The same sums in another order, in float32; Adam makes a step of every rounding of a gradient that is nearly zero.
     torch.testing.assert_close(whole, parts, rtol=2e-3, atol=0)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: numbers taken out of tensors, and shapes that depend on numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation.overloadpacket in (
+            *(torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero),
+            *(torch.ops.aten.masked_select, torch.ops.aten.repeat_interleave, torch.ops.aten.is_nonzero),
+        )
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "joint"])
+def test_a_step_waits_once_and_a_part_of_it_never(workshop, tmp_path, monkeypatch, schedule):
+    """Of two micro-batches, where the host runs ahead; the one wait is for the step before."""
+    train, tolist, found = training.train, torch.Tensor.tolist, {}
+
+    def counted(run, optimisation):
+        waits = Waits()
+
+        def taken(tensor):
+            waits.count += 1
+            return tolist(tensor)
+
+        with monkeypatch.context() as patched, waits:
+            patched.setattr(torch.Tensor, "tolist", taken)
+            trained = train(run, optimisation)
+        found.setdefault(optimisation.name, []).append(waits.count)
+        return trained
+
+    monkeypatch.setattr(training, "runs_ahead", lambda accelerator: True)
+    monkeypatch.setattr(training, "train", counted)
+    words = ["training.log_every=100", "training.checkpoint_every=100", "training.accumulate=2"]
+    words += ["recurrence=null", "report=null"]
+    for steps in (3, 8):
+        scavenger(
+            workshop / "recipe.yaml",
+            f"run_dir={tmp_path}/{steps}",
+            f"transfer.activations.steps={steps}",
+            f"transfer.activations.schedule={schedule}",
+            f"transfer.logits={phases({'steps': steps, 'cross_entropy': 0.2, 'hidden_states': 0.1})}",
+            *words,
+        )
+    more = [after - before for before, after in found.values()]
+    assert more == [5, 5, 10], "once for each further step; the baseline makes those of both"
+
+
+def test_a_run_that_is_ahead_is_the_same(workshop, tmp_path, monkeypatch):
+    """To the last bit: its curves and its students."""
+    for ahead in (False, True):
+        monkeypatch.setattr(training, "runs_ahead", lambda accelerator, ahead=ahead: ahead)
+        scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/{ahead}", "recurrence=null", "report=null")
+    for stage in ("transfer/activations", "transfer", "baseline"):
+        curves, weights = [], []
+        for ahead in (False, True):
+            folder = tmp_path / str(ahead) / stage
+            timed = ("seconds", "tokens_per_second", "time_in")
+            history = read_json(folder / "history.json")
+            curves.append([{k: v for k, v in entry.items() if not k.startswith(timed)} for entry in history])
+            weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+        assert curves[0] == curves[1] and weights[0].keys() == weights[1].keys()
+        for name, value in weights[0].items():
+            assert torch.equal(value, weights[1][name]), name

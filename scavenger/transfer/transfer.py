@@ -130,9 +130,10 @@ def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausalLM, 
         return losses.Head.of(frozen), *teacher.hidden_states(frozen, part.ids, phase.hidden_states > 0)
 
     def loss(module, part, target, whole):
-        following = losses.following(whole.ids, whole.predicted)[1].sum().item()
-        matched = whole.mask.sum().item() if whole.counted is None else following
-        counts = torch.tensor([matched, following], device=part.ids.device).clamp_min(1)  # a batch may have none
+        following = losses.following(whole.ids, whole.predicted)[1].sum()
+        matched = whole.mask.sum() if whole.counted is None else following
+        counts = torch.stack([matched, following]).clamp_min(1)  # a batch may have none
+        counts = counts.to(part.ids.device, non_blocking=True)
         share = len(part.rows) / len(whole.rows)
         value, logged, tail = module(part.ids, part.mask, counts, share, *target, part.counted)
         return _with_penalty(value, logged, tail, share, filter)
