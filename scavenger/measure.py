@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from scavenger import losses
+from scavenger.model.precision import tensor_cores
 
 
 BATCH_TOKENS = 8192  # tokens per evaluation batch
@@ -90,6 +91,7 @@ def by_position(
 
 
 @torch.inference_mode()
+@tensor_cores()
 def by_token(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None, last: int | None = None) -> Tensor:
     """-log p of the `last` tokens of each block, of all but the first by default: (1, block, token) float64, nats.
 
@@ -106,6 +108,7 @@ def by_token(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = N
     return found.unflatten(1, (len(blocks), count))
 
 
+@tensor_cores()
 def log_probabilities(
     model: nn.Module, ids: np.ndarray, wanted: np.ndarray, tokens: np.ndarray, what: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

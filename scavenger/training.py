@@ -19,6 +19,7 @@ from tqdm import tqdm
 from scavenger import losses
 from scavenger.data import Batch
 from scavenger.model.filters import ModalFilter
+from scavenger.model.precision import tensor_cores
 from scavenger.recipe import RecipeError, Stage
 from scavenger.run import checkpoint, interruption
 from scavenger.run.run import Run
@@ -56,6 +57,7 @@ class Optimisation:
     first_step: int = 0  # steps of the run before this training: trackers need an axis that only grows
 
 
+@tensor_cores()
 def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
     """Train the parameters of `optimisation.module` that require a gradient.
 

@@ -452,6 +452,19 @@ def test_a_step_without_a_number_is_skipped(workshop, tmp_path, ahead):
     assert all(math.isfinite(entry["loss"]) for entry in history)
 
 
+def test_products_of_a_training_are_rounded_on_a_gpu(workshop, tmp_path, monkeypatch):
+    seen = set()
+
+    def noted(value, module):
+        seen.add(torch.get_float32_matmul_precision())
+        return value
+
+    trained(workshop, tmp_path / "cpu", {1: noted}, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    trained(workshop, tmp_path / "gpu", {0: noted}, 2)
+    assert seen == {"highest", "high"} and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_skipped_steps_are_counted_to_the_end(workshop, tmp_path, ahead):
     """Over a resumption, and where the last steps are skipped: what reads on begins behind them."""
 

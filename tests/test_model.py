@@ -9,6 +9,7 @@ from conftest import GROUPED, GROUPED_SHAPES, normal, random_ids, tiny_student
 from reference import assert_close, relative_error
 from transformers import DynamicCache
 
+from scavenger import losses, measure
 from scavenger.model import HyenaCache, HyenaConfig, HyenaForCausalLM, convolution, toeplitz_cpp
 from scavenger.model.attention import AttentionCacheLayer, Tokens, attention
 from scavenger.model.convolution import (
@@ -24,6 +25,7 @@ from scavenger.model.hyena import long_convolution
 from scavenger.model.modal import Layout, Modes, modal_scan
 from scavenger.model.modeling_hyena import HyenaCacheLayer
 from scavenger.model.norm import RMSNorm
+from scavenger.model.precision import tensor_cores
 
 
 F32, F64 = torch.float32, torch.float64
@@ -164,6 +166,38 @@ def test_the_scan_stands_in_for_the_matrices_where_inputs_are_long(filters, monk
     monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 1e9)
     assert_close(scanned, model(input_ids=ids, use_cache=False).logits, 1e-11)
     assert len(scans) == 3
+
+
+@pytest.mark.parametrize("modal", [False, True])
+def test_filters_and_states_are_multiplied_in_full_float32(modal, monkeypatch):
+    """In a training and in measurements on a GPU, where all other products are rounded to TF32."""
+    seen = {}
+
+    def noted(name, call):
+        def noting(*args, **options):
+            seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return call(*args, **options)
+
+        return noting
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ImplicitFilter, "_features", noted("filter", ImplicitFilter._features))
+    monkeypatch.setattr(Modes, "taps", noted("filter", Modes.taps))
+    monkeypatch.setattr("scavenger.model.hyena.modal_scan", noted("states", modal_scan))
+    monkeypatch.setattr("scavenger.model.hyena.long_convolution", noted("products", long_convolution))
+    monkeypatch.setattr(convolution.F, "linear", noted("products", convolution.F.linear))
+    model, ids = tiny_student(modal=modal), random_ids(2, 391 if modal else 63, device="cpu")
+    with tensor_cores():
+        expected = model(input_ids=ids, use_cache=False).logits
+    in_full = dict.fromkeys(("filter", "states") if modal else ("filter",), {"highest"})
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert {name: seen.pop(name) for name in in_full} == in_full
+    if not modal:
+        assert seen["products"] == {"high", "highest"}, "those of the filter's network too"
+    monkeypatch.setattr("scavenger.losses.cross_entropy", noted("loss", losses.cross_entropy))
+    measure.held_out(model, ids.numpy())
+    assert seen["loss"] == {"high"} and torch.get_float32_matmul_precision() == "highest"
+    assert torch.equal(expected, model(input_ids=ids, use_cache=False).logits), "a CPU has no TF32"
 
 
 def test_modal_taps_are_the_loop_of_multiplications(device):

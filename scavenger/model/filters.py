@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .modal import Layout, Modes
-from .precision import WideModule
+from .precision import WideModule, full_float32
 
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ class ImplicitFilter(WideModule):
 
     def forward(self, length: int) -> Tensor:  # (filter, length)
         device = self.direct.device
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), full_float32():
             wide = torch.promote_types(self.direct.dtype, torch.float32)
             time = torch.arange(length, device=device, dtype=wide)
             hidden = self._features(time)
@@ -180,7 +180,8 @@ class ModalFilter(WideModule):
 
         Mixers get their modes here: a module that is sharded or offloaded is whole inside its own forward only.
         """
-        taps = self.modes().taps(length)
+        with full_float32():
+            taps = self.modes().taps(length)
         return (taps, [self.modes(part, parts) for part in range(parts)]) if parts else taps
 
 

@@ -34,6 +34,7 @@ from .convolution import ToeplitzProduct, causal_convolution, outer_product_conv
 from .filters import ImplicitFilter, ModalFilter, PositiveFilter
 from .modal import CHUNK, ChannelState, HeadState, modal_scan
 from .norm import head_norm
+from .precision import full_float32
 from .rotary import turn
 from .step import fits, next_token, ready
 
@@ -268,7 +269,7 @@ class HyenaMixer(nn.Module):
 
     def _scan(self, q, k, v):
         wide = self.filter.dtype
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False), full_float32():
             taps, (modes,) = self.filter(min(k.shape[2], CHUNK), parts=1)
             state = HeadState(modes, len(q), k.shape[-1], v.shape[-1])
             return modal_scan(*(z.to(wide) for z in (q, k, v)), taps, state)
