@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scavenger import families, losses, measure, student, teacher, training
 from scavenger.model import HyenaForCausalLM
@@ -104,6 +105,8 @@ def text(recipe: Recipe, planned: list[PlannedStage], processes: int = 1) -> str
     if recipe.cache:
         lines.append(_cache_line(recipe, config))
     lines.append(_logit_line(recipe, config, processes))
+    if recipe.transfer:
+        lines.append(_layer_line(recipe, config, processes))
     if planned:
         lines += ["", *_stage_table(planned), *_memory_table(planned), *_notes(recipe, planned, processes)]
     if recipe.recurrence:
@@ -255,6 +258,9 @@ class _Step:
             self.module = transfer.LogitMatching(model, phase, filter)
         else:
             self.module = training.NextTokens(model)
+        if recipe.training.checkpoint_activations:
+            training.checkpoint_activations(self.module)
+            self.module.train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
@@ -417,6 +423,48 @@ def _logit_line(recipe, config, processes):
         f"time, on top of what is held: {min(positions, losses.chunk_rows(config.vocab_size, kernel)):,} positions of "
         f"{config.vocab_size:,} words are computed at once"
     )
+
+
+def _layer_line(recipe, config, processes):
+    """What the student's layers keep for the backward pass of the largest micro-batch, in float32, and what else."""
+    rows = -(-max(p.batch_size for p in recipe.transfer.phases) // (processes * recipe.training.accumulate))
+    with FakeTensorMode():  # shapes alone
+        body = HyenaForCausalLM(_student_configuration(recipe, config)).model
+        hidden = torch.empty(rows, recipe.data.context_length, config.hidden_size)
+        whole = kept_activations(body, hidden)
+    less = len(body.layers) * hidden.nbytes + whole / len(body.layers)  # all inputs, and one layer at a time
+    sizes = [f"{size / 2**20:,.0f} MiB" for size in (whole, less)]
+    other = "without" if recipe.training.checkpoint_activations else "with"
+    now, then = sizes[::-1] if other == "without" else sizes
+    return (
+        f"layers    keep about {now} for the backward pass of {rows} sequences; {then} {other} "
+        "training.checkpoint_activations, which makes their forward pass twice"
+    )
+
+
+def kept_activations(body: torch.nn.Module, hidden: torch.Tensor) -> float:
+    """Bytes that a student's layers keep for the backward pass of hidden states (batch, length, channel).
+
+    One layer of each kind is tried.
+    """
+    kinds = [type(layer.mixer) for layer in body.layers]
+    own = {parameter.untyped_storage()._cdata for parameter in body.parameters()}
+    _, cos, sin = body.mask_and_angles(hidden)
+    found = 0
+    for kind in set(kinds):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage  # held, or another would get its address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            made = body.layers[kinds.index(kind)](hidden, cos, sin, None, None)
+        found += kinds.count(kind) * sum(storage.nbytes() for storage in kept.values())
+        del made
+    return found
 
 
 def _report_line(recipe, config, planned):

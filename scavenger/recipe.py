@@ -577,6 +577,10 @@ class Training(Section):
     accumulate: int = key(
         "micro-batches of a process's share of a batch", 1, least=1, right="a positive number of parts"
     )
+    checkpoint_activations: bool = key(
+        "keep only the inputs of layers for the backward pass, which computes them again: less memory, more time",
+        False,
+    )
     energy: bool = key("measure energy and CO2 of each stage with codecarbon", False)
 
     def relations(self):

@@ -71,7 +71,7 @@ def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
     """
     accelerator, settings, stage = run.accelerator, run.recipe.training, optimisation.settings
     ahead = runs_ahead(accelerator)
-    module, optimizer = _prepared(optimisation, accelerator)
+    module, optimizer = _prepared(optimisation, accelerator, settings)
     modal = [part for part in module.modules() if isinstance(part, ModalFilter)]
     start, history = checkpoint.resume_step(run, optimisation.steps_dir)
     since = _Since.resumed(history, accelerator)
@@ -141,15 +141,25 @@ def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
     return history, trained
 
 
-def _prepared(optimisation, accelerator):
+def _prepared(optimisation, accelerator, settings):
     """The module and its optimizer, wrapped for the launch."""
     module = optimisation.module
+    if settings.checkpoint_activations:
+        checkpoint_activations(module)
     groups = _groups(module, optimisation.rest_rate)
     optimizer = torch.optim.AdamW(groups, lr=optimisation.settings.learning_rate, betas=BETAS, fused=True)
     if accelerator.is_fsdp2:
         names = {type(part).__name__ for part in module.modules()}
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [name for name in names if name.endswith(UNITS)]
     return accelerator.prepare(module, optimizer)
+
+
+def checkpoint_activations(module: nn.Module):
+    """From now on each layer of `module.model` keeps only its input, and is computed again in the backward pass.
+
+    Source: arXiv:1604.06174.
+    """
+    module.model.activation_checkpointing_enable({"use_reentrant": False})  # losses take outputs from inside of layers
 
 
 def _progress_bar(optimisation, start, accelerator):

@@ -117,6 +117,17 @@ def test_accumulated_parts_are_one_batch(one, workshop, tmp_path):
 SHARDED = "tests/launching/sharded.py"
 
 
+@pytest.mark.parametrize("config, script", [(None, None), ("fsdp", SHARDED), ("zero3", None)])
+def test_activations_computed_again_are_the_same(one, workshop, tmp_path, config, script):
+    words = ["training.checkpoint_activations=true"]
+    if config is None:
+        scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", *SHORT, *words)
+    else:
+        programs = forked(config, workshop, tmp_path, *words, script=script)
+        assert [program.end() for program in programs] == [0, 0], programs[0].err
+    assert_same(tmp_path / "run", one)
+
+
 def test_fully_sharded(one, workshop, tmp_path):
     """Each process keeps half of every parameter, in torch's own fully_shard; the finished student is whole."""
     launched("fsdp", workshop, tmp_path / "run", script=[SHARDED])

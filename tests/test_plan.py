@@ -10,7 +10,8 @@ from conftest import command_line, tiny_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
 from scavenger import losses, measure, plan, teacher
-from scavenger.recipe import Cache, load_recipe
+from scavenger.model import HyenaForCausalLM
+from scavenger.recipe import Cache, Filter, Training, load_recipe
 from scavenger.report import comparison, report
 from scavenger.report.results import Results
 from scavenger.report.text import Blocks
@@ -79,6 +80,41 @@ def test_memory_of_logits_on_a_gpu(recipe, kernel, monkeypatch):
     assert f"{192 if kernel else 7} positions of 320 words" in line
     copies, positions = (losses.GPU_CHUNK_COPIES, 192) if kernel else (losses.CHUNK_COPIES, 7)
     assert f"at most {4 * 320 * copies * positions / 2**30:.2f} GiB" in line
+
+
+@pytest.mark.parametrize("form", ["implicit", "modal"])
+def test_what_layers_keep_is_what_they_really_keep(recipe, form):
+    recipe = dataclasses.replace(
+        recipe, student=dataclasses.replace(recipe.student, attention_layers=(1,), filter=Filter(form=form))
+    )
+    config = plan._configuration(recipe)
+    body = HyenaForCausalLM(plan._student_configuration(recipe, config)).model
+    planned = plan.kept_activations(body, torch.randn(8, 24, 30))
+    kept = {}
+    own = {parameter.untyped_storage()._cdata for parameter in body.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = body.embed(torch.zeros(8, 24, dtype=torch.long))
+        _, cos, sin = body.mask_and_angles(hidden)
+        for layer in body.layers:
+            hidden = layer(hidden, cos, sin, None, None)
+    # A layer's output is the input of the next: planned for each of three layers, really there once for two of them.
+    found = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    assert planned == pytest.approx(found, rel=0.1)
+    (line,) = [line for line in plan.text(recipe, []).splitlines() if line.startswith("layers ")]
+    assert f"keep about {planned / 2**20:,.0f} MiB for the backward pass of 8 sequences" in line
+    (other,) = [
+        line
+        for line in plan.text(
+            dataclasses.replace(recipe, training=Training(checkpoint_activations=True)), []
+        ).splitlines()
+        if line.startswith("layers ")
+    ]
+    assert " with training.checkpoint" in line and " without training.checkpoint" in other
 
 
 def test_memory_by_what_it_holds(recipe):

@@ -1,6 +1,7 @@
 """Stage one: what each phase compares, what it runs, what it trains, and what it reads."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import random_ids, scavenger, tiny_student, tiny_teacher
 from reference import assert_close
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import scavenger.model as _registered  # noqa: F401  (AutoModel knows the student)
@@ -290,6 +292,62 @@ def test_a_kept_distribution_of_all_words_is_the_teachers(device):
     from_disk = matching(ids, mask, counts, 1.0, losses.TopK(kept.values, kept.indices, nothing), None, [])
     live = matching(ids, mask, counts, 1.0, *aims_of(frozen, ids, False))
     assert from_disk[0].item() == pytest.approx(live[0].item(), rel=1e-10)
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are still there."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for item in tree_leaves(made):
+            if isinstance(item, torch.Tensor):
+                storage = item.untyped_storage()
+                self.storages[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.storages.pop, storage._cdata, None)
+        return made
+
+    @property
+    def bytes(self):
+        return sum(self.storages.values())
+
+
+@pytest.mark.parametrize("what", [*READINGS, "logits", "tokens", "tokens of a teacher"])
+@pytest.mark.parametrize("modal", [False, True])
+def test_activations_that_are_not_kept_are_computed_again(what, modal):
+    """The same loss and gradients; fewer bytes are held between the passes."""
+    frozen = tiny_teacher()
+    ids, mask = batch("cpu")
+    values, slopes, held = [], [], []
+    for checkpointed in (False, True):
+        model = tiny_teacher() if what == "tokens of a teacher" else tiny_student(modal=modal, window=7)
+        if what in READINGS:
+            layers = (2,) if what == "below" else (0, 1, 2)
+            module = transfer.MixerMatching(model, layers, what, Filter())
+            words = ids, mask, *teacher.attention(frozen, ids, layers)
+        elif what == "logits":
+            module = transfer.LogitMatching(model, logit_phase(hidden_states=0.3), Filter())
+            words = ids, mask, counts_of(ids, mask), 1.0, *aims_of(frozen, ids)
+        else:
+            module, words = training.NextTokens(model), (ids, mask)
+        module.train()
+        if checkpointed:
+            training.checkpoint_activations(module)
+        with Held() as now:
+            found = module(*words)
+            value = found[0].sum() if isinstance(found, tuple) else found
+            held.append(now.bytes)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        values.append(value.detach())
+        slopes.append(torch.autograd.grad(value, trained, allow_unused=True))
+    assert values[0] == values[1] and held[1] < 0.8 * held[0], held
+    for expected, again in zip(*slopes, strict=True):
+        assert (expected is None) == (again is None)
+        if expected is not None:
+            assert_close(expected, again, 1e-13)
 
 
 def phases(*sections):

@@ -230,7 +230,7 @@ def compiled() -> ctypes.CDLL | None:
 
 def pays(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> bool:
     """Whether the product is to be made here: on a CPU, all of it in float32 or float64, of a narrow filter."""
-    known = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+    known = type(q) is Tensor and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
     known = known and q.dtype == k.dtype == v.dtype == taps.dtype and max(q.shape[-1], v.shape[-1]) <= WIDEST
     return known and not torch.compiler.is_compiling() and compiled() is not None
 

@@ -243,7 +243,7 @@ class MixerMatching(nn.Module):
         own = body.embed.weight.dtype
         inputs = {layer: inputs[layer].to(own) for layer in self.layers}
         _, cos, sin = body.mask_and_angles(inputs[self.layers[0]])
-        return {layer: body.layers[layer].mixer(inputs[layer], cos, sin) for layer in self.layers}
+        return {layer: _called(body, body.layers[layer].mixer, inputs[layer], cos, sin) for layer in self.layers}
 
 
 class LogitMatching(nn.Module):
@@ -309,8 +309,15 @@ def _depths(body, ids):
     _, cos, sin = body.mask_and_angles(hidden)
     yield hidden
     for layer in body.layers:
-        hidden = layer(hidden, cos, sin, None, None)
+        hidden = _called(body, layer, hidden, cos, sin, None, None)
         yield hidden
+
+
+def _called(body, module, *arguments):
+    """The output of a layer or mixer, which is computed again in the backward pass where activations are not kept."""
+    if body.gradient_checkpointing and torch.is_grad_enabled():
+        return body._gradient_checkpointing_func(module, *arguments)
+    return module(*arguments)
 
 
 def _tail(model, filter):
