@@ -199,8 +199,12 @@ class Row:
     def __init__(self, run, optimisation, model):
         self.run, self.accelerator = run, run.accelerator
         self.optimisation = optimisation(run, model.to(run.device), run.folder / "steps")
-        self.module, self.watch = self.optimisation.module, self.optimisation.watch
+        self.module = self.optimisation.module
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+
+    def watch(self):
+        """What is logged with a checkpoint."""
+        return self.optimisation.watch(self.module)
 
     def part(self):
         """The loss of a batch, and its gradient."""
@@ -237,7 +241,12 @@ class Row:
         run = dataclasses.replace(self.run, recipe=dataclasses.replace(self.run.recipe, training=quiet))
         shortened = dataclasses.replace(self.optimisation.settings, steps=steps + 2, warmup_steps=0)
         with tempfile.TemporaryDirectory() as folder:
-            own = {"steps_dir": Path(folder) / "steps", "batch": batch, "settings": shortened, "watch": dict}
+            own = {
+                "steps_dir": Path(folder) / "steps",
+                "batch": batch,
+                "settings": shortened,
+                "watch": lambda module: {},
+            }
             training.train(run, dataclasses.replace(self.optimisation, **own))
         return statistics.mean(after - before for before, after in itertools.pairwise(times[1:]))
 

@@ -90,7 +90,7 @@ def by_position(
     return ByPosition(loss, *(rest if teacher is not None else (None, None, None)), counts)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what a sharded launch gathers meanwhile, its trainings use again
 @tensor_cores()
 def by_token(model: nn.Module, blocks: np.ndarray, teacher: nn.Module | None = None, last: int | None = None) -> Tensor:
     """-log p of the `last` tokens of each block, of all but the first by default: (1, block, token) float64, nats.
@@ -136,7 +136,7 @@ def numbers(found: Tensor) -> Tensor:
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def in_chunks(models: Sequence[nn.Module], ids: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[slice, list[Tensor]]]:
     """The models' logits (position, vocabulary), in float32 or wider, where `wanted` is true of ids (sequence, length).
 

@@ -41,17 +41,17 @@ class Optimisation:
     `batch(step)` returns the global batch; each process takes its share of it in `training.accumulate` micro-batches.
     `target(part)` returns the teacher's outputs for a micro-batch. `loss(module, part, target, whole)` returns that
     micro-batch's contribution to the loss of the global batch `whole` (contributions add up to it), and further values
-    to log. `watch()` returns values that are logged with every checkpoint and at the end.
+    to log. `watch(module)` returns values that are logged with every checkpoint and at the end.
     """
 
     name: str  # in the log, on the progress bar and in messages
-    module: nn.Module  # computes the loss; the model that is trained is `module.model`
+    module: "Trained"
     settings: Stage
     steps_dir: Path  # of the step checkpoints
     batch: Callable[[int], Batch]
     loss: Callable[[nn.Module, Batch, object, Batch], tuple[Tensor, dict[str, Tensor]]]
     target: Callable[[Batch], object] = lambda part: None
-    watch: Callable[[], dict[str, float]] = dict
+    watch: Callable[[nn.Module], dict[str, float]] = lambda module: {}
     look: Callable[[nn.Module], float] | None = None  # held-out error; the training ends once it no longer falls
     rest_rate: float = 1.0  # learning rate outside the mixers, as a multiple of the mixers'
     first_step: int = 0  # steps of the run before this training: trackers need an axis that only grows
@@ -121,7 +121,7 @@ def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
                 history.append(entry)
                 ended = _is_flat(stage, history)
                 if ended or due or last:
-                    entry |= optimisation.watch()
+                    entry |= optimisation.watch(module)
                 since = since.emptied()
                 _log(optimisation, entry, learning_rate(stage, step), accelerator)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
@@ -250,7 +250,19 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-class NextTokens(nn.Module):
+class Trained(nn.Module):
+    """Computes a loss of `model`, which is trained; the one entry to it where a launch shards its parameters.
+
+    `module(…)` is `loss(…)`; `module(look=look)` is `look()`, which may call the model and its parts.
+    """
+
+    model: nn.Module
+
+    def forward(self, *words, look: Callable[[], object] | None = None):
+        return self.loss(*words) if look is None else look()
+
+
+class NextTokens(Trained):
     """Σ -log q(next token) over the `predicted` tokens of a micro-batch, of a teacher or a student."""
 
     def __init__(self, model: nn.Module):
@@ -259,7 +271,7 @@ class NextTokens(nn.Module):
         # Parameters of this module too, so that sharded launches gather them.
         self.head, self.head_bias = losses.Head.of(model)
 
-    def forward(self, ids: Tensor, predicted: Tensor) -> Tensor:
+    def loss(self, ids: Tensor, predicted: Tensor) -> Tensor:
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         following, counts = losses.following(ids, predicted)
         one = torch.ones(1, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)

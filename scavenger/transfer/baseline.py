@@ -48,6 +48,6 @@ def pretraining(run: Run, model: HyenaForCausalLM, steps_dir: Path) -> training.
         steps_dir=steps_dir,
         batch=batch,
         loss=training.next_token_loss,
-        watch=transfer.watched_unless_sharded(run, held_out),
+        watch=transfer.watching(run, held_out),
         first_step=transfer.teacher_steps(recipe) + settings.steps,
     )

@@ -114,7 +114,7 @@ def activation_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausa
         batch=partial(_batch, run, turn),
         loss=loss,
         target=target,
-        watch=watched_unless_sharded(run, partial(watched, run, model)),
+        watch=watching(run, partial(watched, run, model)),
         look=partial(held_out_error, run, frozen, turn.layers) if turn.phase.flat is not None else None,
         first_step=turn.first_step,
     )
@@ -146,7 +146,7 @@ def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausalLM, 
         batch=partial(_batch, run, turn),
         loss=loss,
         target=target,
-        watch=watched_unless_sharded(run, partial(watched, run, model)),
+        watch=watching(run, partial(watched, run, model)),
         rest_rate=(phase.rest_learning_rate or phase.learning_rate) / phase.learning_rate,
         first_step=turn.first_step,
     )
@@ -204,7 +204,7 @@ def sequences(folder: Path) -> int:
     return sum(turn["steps"] * turn["batch_size"] for turn in checkpoint.read_json(folder / "turns.json"))
 
 
-class MixerMatching(nn.Module):
+class MixerMatching(training.Trained):
     """The relative error of each matched mixer's output; only those mixers are trained.
 
     `reading` names the mixers' input: "teacher", the teacher's activations; "below", the student's own, without a
@@ -218,7 +218,7 @@ class MixerMatching(nn.Module):
         for layer in layers:
             model.model.layers[layer].mixer.requires_grad_(True)
 
-    def forward(self, ids: Tensor, mask: Tensor, inputs: dict[int, Tensor], outputs: dict[int, Tensor]):
+    def loss(self, ids: Tensor, mask: Tensor, inputs: dict[int, Tensor], outputs: dict[int, Tensor]):
         """Errors (layer, batch), and the mean Hankel tail."""
         read = self._outputs(ids, inputs)
         errors = [losses.activation_error(read[layer], outputs[layer], mask) for layer in self.layers]
@@ -246,7 +246,7 @@ class MixerMatching(nn.Module):
         return {layer: _called(body, body.layers[layer].mixer, inputs[layer], cos, sin) for layer in self.layers}
 
 
-class LogitMatching(nn.Module):
+class LogitMatching(training.Trained):
     """The divergence of the student's distribution from its teacher's, and the other terms of the phase's loss.
 
     The logits of both models are computed in chunks of positions and never held all at once.
@@ -261,7 +261,7 @@ class LogitMatching(nn.Module):
         # Parameters of this module too, so that sharded launches gather them.
         self.head, self.head_bias = losses.Head.of(model)
 
-    def forward(
+    def loss(
         self,
         ids: Tensor,  # (batch, length)
         mask: Tensor,  # (batch, length)
@@ -338,9 +338,16 @@ def _with_penalty(value, logged, tail, share, filter):
     return value + filter.hankel_penalty * share * tail, logged | {"hankel_tail": share * tail}
 
 
-def watched_unless_sharded(run: Run, watch: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
-    """`watch`; nothing where no process has all parameters of the student."""
-    return dict if training.is_sharded(run.accelerator) else watch
+def watching(run: Run, watch: Callable[[], dict[str, float]]) -> Callable[[nn.Module], dict[str, float]]:
+    """`watch` as an Optimisation has it: inside the trained module where the launch shards its parameters."""
+    if not training.is_sharded(run.accelerator):
+        return lambda module: watch()
+
+    def inside(module):
+        with torch.no_grad():
+            return module(look=watch)
+
+    return inside
 
 
 def watched(run: Run, model: HyenaForCausalLM) -> dict[str, float]:
