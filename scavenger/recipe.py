@@ -577,6 +577,9 @@ class Training(Section):
     accumulate: int = key(
         "micro-batches of a process's share of a batch", 1, least=1, right="a positive number of parts"
     )
+    compile: bool = key(
+        "torch.compile a student's mixers and MLPs: some minutes at the start, then fewer kernels a step", False
+    )
     checkpoint_activations: bool = key(
         "keep only the inputs of layers for the backward pass, which computes them again: less memory, more time",
         False,

@@ -18,7 +18,10 @@ from tqdm import tqdm
 
 from scavenger import losses
 from scavenger.data import Batch
-from scavenger.model.filters import ModalFilter
+from scavenger.model.attention import WindowedAttention
+from scavenger.model.filters import ImplicitFilter, ModalFilter
+from scavenger.model.hyena import HyenaMixer
+from scavenger.model.modeling_hyena import MLP
 from scavenger.model.precision import tensor_cores
 from scavenger.recipe import RecipeError, Stage
 from scavenger.run import checkpoint, interruption
@@ -82,7 +85,8 @@ def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
     steps = range(start, 0 if ended else stage.steps)
     batches = contextlib.closing(_batches(optimisation, steps, accelerator, settings.accumulate, ahead))
     unknown = deque()  # steps whose outcome the host has not looked at
-    with bar, interruption.postponed() as signal, batches as batches:
+    graphs = compiled(module) if settings.compile else contextlib.nullcontext()
+    with bar, graphs, interruption.postponed() as signal, batches as batches:
         for step in steps:
             clock.lap("checkpoints")  # includes the values that are logged with them
             _set_learning_rate(optimizer, stage, step)
@@ -160,6 +164,36 @@ def checkpoint_activations(module: nn.Module):
     Source: arXiv:1604.06174.
     """
     module.model.activation_checkpointing_enable({"use_reentrant": False})  # losses take outputs from inside of layers
+
+
+@contextlib.contextmanager
+def compiled(module: nn.Module):
+    """Inside, a student's mixers and MLPs are compiled graphs where gradients are computed; layers alike share them.
+
+    Filters and modal states stay outside of the graphs, in which they would be rounded to TF32.
+    """
+    replaced = []
+    for part in module.modules():
+        if isinstance(part, (HyenaMixer, WindowedAttention, MLP)):
+            replaced.append(
+                (part, "forward", _where_gradients(torch.compile(part.forward, dynamic=False), part.forward))
+            )
+        if isinstance(part, (ImplicitFilter, ModalFilter)):
+            replaced.append((part, "forward", torch.compiler.disable(part.forward)))
+        if isinstance(part, HyenaMixer):
+            replaced.append((part, "_scan", torch.compiler.disable(part._scan)))
+    for part, name, call in replaced:
+        setattr(part, name, call)
+    try:
+        yield
+    finally:
+        for part, name, _ in replaced:
+            delattr(part, name)
+
+
+def _where_gradients(graph, call):
+    """Measurements have shapes of their own, each of which would be compiled."""
+    return lambda *words: graph(*words) if torch.is_grad_enabled() else call(*words)
 
 
 def _progress_bar(optimisation, start, accelerator):

@@ -264,6 +264,13 @@ def test_modal_filters_are_refused_under_deepspeed(workshop, monkeypatch):
         processes.start(load_recipe(str(workshop / "recipe.yaml"), ["student.filter.form=modal"]))
 
 
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_compiled_parts_are_refused_where_parameters_are_gathered(workshop, monkeypatch, kind):
+    told(monkeypatch, distributed_type=kind)
+    with pytest.raises(RecipeError, match="training.compile: found true; expected false under FSDP and DeepSpeed"):
+        processes.start(load_recipe(str(workshop / "recipe.yaml"), ["training.compile=true"]))
+
+
 def test_the_first_version_of_fsdp_is_refused(workshop, monkeypatch):
     told(monkeypatch, distributed_type=DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(RecipeError, match="FSDP of version 1; expected fsdp_version: 2"):

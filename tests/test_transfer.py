@@ -1,11 +1,13 @@
 """Stage one: what each phase compares, what it runs, what it trains, and what it reads."""
 
+import copy
 import json
 import weakref
+from functools import partial
 
 import pytest
 import torch
-from conftest import random_ids, scavenger, tiny_student, tiny_teacher
+from conftest import Graphs, random_ids, scavenger, tiny_student, tiny_teacher
 from reference import assert_close
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +25,7 @@ from scavenger.transfer import transfer
 
 READINGS = ["teacher", "below", "student"]  # of the schedules parallel, progressive and joint
 LENGTHS = [23, 11, 1, 17]  # of the documents in a batch: the rest is padding
+COMPILE = torch.compile
 ALONE = ["baseline=null", "recurrence=null", "report=null"]
 
 
@@ -348,6 +351,48 @@ def test_activations_that_are_not_kept_are_computed_again(what, modal):
         assert (expected is None) == (again is None)
         if expected is not None:
             assert_close(expected, again, 1e-13)
+
+
+@pytest.mark.parametrize("what", ["teacher", "student", "logits"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"filters": 10, "window": 7}, {"attention_layers": [1], "attention_window": 7}, {"modal": True}]
+)
+def test_compiled_parts_are_the_parts(what, shape, monkeypatch):
+    """The same loss and gradients; nothing is compiled again in later steps, for more layers, or in a measurement."""
+    ids, mask = batch("cpu")
+    counts = {}
+    for count in (3, 5):
+        graphs = Graphs()
+        monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=graphs))
+        torch._dynamo.reset()
+        frozen = tiny_teacher(num_hidden_layers=count)
+        model = tiny_student(num_hidden_layers=count, **shape).train()
+        plain = copy.deepcopy(model)
+        layers = tuple(layer for layer in range(count) if layer not in model.config.attention_layers)
+
+        def found(model):
+            if what == "logits":
+                module = transfer.LogitMatching(model, logit_phase(), Filter())
+                words = counts_of(ids, mask), 1.0, *aims_of(frozen, ids, False)  # noqa: B023
+            else:
+                module = transfer.MixerMatching(model, layers, what, Filter())  # noqa: B023
+                words = teacher.attention(frozen, ids, layers)  # noqa: B023
+            value = module(ids, mask, *words)[0].sum()
+            trained = [p for p in module.parameters() if p.requires_grad]
+            return [value.detach(), *torch.autograd.grad(value, trained)]
+
+        with training.compiled(model):
+            made = found(model)
+            counts[count] = graphs.count
+            found(model)
+            with torch.no_grad():
+                measured = model(input_ids=ids[:3, :11], use_cache=False).logits
+        assert graphs.count == counts[count] > 0
+        assert "forward" not in vars(model.model.layers[0].mixer)
+        assert_close(plain(input_ids=ids[:3, :11], use_cache=False).logits, measured, 1e-14)
+        for expected, own in zip(found(plain), made, strict=True):
+            assert_close(expected, own, 1e-7 if own.ndim == 0 else 1e-12)  # the sum of logits' terms is float32
+    assert counts[3] == counts[5]
 
 
 def phases(*sections):
