@@ -7,7 +7,7 @@ correctness  the tests that compare the card with the CPU (pytest -m gpu)
 decoding     a step of the teacher's static cache, filled, and of three students, by batch and context
 prefill      prompts, each student beside the teacher
 training     every stage of recipes/neox70m.yaml, with random weights and text, by the stages' own code
-reduction    filters into recurrences, on the card and on its host
+reduction    filters into recurrences, on the card's host
 
 Cases are in the order of their importance, and one begins only if its estimate fits into the time that is left: each
 section has a share of it, what a section leaves is the next one's, and what was left out has a second chance at the
@@ -42,6 +42,7 @@ from scavenger.model.hyena import HyenaMixer
 from scavenger.recipe import RecipeError, load_recipe
 from scavenger.recurrence import recurrence
 from scavenger.recurrence.certificate import aligned
+from scavenger.recurrence.reduction import workers as processes
 from scavenger.report import contenders, timing
 from scavenger.run.checkpoint import read_json, write_json, write_text
 from scavenger.transfer import baseline
@@ -788,7 +789,7 @@ class Reduction:
     title = "From filters to recurrences"
     text = """Filters of the first shape as they are initialised, in float64. multihyena: a layer of
 recipes/neox70m.yaml, to all sizes of its ladder, as a budget of bytes needs them; hyena: to the default tolerance.
-The method is the recipe's."""
+The method is the recipe's. On the card's host, by one process and by as many as a run starts, their start included."""
 
     def __init__(self, bench):
         self.bench = bench
@@ -796,12 +797,12 @@ The method is the recipe's."""
     @staticmethod
     def cases(args) -> Iterator[Case]:
         for mixer, seconds in (("multihyena", 10), ("hyena", 25)):
-            for place in ("card", "host"):
-                facts = {"mixer": mixer, "place": place}
-                yield Case("reduction", f"{mixer}, {place}", facts, seconds, cuda=place == "card")
+            for count in dict.fromkeys((processes.available(), 1)):
+                facts = {"mixer": mixer, "workers": count}
+                yield Case("reduction", f"{mixer}, {count} worker{'s' if count > 1 else ''}", facts, seconds)
 
     @torch.no_grad()
-    def measured(self, mixer, place, limit):
+    def measured(self, mixer, workers, limit):
         args = self.bench.args
         recipe = recipe_of(args)
         settings, own = recipe.recurrence, recipe.student
@@ -814,9 +815,13 @@ The method is the recipe's."""
         torch.manual_seed(0)
         taps = measure.filter_taps(HyenaMixer(config, 0).filter, config.horizon)
         taps = taps[torch.linspace(0, len(taps) - 1, min(FILTERS, len(taps))).round().long()]
-        device = self.bench.device if place == "card" else torch.device("cpu")
-        taps, aims = taps.to(device), recurrence.aims(settings)
-        seconds = decoding.duration(lambda: recurrence.reduce_filters(taps, settings, aims), self.bench.device)
+        aims = recurrence.aims(settings)
+
+        def reduce():
+            with processes.started(workers) as each:
+                recurrence.reduce_filters(taps, settings, aims, each)
+
+        seconds = decoding.duration(reduce, torch.device("cpu"))
         facts = {"filters": len(taps), "length": taps.shape[1], "sizes": len(aims), "method": settings.method}
         return facts | {"reduction_seconds": seconds}
 
@@ -824,7 +829,7 @@ The method is the recipe's."""
     def tables(records):
         rows = []
         for record in records:
-            label = f"{record['mixer']}, on the {record['place']}"
+            label = record["name"]
             if record["outcome"] != MEASURED:
                 rows.append([label, "", "", "", record["outcome"], ""])
                 continue

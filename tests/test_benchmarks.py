@@ -142,7 +142,7 @@ def test_forms_that_are_timed_are_the_mixers_own(benchmark, monkeypatch):
 
 def test_reduction_command(benchmark, tmp_path, capsys):
     words = ["--length", "48", "--filters", "4", "--states", "2", "4", "--many", "6", "--steps", "2"]
-    words += ["--gradient-filters", "2", "--output", str(tmp_path / "reduction.md")]
+    words += ["--gradient-filters", "2", "--workers", "1", "2", "--output", str(tmp_path / "reduction.md")]
     assert benchmark("reduction").main(words) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {(row["method"], row["states"]) for row in found["results"]} == {
@@ -151,6 +151,8 @@ def test_reduction_command(benchmark, tmp_path, capsys):
     for row in found["results"]:
         assert 0 < row["error"] and 1 - 1e-9 <= row["ratio"] and 1 - 1e-9 <= row["gain_ratio"]
         assert 0 <= row["tail"] and 0 < row["milliseconds"] < math.inf
+    one, two = ({key: row[key] for key in row.keys() - {"seconds"}} for row in found["many"])
+    assert one | {"workers": 2} == two and one["filters"] == 6
     shown = (tmp_path / "reduction.md").read_text()
     assert "projection" in shown and "--steps 2" in shown
 
@@ -406,6 +408,7 @@ def gpu(benchmark, monkeypatch):
         module.carried_out(cases, args, figures.found["rates"], until, end, figures.take)
 
     monkeypatch.setattr(module, "apart", here)
+    monkeypatch.setattr(module.processes, "available", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return module
 
@@ -434,7 +437,7 @@ def test_gpu_command(gpu, monkeypatch, tmp_path, capsys):
     # Of each form the teacher at every context, and three students; the form without CUDA is measured.
     assert len(sections["decoding"]) == 2 * (3 * 2 + 3) and len(measured["decoding"]) == 2 * (2 + 3)
     assert {record["form"] for record in measured["decoding"]} == {"plain"}
-    assert len(measured["prefill"]) == 4 * (2 + 2) and len(measured["reduction"]) == 2 == len(sections["reduction"]) / 2
+    assert len(measured["prefill"]) == 4 * (2 + 2) and len(measured["reduction"]) == 2 == len(sections["reduction"])
     assert [*found["sections"]["training"]] == ["activations, parallel", "activations, joint", "logits", "baseline"]
     for name in ("decoding", "prefill", "training", "reduction"):
         for record in measured[name]:
@@ -474,14 +477,14 @@ def test_a_section_that_raises_fails_alone(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.recurrence, "reduce_filters", broken)
     assert gpu.main(words) == 1
     shown = (tmp_path / "card.md").read_text()
-    assert "| reduction | hyena, host | ImportError: no module named this |\n" in shown and "and more" not in shown
+    assert "| reduction | hyena, 1 worker | ImportError: no module named this |\n" in shown and "and more" not in shown
     assert shown.count("| ImportError") == 2
     found = json.loads((tmp_path / "card.json").read_text())["sections"]
     assert {record["outcome"] for record in found["prefill"].values()} == {"measured"}
     monkeypatch.setattr(gpu.recurrence, "reduce_filters", measure)
     assert gpu.main(words) == 0
     after = json.loads((tmp_path / "card.json").read_text())["sections"]
-    assert after["prefill"] == found["prefill"] and after["reduction"]["hyena, host"]["filters"] == 3
+    assert after["prefill"] == found["prefill"] and after["reduction"]["hyena, 1 worker"]["filters"] == 3
     assert "## Failed" not in (tmp_path / "card.md").read_text()
 
 

@@ -211,15 +211,15 @@ def test_killed_and_resumed_is_uninterrupted(student, blocks, tmp_path, monkeypa
         return recurrence.distil(student, settings, tmp_path / name, ALONE, None, blocks)
 
     whole, calls = distil("whole"), []
-    reduce_filters = recurrence.reduce_filters
+    gathered = recurrence.gathered
 
-    def counted(taps, *rest):
-        calls.append(len(taps))
+    def counted(*given):
+        calls.append(1)
         if len(calls) == fatal:
             raise Killed
-        return reduce_filters(taps, *rest)
+        return gathered(*given)
 
-    monkeypatch.setattr(recurrence, "reduce_filters", counted)
+    monkeypatch.setattr(recurrence, "gathered", counted)
     fatal = 2
     with pytest.raises(Killed):
         distil("again")
@@ -231,7 +231,7 @@ def test_killed_and_resumed_is_uninterrupted(student, blocks, tmp_path, monkeypa
         distil("again")
     assert len(calls) == 1, "the second layer only"
     monkeypatch.undo()
-    monkeypatch.setattr(recurrence, "reduce_filters", counted)
+    monkeypatch.setattr(recurrence, "gathered", counted)
     (layers / "layer_002.safetensors").unlink()
     calls[:] = []
     again = distil("again")
@@ -447,8 +447,8 @@ def test_layers_are_shared_out(student, blocks, tmp_path, monkeypatch):
     """Of two processes each reduces its own layers and reads the other's; the main one makes what one alone makes."""
     settings, calls = Recurrence(method="balanced", tolerance=2e-2), []
     whole = recurrence.distil(student, settings, tmp_path / "whole", ALONE, None, blocks)
-    reduce_filters = recurrence.reduce_filters
-    monkeypatch.setattr(recurrence, "reduce_filters", lambda *given: calls.append(process) or reduce_filters(*given))
+    gathered = recurrence.gathered
+    monkeypatch.setattr(recurrence, "gathered", lambda *given: calls.append(process) or gathered(*given))
 
     def barrier():
         if process == 1:

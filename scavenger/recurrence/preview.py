@@ -8,6 +8,7 @@ import numpy as np
 from scavenger import measure, student
 from scavenger.recipe import Recipe
 from scavenger.recurrence import allocation, certificate, recurrence
+from scavenger.recurrence.reduction import workers
 from scavenger.run.run import blocks
 
 
@@ -32,19 +33,23 @@ def show(recipe: Recipe) -> str:
     aims = [{"tolerance": tolerance} for tolerance in tolerances]
     if settings.state_bytes is not None:
         aims = recurrence.aims(settings)
-    for layer, filter in recurrence.long_filters(exact).items():
-        taps = measure.filter_taps(filter, settings.horizon or config.horizon)
-        rows[layer] = np.unique(np.linspace(0, len(taps) - 1, FILTERS).round().astype(int)).tolist()
-        found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims)
-        if type(filter) is recurrence.own_kind(settings):
-            found[layer] = [recurrence.with_own_modes(filter, made, rows[layer]) for made in found[layer]]
+    length = settings.horizon or config.horizon
+    filters = recurrence.long_filters(exact)
+    several = FILTERS * len(filters) * len(aims) * length >= workers.WORKERS_PAY
+    with workers.started(workers.available() if several else 1) as each:
+        for layer, filter in filters.items():
+            taps = measure.filter_taps(filter, length)
+            rows[layer] = np.unique(np.linspace(0, len(taps) - 1, FILTERS).round().astype(int)).tolist()
+            found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims, each)
+            if type(filter) is recurrence.own_kind(settings):
+                found[layer] = [recurrence.with_own_modes(filter, made, rows[layer]) for made in found[layer]]
     changes = allocation.responses(exact, found, text, rows, SEQUENCES, positive=positive)
     divergences = allocation.divergences(changes, text.shape[1] - 1)
     choices = {
         f"{tolerance:g}": [np.full(len(layer[0]), index) for layer in found]
         for index, tolerance in enumerate(tolerances)
     }
-    share = sum(map(len, rows.values())) / sum(f.num_filters for f in recurrence.long_filters(exact).values())
+    share = sum(map(len, rows.values())) / sum(f.num_filters for f in filters.values())
     if settings.state_bytes is not None:
         least = allocation.state_bytes(config)
         budgets = [max(least, settings.state_bytes * times // 2) for times in (1, 2, 4)]
