@@ -170,6 +170,7 @@ def test_decoding_command(decoding, monkeypatch, tmp_path):
     monkeypatch.setattr(decoding, "NUMBERS", 1 << 20)
     monkeypatch.setattr(decoding, "PROMPT", 150)
     monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    monkeypatch.setattr(contenders, "compiles", lambda: True)
     monkeypatch.setattr("scavenger.model.decoding.PACKING_PAYS", 0)
     words = ["--shapes", ",".join(map(str, TINY)), "--cases", "2x21+7", "--mixers", "hyena", "multihyena"]
     words += ["--contexts", "9", "70", "--threads", str(torch.get_num_threads())]
