@@ -74,7 +74,8 @@ def of_folder(
         except (OSError, ValueError):
             saved = {}
         kept = (saved.get("settings") or {}).items()
-        saved["settings"] = {key: value for key, value in kept if (f"recurrence.{key}", value) not in REMOVED.items()}
+        kept = {key: value for key, value in kept if (f"recurrence.{key}", value) not in REMOVED.items()}
+        saved["settings"] = {"dtype": "float32"} | kept  # an earlier version had no other
         if {key: saved.get(key) for key in asked} != asked:
             raise RecipeError(
                 f"--to: {to} is there already and is not what this command makes; expected the name of a new folder"
@@ -140,7 +141,7 @@ def distil(
             raise RecipeError(
                 "recurrence.state_bytes: found no text to measure on, which needs a tokenizer; expected a tolerance"
             )
-        allocation.check(student.config, settings.state_bytes)
+        allocation.check(student.config, settings.state_bytes, settings.itemsize)
     student.to(accelerator.device)
     horizon = settings.horizon or student.config.horizon
     beside = checkpoint.partial(folder)
@@ -280,12 +281,13 @@ def allocated(student, found, settings: Recurrence, blocks, saved: Path, acceler
     """For each layer the aim that each of its filters takes; and, where a budget decides, the divergence predicted."""
     if settings.state_bytes is None:
         return [[0] * len(layer[0]) for layer in found], None
-    described = json.dumps([settings.state_bytes, settings.method, aims(settings), settings.horizon])
+    described = json.dumps([settings.state_bytes, settings.itemsize, settings.method, aims(settings), settings.horizon])
     text = {"text": torch.from_numpy(blocks.astype(np.int64))}
     path, key = saved / "allocation.json", _digest(described, student.state_dict() | text)
     if accelerator.is_main_process and not (path.is_file() and checkpoint.read_json(path)["key"] == key):
         positive = settings.method == "positive"
-        rungs, predicted = allocation.spread(student, found, settings.state_bytes, blocks, positive)
+        budget = settings.state_bytes
+        rungs, predicted = allocation.spread(student, found, budget, blocks, positive, settings.itemsize)
         checkpoint.write_json(path, {"key": key, "rungs": rungs, "predicted": predicted})
     accelerator.wait_for_everyone()
     made = checkpoint.read_json(path)
