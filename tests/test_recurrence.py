@@ -160,7 +160,7 @@ def test_more_bytes_lose_no_more(student, blocks):
 
 
 def test_a_budget_counts_in_the_dtype_of_decoding(student, blocks, tmp_path):
-    """In 16 bits windows and short convolutions take half, so the same bytes hold more modes; all are kept and moved."""
+    """In 16 bits windows and short convolutions take half, so the same bytes hold more modes."""
     least, half = (allocation.state_bytes(student.config, itemsize) for itemsize in (4, 2))
     assert half < least
     made = {}
