@@ -429,7 +429,7 @@ def scavenger(recipe, *overrides, plan=False):
     from scavenger.__main__ import run
     from scavenger.recipe import load_recipe
 
-    with one_core(), mock.patch.object(planning, "timed", lambda *words: (1.0, 1.0)):
+    with one_core(), mock.patch.object(planning, "timed", lambda *words: (1.0, 1.0, None)):
         assert run(load_recipe(str(recipe), list(overrides)), plan) == 0
 
 

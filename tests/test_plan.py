@@ -108,7 +108,7 @@ def test_rates_and_cost_follow_from_the_timed_step(recipe, monkeypatch):
     first = planned[0]
     (line,) = [line for line in shown.splitlines() if line.startswith("activations ") and "run/" in line][:1]
     assert (
-        line.split()[5:8] == [f"{first.tokens / 9:,.0f}", f"{100 * first.utilisation:.1f}", "%"] and " 3.00G " in line
+        line.split()[6:9] == [f"{first.tokens / 9:,.0f}", f"{100 * first.utilisation:.1f}", "%"] and " 3.00G " in line
     )
     hours = sum(stage.seconds for stage in planned) * 2 / 3600
     assert (

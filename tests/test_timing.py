@@ -393,7 +393,7 @@ def test_crossing_in_words():
     assert line((1e-3, 1e-6), 1e-3).startswith(f"{apart}at 256 tokens or fewer (")
     assert line((1e-3, 1e-6), 4.5e-3, noise=0.3).startswith(f"{apart}at ")
     assert "not surely within 4,096" in line((1e-3, 1e-6), 4.5e-3, noise=0.3)
-    assert line((1e-3, 1e-6), 1.4e-3, noise=0.2).startswith(f"{apart}between 0 and ")
+    assert line((1e-3, 1e-6), 1.25e-3, noise=0.2).startswith(f"{apart}between 0 and ")
     assert line((1e-3, 1e-6), 1e-3, rounds=1, lengths=(7, 9)).startswith("student: too few rounds and lengths")
 
 

@@ -258,9 +258,9 @@ def crossing(steps: dict[int, tuple[list[float], list[float]]]) -> dict:
     """From which length on a student's step is quicker, by a line through all times; `steps` has both by round.
 
     The reference's step takes a + b · length and the student's a constant c: their difference within a round is fitted
-    by least squares, in units of the reference's step at that length, as noise grows with the time. Its interval is
-    Student's t of the fitted line at each length (Fieller 1954), from the residuals, which also hold what is not
-    straight.
+    by least squares, in units of both steps together at that length, as the noise of each grows with its time. Its
+    interval is Student's t of the fitted line at each length (Fieller 1954), from the residuals, which also hold what
+    is not straight.
 
     a, b, c: seconds, None where nothing was measured. low, high: between these lengths, at LEVEL, the student becomes
     quicker for good; tokens: where the line crosses zero. None where that is not within the lengths measured. fitted:
@@ -271,7 +271,7 @@ def crossing(steps: dict[int, tuple[list[float], list[float]]]) -> dict:
     if not points:
         return found
     lengths, other, mine = np.array(points, dtype=float).T
-    typical = np.array([statistics.median(steps[int(length)][0]) for length in lengths])
+    typical = np.array([math.hypot(*map(statistics.median, steps[int(length)])) for length in lengths])
     columns = np.stack([np.ones_like(lengths), lengths], axis=1)[:, : min(2, len(steps))] / typical[:, None]
 
     def line(values):

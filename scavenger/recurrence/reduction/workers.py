@@ -32,7 +32,8 @@ def available() -> int:
 def started(count: int) -> Iterator[Map]:
     """A `map` that shares calls out over `count` processes, in order; with one, the builtin.
 
-    Workers are forked from a process that has imported this module and nothing of the caller: no CUDA, no main script.
+    Workers are forked from a process that has imported this module and computed nothing: they share neither CUDA nor
+    threads with the caller, and a script of one's own that comes here needs `if __name__ == "__main__"`, as with spawn.
     They end with the context, and with a caller that is killed. RecipeError where one of them is killed.
     """
     if count == 1:
