@@ -5,10 +5,13 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,9 +35,8 @@ def available() -> int:
 def started(count: int) -> Iterator[Map]:
     """A `map` that shares calls out over `count` processes, in order; with one, the builtin.
 
-    Workers are forked from a process that has imported this module and computed nothing: they share neither CUDA nor
-    threads with the caller, and a script of one's own that comes here needs `if __name__ == "__main__"`, as with spawn.
-    They end with the context, and with a caller that is killed. RecipeError where one of them is killed.
+    Workers are forked from a process that has imported this module and nothing of the caller: no CUDA, no threads, no
+    main script. They end with the context, and with a caller that is killed. RecipeError where one of them is killed.
     """
     if count == 1:
         yield map
@@ -43,7 +45,8 @@ def started(count: int) -> Iterator[Map]:
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
     try:
-        yield pool.map
+        with mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}):  # each would import the script
+            yield pool.map
     except BrokenProcessPool as error:
         raise RecipeError(
             f"recurrence: one of {count} processes that reduce filters was ended; expected enough memory for them; "
