@@ -592,6 +592,7 @@ def test_plan_of_the_recurrence(method, by, folder, workshop, tmp_path, monkeypa
     )
     shown = plan.show(recipe)
     assert said in shown
-    moved = allocation.moved_bytes(exact.config, 72_001, 4)
+    planned = plan._student_configuration(recipe, plan._configuration(recipe))
+    moved = allocation.moved_bytes(planned, 72_001, 4)
     assert f"A step reads and writes {moved:,} bytes of such a state" in shown
     assert f"with a KV cache in 16 bits, from {-(-moved // 360)} tokens on" in shown
