@@ -183,7 +183,9 @@ def measured(row, mixer, shape, case, summary, args):
     best = generated(contender, ids, seconds)
     if best["first"] + sum(best["steps"]) <= args.seconds:
         again = generated(contender, ids, seconds)
-        best = min(best, again, key=lambda entry: entry["generation"]) | {"first": min(best["first"], again["first"])}
+        # What is compiled has the prompts in its cache the second time.
+        first = best["first"] if row.compiled else min(best["first"], again["first"])
+        best = min(best, again, key=lambda entry: entry["generation"]) | {"first": first}
     peak = peak_use(device) - empty
     steps = best.pop("steps")
     share = case.batch / batch  # the times of "read again" are scaled to the whole batch

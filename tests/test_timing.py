@@ -482,6 +482,20 @@ def test_what_is_compiled_is_compiled_once_for_a_case(trio, monkeypatch):
     assert timing.verdicts([result])[-1].endswith("on most machines: does not compile (AssertionError).")
 
 
+@torch.inference_mode()
+def test_prompts_that_are_in_the_cache_are_not_read_again(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    model, read = tiny_teacher(), []
+    ids, other = torch.randint(1, 97, (2, 3, 17))
+    plain, kept = (kind(model, Case(3, 17, 9)) for kind in (Static, CompiledStatic))
+    whole = kept._next
+    monkeypatch.setattr(kept, "_next", lambda own, ids: read.append(ids.shape[1]) or whole(own, ids))
+    for prompts in (ids, ids, other, ids):
+        found = [contenders.generated(contender, prompts, math.inf) for contender in (plain, kept)]
+        assert found[0]["tokens"] == found[1]["tokens"] and found[0]["kept_last"] == found[1]["kept_last"]
+    assert [length for length in read if length > 1] == [2, 17, 17, 17], "a warm-up, and each change of prompts"
+
+
 @pytest.mark.slow
 @torch.inference_mode()
 def test_a_compiled_static_cache_generates_the_same():

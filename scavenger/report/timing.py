@@ -485,11 +485,12 @@ def _row(case, kind, turns, why, settings):
     states = [turn["kept_last"] for turn in turns if turn["kept_last"] is not None]
     last = -(-states[0] // case.batch) if states else None
     peaks, weights = [turn["peak"] for turn in turns if turn["peak"] is not None], turns[0]["weights"]
-    prefill = statistics.median(turn["prompt"] for turn in turns)
+    reading = first if kind.compiled else turns  # the prompts that were read once are in its cache
+    prefill = statistics.median(turn["prompt"] for turn in reading)
     return row | {
         "prefill_seconds": prefill,
         "prompt_tokens_per_second": case.batch * case.prompt / prefill,
-        "first_token_seconds": statistics.median(turn["first"] for turn in turns),
+        "first_token_seconds": statistics.median(turn["first"] for turn in reading),
         "next_token_seconds": statistics.median(steps),
         "next_token_seconds_95": float(np.quantile(steps, 0.95)),
         "step_seconds": statistics.median(_after_first(turn, case) for turn in turns),
