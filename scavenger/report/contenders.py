@@ -267,18 +267,15 @@ class Decoded(Contender):
 
 def kinds(model: Evaluated) -> list[type[Contender]]:
     """The contenders that a report times for a model: those that may be its best, and its plain ones."""
-    cuda = model.device.type == "cuda"
     if not model.is_student and not _attends(model):
         return [OwnState]
     if not model.is_student:
-        packs = not cuda and model.dtype == "float32" and torch.backends.mkldnn.is_available()
+        packs = model.device.type == "cpu" and model.dtype == "float32" and torch.backends.mkldnn.is_available()
         return [Dynamic, Static, *([PackedStatic] if packs else []), *([CompiledStatic] if compiles() else [])]
     if not model.is_recurrent:
         return [Exact]
-    if model.config.state_bytes is None:
-        return [ModelCalls]
-    # On a CPU the Decoder's step is machine code already.
-    return [ModelCalls, Decoded, *([CompiledDecoded] if cuda and compiles() else [])]
+    # A student's step is machine code on a CPU, and a captured graph on a GPU.
+    return [ModelCalls] if model.config.state_bytes is None else [ModelCalls, Decoded]
 
 
 def _attends(model):

@@ -84,7 +84,7 @@ def work(recipe: Recipe) -> dict:
     baseline, recurrence = recipe.baseline is not None, recipe.recurrence is not None
     # The teacher with a dynamic and a static cache, packed on a CPU and compiled; the recurrent student in two forms.
     compiled, cuda = contenders.compiles(), torch.cuda.is_available()
-    kinds = 2 + (not cuda) + compiled + 1 + baseline + recurrence * (2 + (cuda and compiled))
+    kinds = 2 + (not cuda) + compiled + 1 + baseline + 2 * recurrence
     cases = len(asked.speed.cases) + len(asked.speed.contexts)
     rows = kinds * cases * len(timing.dtypes(torch.device("cuda" if cuda else "cpu")))
     return {
