@@ -456,7 +456,7 @@ def test_gpu_command(gpu, monkeypatch, tmp_path, capsys):
         *(f"{second}, {stage}" for stage in ("activations, parallel", "logits")),
         *(f"{shape}, mixers, 30" for shape in (first, second)),
     ]
-    of_mixers = [record.pop("mixers") for record in measured["training"] if "mixers" in record]
+    of_mixers = [record["mixers"] for record in measured["training"] if "mixers" in record]
     measured["training"] = [record for record in measured["training"] if record["stage"] != "mixers"]
     for rows in of_mixers:
         assert len(rows) == 9 and all(0 < row["floor"] and 0 < row["forward"] < math.inf for row in rows)
