@@ -6,8 +6,8 @@
 correctness  the tests that compare the card with the CPU (pytest -m gpu)
 decoding     a step of the teacher's static cache, filled, and of three students, by batch and context
 prefill      prompts, each student beside the teacher
-training     every stage of recipes/neox70m.yaml, with random weights and text, by the stages' own code
-reduction    filters into recurrences, on the card and on its host
+training     stages of recipes/neox70m.yaml at three shapes, by their own code, and every mixer's forward and backward
+reduction    filters into recurrences, on the card's host
 
 Cases are in the order of their importance, and one begins only if its estimate fits into the time that is left: each
 section has a share of it, what a section leaves is the next one's, and what was left out has a second chance at the
@@ -29,19 +29,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 from xml.etree import ElementTree
 
 import decoding
+import mixers
 import torch
 import transfer
 from accelerate import Accelerator
 
-from scavenger import measure, plan, student
+from scavenger import measure, student
 from scavenger.model.hyena import HyenaMixer
 from scavenger.recipe import RecipeError, load_recipe
 from scavenger.recurrence import recurrence
 from scavenger.recurrence.certificate import aligned
+from scavenger.recurrence.reduction import workers as processes
 from scavenger.report import contenders, timing
 from scavenger.run.checkpoint import read_json, write_json, write_text
 from scavenger.transfer import baseline
@@ -49,7 +50,7 @@ from scavenger.transfer import baseline
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "neox70m.yaml"
-SHARES = {"correctness": 0.28, "decoding": 0.38, "prefill": 0.12, "training": 0.12, "reduction": 0.10}  # of the time
+SHARES = {"correctness": 0.18, "decoding": 0.38, "prefill": 0.12, "training": 0.27, "reduction": 0.05}  # of the time
 AROUND = 15.0  # seconds of the time that are for imports before the cases, and for the page after them
 PATIENCE, GRACE = 3, 15.0  # a case is stopped after so many times its estimate and so many seconds more
 STOPPING = 10.0  # seconds that pytest has to write its report when it is stopped
@@ -59,9 +60,12 @@ ROUND_SECONDS, STEPS = 0.15, (8, 64)  # of a round, and its least and most steps
 FREE = 0.9  # share of the free memory that a cache may take; the rest is for what a step makes
 PROMPTS = 3  # times that a prompt is read, after one that is not timed
 TRAINING_SECONDS, TRAINING_STEPS = 4.0, (2, 40)  # of a stage, and its least and most timed steps
+LARGE_BATCH = 16  # sequences of a step at the larger shapes: a card of 80 GB holds them, and they fill it
+MIXER_LENGTHS, MIXER_ROUNDS = [1024, 4096], 3
 LONGEST_NOTE = 240  # characters of an error in the table
 FILTERS = 64  # of a hyena layer that are reduced, spread over its decays
 LARGE = 4e8  # parameters from which on a case takes the longer estimate
+LARGE_TRAINING = 2e8  # from which on a step has LARGE_BATCH sequences instead of the recipe's
 
 MEASURED, NEEDS_CUDA, TOO_LARGE = "measured", "needs CUDA", "does not fit"  # outcomes that stay
 FAILED, TIME = "failed", "not run: time"  # outcomes that the next run tries again
@@ -118,13 +122,12 @@ def parser():
     made.add_argument("--only", nargs="+", default=list(SHARES), help=f"sections: {', '.join(SHARES)}")
     made.add_argument("--again", action="store_true", help="measure these sections anew, whatever the JSON has of them")
     made.add_argument("--minutes", type=float, default=8.0, help="at most, for everything")
-    made.add_argument(
-        "--shapes", nargs="+", default=["70m", "1.4b"], help="as decoding.py's; the first is trained and reduced"
-    )
+    made.add_argument("--shapes", nargs="+", default=["70m", "1.4b"], help="as decoding.py's; the first is reduced")
     made.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256], help="of decoding")
     made.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768], help="of decoding")
     made.add_argument("--prompts", type=int, nargs="+", default=[512, 2048, 4096, 8192], help="lengths")
     made.add_argument("--prompt-tokens", type=int, default=32768, help="of a batch of prompts; one alone is read too")
+    made.add_argument("--train-shapes", nargs="+", default=["70m", "410m", "1b"], help="every stage of the first")
     made.add_argument("--train-length", type=int, help="tokens of a sequence, instead of the recipe's")
     made.add_argument("--train-batch-size", type=int, help="sequences of a step, instead of the recipe's")
     made.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="autocast in training")
@@ -149,7 +152,8 @@ class Figures:
         check(args)
         self.args = args
         self.json = args.json or (args.to and args.to.with_suffix(".json"))
-        settings = ("shapes", "batches", "contexts", "prompts", "prompt_tokens", "train_length", "train_batch_size")
+        settings = ("shapes", "batches", "contexts", "prompts", "prompt_tokens")
+        settings += ("train_shapes", "train_length", "train_batch_size")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.found = {
             "machine": timing.machine(device, args.dtype),
@@ -253,7 +257,7 @@ def check(args):
     if strange:
         raise ValueError(f"--only: found {', '.join(strange)}; expected some of {', '.join(SHARES)}")
     args.only = [name for name in SHARES if name in args.only]
-    for shape in args.shapes:
+    for shape in args.shapes + args.train_shapes:
         if decoding.shape_of(shape)[1] < 2:
             raise ValueError(f"--shapes: found {shape}; expected two layers or more, one of which keeps attention")
     lengths = {"contexts": args.contexts, "prompts": args.prompts}
@@ -269,14 +273,14 @@ def check(args):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"found {path}, but no folder {path.parent}; expected one that is there")
     try:
-        recipe_of(args)
+        recipe_of(args, args.shapes[0])
     except RecipeError as error:
         raise ValueError(error) from None
 
 
-def recipe_of(args, *changes):
-    """The recipe whose stages are timed, with its kept layer in the middle of the first shape's layers."""
-    layers = decoding.shape_of(args.shapes[0])[1]
+def recipe_of(args, shape, *changes):
+    """The recipe whose stages are timed, with its kept layer in the middle of a shape's layers."""
+    layers = decoding.shape_of(shape)[1]
     own = [f"student.attention_layers=[{layers // 2}]", "training.accumulate=1"]
     if args.train_length is not None:
         own.append(f"data.context_length={args.train_length}")
@@ -415,7 +419,7 @@ def configuration(kind, shape, args):
         return teacher
     if kind in decoding.MODES:
         return decoding.configuration_of("modal", kind, shape, longest)
-    recipe = recipe_of(args)
+    recipe = recipe_of(args, args.shapes[0])
     own = dataclasses.replace(recipe.student, attention_layers=(shape[1] // 2,))
     made = student.configuration(own, recipe.data.context_length, teacher)
     sizes = [[decoding.MODES["multihyena"]] * made.filters(layer) for layer in range(shape[1])]
@@ -695,100 +699,129 @@ scaled_dot_product_attention, students are recurrent. `× teacher`: speed as a m
 
 class Training:
     title = "Training"
-    text = """The stages of recipes/neox70m.yaml with a random teacher of the first shape, each in the loop of a run,
-from batch to batch. Operations are the plan's; their share is of the matrix rate above. On a card under autocast."""
+    text = """The stages of recipes/neox70m.yaml with random teachers, each in the loop of a run, from batch to batch.
+Operations are the plan's; their share is of the matrix rate above. On a card under autocast, with the most memory that
+was allocated. Below: one layer's mixer forward, and forward and backward, of batches that fill a card, beside the
+teacher's attention; its floor is that of benchmarks/mixers.py."""
 
     def __init__(self, bench):
-        self.bench, self.shape = bench, None
+        self.bench, self.name, self.shape = bench, None, None
 
     @staticmethod
     def cases(args) -> Iterator[Case]:
-        phases = recipe_of(args).transfer
-        for index in range(len(phases.activations)):
-            yield Training.case("activations", index, f"activations, {phases.activations[index].schedule}")
-        for index in range(len(phases.logits)):
-            yield Training.case("logits", index, "logits" + (f" {index + 1}" if index else ""))
-        yield Training.case("baseline", 0, "baseline")
+        """All stages at the first shape; at the others the ends of transfer, the cheapest and the dearest step."""
+        for place, shape in enumerate(args.train_shapes):
+            phases = recipe_of(args, shape).transfer
+            stages = [("activations", index, phase.schedule) for index, phase in enumerate(phases.activations)]
+            stages += [("logits", index, f"{index + 1}" if index else "") for index in range(len(phases.logits))]
+            stages.append(("baseline", 0, ""))
+            for stage, index, beside in stages if place == 0 else (stages[0], stages[-2]):
+                name = ", ".join(filter(None, (shape, stage, beside)))
+                seconds = 20 if parameters(shape) > LARGE else 12
+                yield Case("training", name, {"shape": shape, "stage": stage, "index": index}, seconds)
+        for shape in args.train_shapes:
+            for length in MIXER_LENGTHS:
+                facts = {"shape": shape, "stage": "mixers", "index": length}
+                yield Case("training", f"{shape}, mixers, {length}", facts, 6, f"mixers {length}")
 
-    @staticmethod
-    def case(stage, index, name):
-        return Case("training", name, {"stage": stage, "index": index}, 15)
-
-    def measured(self, stage, index, limit):
-        device, shape = self.bench.device, self._shape()
-        phases = getattr(shape.recipe.transfer, stage, ())
-        size = phases[index].batch_size if phases else shape.batch_size
+    def measured(self, shape, stage, index, limit):
+        if stage == "mixers":
+            self.forget()
+            return self._mixers(shape, index)
+        device, own = self.bench.device, self._shape(shape)
+        phases = getattr(own.recipe.transfer, stage, ())
+        size = phases[index].batch_size if phases else own.batch_size
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         if stage == "baseline":
-            row = transfer.Row(shape.run(), baseline.pretraining, shape.student())
+            row = transfer.Row(own.run(), baseline.pretraining, own.student())
         else:
-            row = getattr(shape, stage)(phases[index])
+            row = getattr(own, stage)(phases[index])
         quickest = row.loop(1, device)
         steps = min(max(int(TRAINING_SECONDS / quickest), TRAINING_STEPS[0]), TRAINING_STEPS[1])
         seconds = row.loop(steps, device)
-        tokens = size * shape.length
-        with mock.patch.object(plan, "timed", lambda *words: None):  # no step of the plan's own
-            planned = plan.stages(shape.recipe)
-        name = stage + (f" {index + 1}" if index else "")  # as the plan has it
-        (flops,) = (own.flops / own.tokens for own in planned if own.name == name)
+        tokens = size * own.length
         return {
             "step": seconds,
             "sequences": size,
-            "length": shape.length,
-            "flops": flops * tokens,
-            "share": flops * tokens / seconds / self.bench.rates["operations_per_second"],
+            "length": own.length,
+            "flops": row.optimisation.flops * tokens,
+            "share": row.optimisation.flops * tokens / seconds / self.bench.rates["operations_per_second"],
+            "memory": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         }
 
-    def _shape(self):
-        """The first shape with the recipe's phases, in a folder of its own."""
-        if self.shape is None:
-            args, device, folder = self.bench.args, self.bench.device, self.bench.folder
-            recipe = recipe_of(args, f"run_dir={folder}")
-            if args.train_batch_size is not None:
+    def forget(self):
+        self.name = self.shape = None
+        gc.collect()
+
+    def _shape(self, name):
+        """A shape with the recipe's phases, in a folder of its own; one at a time is in memory."""
+        if self.name != name:
+            self.forget()
+            args, device, folder = self.bench.args, self.bench.device, self.bench.folder / f"shape {name}"
+            folder.mkdir(exist_ok=True)
+            recipe = recipe_of(args, name, f"run_dir={folder}")
+            size = args.train_batch_size or (LARGE_BATCH if parameters(name) > LARGE_TRAINING else None)
+            if size is not None:
                 made = {
                     group: tuple(
-                        dataclasses.replace(phase, batch_size=args.train_batch_size)
-                        for phase in getattr(recipe.transfer, group)
+                        dataclasses.replace(phase, batch_size=size) for phase in getattr(recipe.transfer, group)
                     )
                     for group in ("activations", "logits")
                 }
                 recipe = dataclasses.replace(recipe, transfer=dataclasses.replace(recipe.transfer, **made))
             half = device.type == "cuda" and args.dtype == "bfloat16"
             accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if half else "no")
-            config = decoding.configuration_of(
-                None, None, decoding.shape_of(args.shapes[0]), recipe.data.context_length
-            )
+            config = decoding.configuration_of(None, None, decoding.shape_of(name), recipe.data.context_length)
             largest = max(phase.batch_size for phase in recipe.transfer.phases)
             dtype = torch.bfloat16 if half else torch.float32
             self.shape = transfer.Shape(recipe, config, largest, 1, folder, accelerator, dtype)
+            self.name = name
         return self.shape
+
+    def _mixers(self, name, length):
+        """Every form of every mixer at a shape's width."""
+        width, _, heads, *_ = decoding.shape_of(name)
+        device, rates = self.bench.device, self.bench.rates
+        contenders = mixers.made(width, heads, device)
+        tokens = mixers.TOKENS if device.type == "cuda" else length
+        shape = mixers.Shape(width, heads, max(1, tokens // length), length)
+        limits = rates | {"bytes_per_number": mixers.dtype_of(device).itemsize}
+        mixers.measured(contenders, shape, 1, device, limits)  # start-up: kernels are chosen and loaded
+        return {"mixers": mixers.measured(contenders, shape, MIXER_ROUNDS, device, limits)}
 
     @staticmethod
     def tables(records):
+        header = ["", "sequences x tokens", "step ms", "tokens/s", "TFLOP/s", "of the matrix rate", "peak GB"]
         rows = []
         for record in records:
             label = record["name"]
             if record["outcome"] != MEASURED:
-                rows.append([label, "", record["outcome"], "", "", ""])
-                continue
-            tokens = record["sequences"] * record["length"]
-            rows.append(
-                [
-                    label,
-                    f"{record['sequences']} x {record['length']:,}",
-                    f"{1e3 * record['step']:,.1f}",
-                    f"{tokens / record['step']:,.0f}",
-                    f"{record['flops'] / record['step'] / 1e12:,.2f}",
-                    f"{100 * record['share']:.1f} %",
-                ]
-            )
-        yield aligned(["", "sequences x tokens", "step ms", "tokens/s", "TFLOP/s", "of the matrix rate"], rows)
+                rows.append([label, "", record["outcome"], *[""] * (len(header) - 3)])
+            elif record["stage"] != "mixers":
+                tokens = record["sequences"] * record["length"]
+                rows.append(
+                    [
+                        label,
+                        f"{record['sequences']} x {record['length']:,}",
+                        f"{1e3 * record['step']:,.1f}",
+                        f"{tokens / record['step']:,.0f}",
+                        f"{record['flops'] / record['step'] / 1e12:,.2f}",
+                        f"{100 * record['share']:.1f} %",
+                        "" if record["memory"] is None else f"{record['memory'] / 1e9:,.1f}",
+                    ]
+                )
+        yield aligned(header, rows)
+        for record in records:
+            if "mixers" in record:
+                yield "\n".join(mixers.table(record["mixers"]))
 
 
 class Reduction:
     title = "From filters to recurrences"
     text = """Filters of the first shape as they are initialised, in float64. multihyena: a layer of
 recipes/neox70m.yaml, to all sizes of its ladder, as a budget of bytes needs them; hyena: to the default tolerance.
-The method is the recipe's."""
+The method is the recipe's. On the card's host, by one process and by as many as a run starts, their start included."""
 
     def __init__(self, bench):
         self.bench = bench
@@ -796,14 +829,14 @@ The method is the recipe's."""
     @staticmethod
     def cases(args) -> Iterator[Case]:
         for mixer, seconds in (("multihyena", 10), ("hyena", 25)):
-            for place in ("card", "host"):
-                facts = {"mixer": mixer, "place": place}
-                yield Case("reduction", f"{mixer}, {place}", facts, seconds, cuda=place == "card")
+            for count in dict.fromkeys((processes.available(), 1)):
+                facts = {"mixer": mixer, "workers": count}
+                yield Case("reduction", f"{mixer}, {count} worker{'s' if count > 1 else ''}", facts, seconds)
 
     @torch.no_grad()
-    def measured(self, mixer, place, limit):
+    def measured(self, mixer, workers, limit):
         args = self.bench.args
-        recipe = recipe_of(args)
+        recipe = recipe_of(args, args.shapes[0])
         settings, own = recipe.recurrence, recipe.student
         if mixer == "hyena":
             own = dataclasses.replace(own, mixer="hyena", window=0)
@@ -814,9 +847,13 @@ The method is the recipe's."""
         torch.manual_seed(0)
         taps = measure.filter_taps(HyenaMixer(config, 0).filter, config.horizon)
         taps = taps[torch.linspace(0, len(taps) - 1, min(FILTERS, len(taps))).round().long()]
-        device = self.bench.device if place == "card" else torch.device("cpu")
-        taps, aims = taps.to(device), recurrence.aims(settings)
-        seconds = decoding.duration(lambda: recurrence.reduce_filters(taps, settings, aims), self.bench.device)
+        aims = recurrence.aims(settings)
+
+        def reduce():
+            with processes.started(workers) as each:
+                recurrence.reduce_filters(taps, settings, aims, each)
+
+        seconds = decoding.duration(reduce, torch.device("cpu"))
         facts = {"filters": len(taps), "length": taps.shape[1], "sizes": len(aims), "method": settings.method}
         return facts | {"reduction_seconds": seconds}
 
@@ -824,7 +861,7 @@ The method is the recipe's."""
     def tables(records):
         rows = []
         for record in records:
-            label = f"{record['mixer']}, on the {record['place']}"
+            label = record["name"]
             if record["outcome"] != MEASURED:
                 rows.append([label, "", "", "", record["outcome"], ""])
                 continue

@@ -7,7 +7,8 @@ Each is a whole layer's mixer, projections included, of one width; attention is 
 scaled_dot_product_attention. Times are the best of `--rounds`, taken in turn. The floor of a form is the longer of its
 operations at the matrix rate and its bytes (parameters, input, output, and the projections written and read once) at
 the bandwidth measured at the start; forward and backward together count three times. A star marks the form that the
-mixer takes by itself at that length. On a CUDA device everything runs in bfloat16. The last line is JSON.
+mixer takes by itself at that length. On a CUDA device everything runs in bfloat16, at the widths of Pythia-70m, 410m
+and 1b, in batches of 65,536 tokens. The last line is JSON.
 """
 
 import argparse
@@ -20,12 +21,13 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import nn
 
-from scavenger import families
+from scavenger import families, measure
 from scavenger.model import HyenaConfig
 from scavenger.model.attention import WindowedAttention
 from scavenger.model.hyena import HyenaMixer
@@ -37,51 +39,80 @@ from scavenger.run.checkpoint import write_text
 MODES = 8  # of each filter in modal form; the quickstart's reduced filters have 1 to 16
 WINDOW = 256  # of kept attention
 TOO_LONG = 5.0  # seconds: what took longer is not run at greater lengths
-MATRIX, BYTES = 2048, 1 << 27  # side of the matrices, and size of the copy, that measure the machine's limits
+BYTES = 1 << 29  # of the copy that measures the bandwidth: far more than a cache holds
+ON_CUDA = ([512, 1024, 2048], [8, 16, 8])  # widths and heads of Pythia-70m, 410m and 1b
+TOKENS = 1 << 16  # of a batch on a card, which so many fill
 
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--num-heads", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=1)
+    cuda = torch.cuda.is_available()
+    widths, heads = ON_CUDA if cuda else ([512], [8])
+    parser.add_argument("--hidden-size", type=int, nargs="+", default=widths)
+    parser.add_argument("--num-heads", type=int, nargs="+", default=heads, help="of each width")
+    parser.add_argument("--batch-size", type=int, help=f"(1; on a GPU {TOKENS:,} tokens)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the tables there, as Markdown")
     args = parser.parse_args(words)
-    if min(args.num_heads, *args.lengths, args.batch_size, args.rounds) < 1 or args.hidden_size % (8 * args.num_heads):
+    shapes, least = list(zip(args.hidden_size, args.num_heads, strict=False)), min(*args.num_heads, *args.lengths)
+    if (
+        len(args.hidden_size) != len(args.num_heads)
+        or min(least, args.rounds, 1 if args.batch_size is None else args.batch_size) < 1
+        or any(width % (8 * heads) for width, heads in shapes)
+    ):
         print(
             f"mixers: error: found width {args.hidden_size} with {args.num_heads} heads; expected heads of a multiple "
-            "of 8 channels, and lengths, batch size and rounds of 1 or more",
+            "of 8 channels, as many numbers of heads as widths, and lengths, batch size and rounds of 1 or more",
             file=sys.stderr,
         )
         return 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    machine = limits(device, dtype)
-    contenders = [Contender(*row, args) for row in rows(args.hidden_size // args.num_heads)]
-    for contender in contenders:
-        contender.module.to(device, dtype)
+    device = torch.device("cuda" if cuda else "cpu")
+    machine = limits(device)
     found = []
-    for length in args.lengths:
-        found += measured(contenders, args, length, device, dtype, machine)
-        print("\n".join(table([entry for entry in found if entry["length"] == length], args)) + "\n", flush=True)
-    for entry, contender in ((e, c) for e in found for c in contenders if c.name == e["name"]):
-        entry["memory"] = peak_memory(contender, args, entry["length"], device, dtype)
-    print("\n".join(memory_table(found, args)))
-    summary = {
-        "machine": machine,
-        "hidden_size": args.hidden_size,
-        "num_heads": args.num_heads,
-        "batch_size": args.batch_size,
-        "rounds": args.rounds,
-        "results": found,
-    }
+    for width, heads in shapes:
+        contenders = made(width, heads, device)
+        own = []
+        for length in args.lengths:
+            batch = args.batch_size or (max(1, TOKENS // length) if cuda else 1)
+            shape = Shape(width, heads, batch, length)
+            own += measured(contenders, shape, args.rounds, device, machine)
+            print("\n".join(table([entry for entry in own if entry["length"] == length])) + "\n", flush=True)
+        for entry, contender in ((e, c) for e in own for c in contenders if c.name == e["name"]):
+            entry["memory"] = peak_memory(contender, Shape.of(entry), device)
+        print("\n".join(memory_table(own)))
+        found += own
+    summary = {"machine": machine, "rounds": args.rounds, "results": found}
     if args.output:
-        write_text(args.output, page(summary, args, words))
+        write_text(args.output, page(summary, words))
     print(json.dumps(summary))
     return 0
+
+
+class Shape(NamedTuple):
+    """What a mixer reads: `batch_size` sequences of `length` tokens, of `hidden_size` channels in `num_heads` heads."""
+
+    hidden_size: int
+    num_heads: int
+    batch_size: int
+    length: int
+
+    @classmethod
+    def of(cls, entry):
+        return cls(*(entry[name] for name in cls._fields))
+
+
+def dtype_of(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def made(width, heads, device):
+    """All contenders of a width."""
+    found = [Contender(*row, width, heads) for row in rows(width // heads)]
+    for contender in found:
+        contender.module.to(device, dtype_of(device))
+    return found
 
 
 def rows(head_width):
@@ -102,11 +133,11 @@ def rows(head_width):
 class Contender:
     """One mixer in one form, and what it cannot do without."""
 
-    def __init__(self, name, head_width, form, changes, args):
+    def __init__(self, name, head_width, form, changes, width, heads):
         torch.manual_seed(0)
         self.name, self.head_width, self.form = name, head_width, form
         self.hyena_order = changes.get("hyena_order", 1)
-        width, heads = args.hidden_size, args.num_heads
+        self.slow = False  # took too long at a shorter length
         if form == "attention":
             self.module = _Teacher(width, heads)
             return
@@ -149,9 +180,9 @@ class Contender:
         v = next(self.module.parameters()).new_empty(length, self.head_width)
         return hyena.fft_pays(v, self.head_width) == (self.form == "fft")
 
-    def floor(self, args, length, machine):
+    def floor(self, shape, machine):
         """Seconds of a forward pass at the machine's limits."""
-        width = args.hidden_size
+        width, length = shape.hidden_size, shape.length
         size = 2 * length
         transform = 2.5 * size * math.log2(size)  # operations of one real FFT
         mixing = {
@@ -161,8 +192,8 @@ class Contender:
             "fft": 2 * self.hyena_order * (self.head_width or 1) * width * transform,
             "scan": 4 * CHUNK * length * width + 8 * MODES * (self.head_width or 1) * length * width,
         }[self.form]
-        operations = args.batch_size * (8 * length * width**2 + mixing)
-        bytes_moved = machine["bytes_per_number"] * (4 * width**2 + args.batch_size * length * width * (1 + 6 + 1 + 1))
+        operations = shape.batch_size * (8 * length * width**2 + mixing)
+        bytes_moved = machine["bytes_per_number"] * (4 * width**2 + shape.batch_size * length * width * (1 + 6 + 1 + 1))
         return max(operations / machine["operations_per_second"], bytes_moved / machine["bytes_per_second"])
 
 
@@ -184,13 +215,13 @@ class _Teacher(nn.Module):
         )[0]
 
 
-def measured(contenders, args, length, device, dtype, machine):
-    """Best times of forward, and of forward and backward, of all contenders at one length, taken in turn."""
-    hidden, cos, sin = inputs(args, length, device, dtype)
+def measured(contenders, shape, rounds, device, machine):
+    """Best times of forward, and of forward and backward, of all contenders at one shape, taken in turn."""
+    hidden, cos, sin = inputs(shape, device)
     entries = {}
-    for _ in range(args.rounds):
+    for _ in range(rounds):
         for contender in contenders:
-            if contender.name in SLOW:
+            if contender.slow:
                 continue
             with contender.forced():
                 forward = timed(lambda m=contender.module: m(hidden, cos, sin), device, gradient=False)
@@ -199,28 +230,25 @@ def measured(contenders, args, length, device, dtype, machine):
                 contender.name,
                 {
                     "name": contender.name,
-                    "length": length,
+                    **shape._asdict(),
                     "forward": math.inf,
                     "both": math.inf,
-                    "floor": contender.floor(args, length, machine),
-                    "chosen": contender.chosen(length),
+                    "floor": contender.floor(shape, machine),
+                    "chosen": contender.chosen(shape.length),
                 },
             )
             entry["forward"], entry["both"] = min(entry["forward"], forward), min(entry["both"], both)
-    for name, entry in entries.items():
-        if entry["both"] > TOO_LONG and name != contenders[0].name:
-            SLOW.add(name)
+    for contender in contenders[1:]:
+        contender.slow |= contender.name in entries and entries[contender.name]["both"] > TOO_LONG
     return list(entries.values())
 
 
-SLOW: set[str] = set()  # contenders that took too long at a shorter length
-
-
-def inputs(args, length, device, dtype):
+def inputs(shape, device):
     torch.manual_seed(1)
-    hidden = torch.randn(args.batch_size, length, args.hidden_size, device=device, dtype=dtype, requires_grad=True)
-    positions = torch.arange(length, device=device).expand(args.batch_size, length)
-    return hidden, *Rotary(args.hidden_size // args.num_heads // 4, 1.0).to(device)(positions, dtype)
+    size, dtype = (shape.batch_size, shape.length, shape.hidden_size), dtype_of(device)
+    hidden = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+    positions = torch.arange(shape.length, device=device).expand(size[:2])
+    return hidden, *Rotary(shape.hidden_size // shape.num_heads // 4, 1.0).to(device)(positions, dtype)
 
 
 def timed(call, device, gradient):
@@ -232,9 +260,9 @@ def timed(call, device, gradient):
         return now(device) - began
 
 
-def peak_memory(contender, args, length, device, dtype):
+def peak_memory(contender, shape, device):
     """Bytes that forward and backward hold at their peak, beyond parameters and input."""
-    hidden, cos, sin = inputs(args, length, device, dtype)
+    hidden, cos, sin = inputs(shape, device)
     contender.module.zero_grad()
     before, peak = memory(device)
     with contender.forced():
@@ -262,20 +290,18 @@ def memory(device):
     return resident("VmRSS"), lambda: resident("VmHWM")
 
 
-def limits(device, dtype):
+def limits(device):
     """The machine's matrix rate and memory bandwidth, best of a few."""
-    a = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
-    big = torch.empty(BYTES, device=device, dtype=torch.uint8)
+    big, dtype = torch.empty(BYTES, device=device, dtype=torch.uint8), dtype_of(device)
     other = torch.empty_like(big)
-    product = min(timed(lambda: a @ a, device, False) for _ in range(6))
     copy = min(timed(lambda: other.copy_(big), device, False) for _ in range(6))
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "bytes_per_number": a.element_size(),
-        "operations_per_second": 2 * MATRIX**3 / product,
+        "bytes_per_number": dtype.itemsize,
+        "operations_per_second": measure.matrix_rate(device, dtype),
         "bytes_per_second": 2 * len(big) / copy,
     }
 
@@ -286,10 +312,10 @@ def now(device):
     return time.perf_counter()
 
 
-def table(entries, args):
-    teacher = entries[0]
+def table(entries):
+    teacher, shape = entries[0], Shape.of(entries[0])
     lines = [
-        f"length {entries[0]['length']:,}, width {args.hidden_size}, {args.num_heads} heads, batch {args.batch_size}",
+        f"length {shape.length:,}, width {shape.hidden_size:,}, {shape.num_heads} heads, batch {shape.batch_size}",
         f"{'':<30}  {'forward ms':>10}  {'× attention':>11}  {'× floor':>7}  {'with backward ms':>16}  "
         f"{'× attention':>11}  {'× floor':>7}",
     ]
@@ -303,22 +329,25 @@ def table(entries, args):
     return lines
 
 
-def memory_table(found, args):
-    names = list(dict.fromkeys(entry["name"] for entry in found))
+def memory_table(found):
+    """Of one width, by length."""
+    names, lengths = (list(dict.fromkeys(entry[key] for entry in found)) for key in ("name", "length"))
     at = {(entry["name"], entry["length"]): entry["memory"] for entry in found}
-    lines = [f"{'peak MiB, with backward':<30}" + "".join(f"{length:>9,}" for length in args.lengths)]
+    lines = [f"{'peak MiB, with backward':<30}" + "".join(f"{length:>9,}" for length in lengths)]
     for name in names:
-        cells = (at.get((name, length)) for length in args.lengths)
+        cells = (at.get((name, length)) for length in lengths)
         lines.append(f"{name:<30}" + "".join(f"{'—' if cell is None else f'{cell / 2**20:.0f}':>9}" for cell in cells))
     return lines
 
 
-def page(summary, args, words):
-    machine = summary["machine"]
-    blocks = []
-    for length in args.lengths:
-        blocks += [*table([entry for entry in summary["results"] if entry["length"] == length], args), ""]
-    body = "\n".join([*blocks, *memory_table(summary["results"], args)])
+def page(summary, words):
+    machine, blocks = summary["machine"], []
+    for width in dict.fromkeys(entry["hidden_size"] for entry in summary["results"]):
+        own = [entry for entry in summary["results"] if entry["hidden_size"] == width]
+        for length in dict.fromkeys(entry["length"] for entry in own):
+            blocks += [*table([entry for entry in own if entry["length"] == length]), ""]
+        blocks += [*memory_table(own), ""]
+    body = "\n".join(blocks[:-1])
     command = " ".join(["python benchmarks/mixers.py", *words])
     return f"""# Speed and memory of the mixers
 

@@ -6,7 +6,8 @@
 The filters are implicit ones as they are initialised, spread over the decays of layers of 512, in float64. Errors are
 geometric means over them: l2 relative to the taps; its ratio to the floor, which no recurrence of as many real states
 goes below; the gain error, the largest on a grid of four frequencies per tap, over its own floor. The tail is the
-largest l2 norm past the horizon, relative to the taps. Below stands the time for `--many` filters to `--tolerance`.
+largest l2 norm past the horizon, relative to the taps. Below stands the time for `--many` filters to `--tolerance`, by
+each number of worker processes, their start included.
 Gradient modal interpolation is published with 30,000 steps; it is run on `--gradient-filters` filters for `--steps`.
 The last line is JSON.
 """
@@ -25,7 +26,9 @@ import torch
 
 from scavenger.model import HyenaConfig
 from scavenger.model.hyena import HyenaMixer
-from scavenger.recurrence.reduction import balanced, irka, projection
+from scavenger.recipe import Recurrence
+from scavenger.recurrence import recurrence
+from scavenger.recurrence.reduction import balanced, irka, projection, workers
 from scavenger.recurrence.reduction.reduced import reduce_by
 from scavenger.run.checkpoint import write_text
 
@@ -45,15 +48,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tolerance", type=float, default=1e-2)
     parser.add_argument("--many-methods", nargs="+", choices=["balanced", "irka", "projection"], default=["balanced"])
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=sorted({1, workers.available()}),
+        help="for the many (1, and all cores)",
+    )
     parser.add_argument("--steps", type=int, default=1000, help="of gradient modal interpolation; 0: leave it out")
     parser.add_argument("--gradient-filters", type=int, default=8)
     parser.add_argument("--output", type=Path, help="write the tables there, as Markdown")
     args = parser.parse_args(words)
     counts = (args.filters, args.gradient_filters, args.length - 1, *(states // 2 for states in args.states))
-    if min(*counts, args.many + 1, args.steps + 1) < 1 or not args.tolerance > 0:
+    if min(*counts, *args.workers, args.many + 1, args.steps + 1) < 1 or not args.tolerance > 0:
         print(
-            "reduction: error: found a length, number of filters, states or tolerance that is too small; expected 2 "
-            "taps, 1 filter, 2 states and more than 0 or more",
+            "reduction: error: found a length, number of filters, states, workers or tolerance that is too small; "
+            "expected 2 taps, 1 filter, 2 states, 1 worker and more than 0 or more",
             file=sys.stderr,
         )
         return 2
@@ -65,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         own = few[spread(args.gradient_filters, len(few))]
         found += [measured("gradient", partial(trained, steps=args.steps), own, states) for states in args.states]
     print("\n".join(table(found)) + "\n", flush=True)
-    many = [to_tolerance(name, methods[name], args, device) for name in args.many_methods if args.many]
+    many = [to_tolerance(name, count, args) for name in args.many_methods for count in args.workers if args.many]
     if many:
         print("\n".join(many_table(many, args)))
     summary = {
@@ -126,13 +136,19 @@ def measured(name, reduce, taps, states):
     }
 
 
-def to_tolerance(name, reduce, args, device):
-    """Seconds for many filters, and what they need."""
-    taps = filters(args.many, args).to(device)
-    reduced, seconds = timed(lambda: reduce(taps, tolerance=args.tolerance))
+def to_tolerance(name, count, args):
+    """Seconds for many filters by so many workers, as stage two reduces them, and what the filters need."""
+    taps, settings = filters(args.many, args), Recurrence(method=name, tolerance=args.tolerance, max_state_size=64)
+
+    def reduce():
+        with workers.started(count) as each:
+            return recurrence.reduce_filters(taps, settings, recurrence.aims(settings), each)[0]
+
+    reduced, seconds = timed(reduce)
     states = [f.real_states for f in reduced]
     return {
         "method": name,
+        "workers": count,
         "filters": len(reduced),
         "seconds": seconds,
         "within": sum(f.relative_error <= args.tolerance for f in reduced),
@@ -171,12 +187,12 @@ def table(found):
 
 def many_table(many, args):
     lines = [
-        f"{'to ' + format(args.tolerance, 'g'):<12}{'filters':>9}{'within':>9}{'mean real states':>18}{'most':>6}"
-        f"{'largest tail':>14}{'seconds':>9}"
+        f"{'to ' + format(args.tolerance, 'g'):<12}{'workers':>9}{'filters':>9}{'within':>9}{'mean real states':>18}"
+        f"{'most':>6}{'largest tail':>14}{'seconds':>9}"
     ]
     for row in many:
         lines.append(
-            f"{row['method']:<12}{row['filters']:>9,}{row['within']:>9,}{row['mean_states']:>18.1f}"
+            f"{row['method']:<12}{row['workers']:>9}{row['filters']:>9,}{row['within']:>9,}{row['mean_states']:>18.1f}"
             f"{row['most_states']:>6}{row['tail']:>14.1e}{row['seconds']:>9.1f}"
         )
     return lines

@@ -3,8 +3,9 @@
     python benchmarks/transfer.py
     python benchmarks/transfer.py --shapes pythia-70m --rounds 5 --output benchmarks/transfer.md
 
-The weights and the text are random; everything else is what a run has: its losses, and its loop. Each round takes every
-training in turn; a figure is the median over rounds. For each training:
+On a GPU the shapes are Pythia-70m, 410m and 1b, in batches that fill it, under bfloat16 autocast. The weights and the
+text are random; everything else is what a run has: its losses, and its loop. Each round takes every training in turn; a
+figure is the median over rounds. For each training:
 
 step             from one batch to the next in the loop
 loss + backward  alone, with the teacher's part
@@ -14,6 +15,8 @@ floor            the same passes of the bare models, measured apart. Logits: the
                  forward and backward, both with their heads; activations: the teacher's forward without its head, and
                  forward and backward of the mixers alone
 of the floor     floor / (loss + backward): 1 is a loss that costs nothing
+of the rate      the plan's operations of a step, over the time of the step, as a share of the rate of a square matrix
+                 product, measured at the start: the step's MFU
 of plain         tokens per second of the step against those of next-token training
 
 What the rows of `cached` read was written by the run's own cache before. The peak is of the tensors that the operations
@@ -39,7 +42,7 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scavenger import families, losses, student, training
+from scavenger import families, flops, losses, student, training
 from scavenger.recipe import Activations, Cache, Logits, Teacher, load_recipe
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
@@ -47,13 +50,23 @@ from scavenger.transfer import baseline, teacher_outputs, transfer
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Recipe, sequences of a step, and steps that count in each round: of Pythia-70m what two cores do in minutes.
-SHAPES = {"tiny": ("quickstart", 2, 1), "quickstart": ("quickstart", 8, 4), "pythia-70m": ("neox70m", 1, 1)}
-PEAK = 4  # times a step's sequences, where memory is compared
+# Recipe, and for each kind of device the sequences of a step and the steps that count in each round: of Pythia-70m what
+# two cores do in minutes, and of all what a card of 80 GB holds.
+SHAPES = {
+    "tiny": ("quickstart", {"cpu": (2, 1), "cuda": (2, 1)}),
+    "quickstart": ("quickstart", {"cpu": (8, 4), "cuda": (64, 8)}),
+    "pythia-70m": ("neox70m", {"cpu": (1, 1), "cuda": (48, 8)}),
+    "pythia-410m": ("neox410m", {"cpu": (1, 1), "cuda": (16, 4)}),
+    "pythia-1b": ("neox1b", {"cpu": (1, 1), "cuda": (8, 4)}),
+}
+USUAL = {"cpu": ["quickstart", "pythia-70m"], "cuda": ["pythia-70m", "pythia-410m", "pythia-1b"]}
+PEAK = {"cpu": 4, "cuda": 0.25}  # times a step's sequences, where memory is compared: all logits at once must fit
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 TEACHERS = {
     "tiny": dict(zip(SIZES, (24, 2, 4, 32, 97), strict=True)),
     "pythia-70m": dict(zip(SIZES, (512, 6, 8, 2048, 50304), strict=True)),
+    "pythia-410m": dict(zip(SIZES, (1024, 24, 16, 4096, 50304), strict=True)),
+    "pythia-1b": dict(zip(SIZES, (2048, 16, 8, 8192, 50304), strict=True)),
 }
 KEPT = 64  # tokens of each position in the cache
 PLAIN = "next tokens"
@@ -62,18 +75,21 @@ PLAIN = "next tokens"
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["quickstart", "pythia-70m"])
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=USUAL[kind])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the tables there, as Markdown")
     args = parser.parse_args(words)
     if args.rounds < 1:
         print(f"transfer: error: --rounds: found {args.rounds}; expected 1 or more", file=sys.stderr)
         return 2
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="bf16" if kind == "cuda" else "no")
     summary = {
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "dtype": "bfloat16 autocast" if kind == "cuda" else "float32",
+        "operations_per_second": flops.peak(accelerator),
         "rounds": args.rounds,
         "shapes": {},
     }
@@ -90,13 +106,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def shape_of(name, folder, accelerator):
     """The shape of this name."""
-    recipe_name, batch_size, steps = SHAPES[name]
+    recipe_name, sizes = SHAPES[name]
+    batch_size, steps = sizes[accelerator.device.type]
     recipe = load_recipe(str(RECIPES / f"{recipe_name}.yaml"), [f"run_dir={folder}", "training.accumulate=1"])
     family = families.of(families.TRAINED).config
     config = family(**TEACHERS[name]) if name in TEACHERS else family.from_pretrained(recipe.teacher.folder)
     kept = () if name == "tiny" else recipe.student.attention_layers
     recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, attention_layers=kept))
-    return Shape(recipe, config, batch_size, steps, folder, accelerator)
+    half = accelerator.mixed_precision == "bf16"
+    return Shape(recipe, config, batch_size, steps, folder, accelerator, torch.bfloat16 if half else torch.float32)
 
 
 class Shape:
@@ -109,8 +127,9 @@ class Shape:
         self.batch_size, self.steps = batch_size, steps
         self.folder, self.accelerator, self.length = folder, accelerator, recipe.data.context_length
         torch.manual_seed(recipe.seed)
-        made = families.of(config.model_type).model(config)
-        self.frozen = made.requires_grad_(False).eval().to(accelerator.device, dtype)
+        with accelerator.device:
+            made = families.of(config.model_type).model(config)
+        self.frozen = made.requires_grad_(False).eval().to(dtype)
         kept = recipe.student.attention_layers
         self.layers = [layer for layer in range(config.num_hidden_layers) if layer not in kept]
         (folder / "data").mkdir()
@@ -136,11 +155,12 @@ class Shape:
 
     def larger(self):
         """The training by logits in batches where memory is compared."""
-        return self.logits(Logits(steps=100, batch_size=PEAK * self.batch_size, learning_rate=1e-4))
+        size = max(1, int(PEAK[self.accelerator.device.type] * self.batch_size))
+        return self.logits(Logits(steps=100, batch_size=size, learning_rate=1e-4))
 
     def floors(self):
         """The passes that no loss can do without, by what a training's name begins with."""
-        model = self.student().to(self.accelerator.device)
+        model = self.student()
         ids = torch.randint(model.config.vocab_size, (self.batch_size, self.length), device=self.accelerator.device)
         hidden = torch.randn(*ids.shape, model.config.hidden_size, device=ids.device)
         positions = torch.arange(self.length, device=ids.device).expand(ids.shape)
@@ -148,7 +168,8 @@ class Shape:
         mixers = [model.model.layers[layer].mixer for layer in self.layers]
 
         def whole(module, *inputs):
-            made = module(*inputs)
+            with self.accelerator.autocast():
+                made = module(*inputs)
             made = getattr(made, "logits", made)
             made.backward(made.detach())
             module.zero_grad()
@@ -190,7 +211,8 @@ class Shape:
         return Run(recipe, self.folder, self.accelerator, None)
 
     def student(self):
-        return student.from_teacher(self.recipe.student, self.length, self.frozen, self.recipe.seed)
+        with self.accelerator.device:
+            return student.from_teacher(self.recipe.student, self.length, self.frozen, self.recipe.seed)
 
 
 class Row:
@@ -210,7 +232,10 @@ class Row:
         """The loss of a batch, and its gradient."""
         own, batch = self.optimisation, self.optimisation.batch(0)
         batch = batch._replace(ids=batch.ids.to(self.run.device), mask=batch.mask.to(self.run.device))
-        own.loss(self.module, batch, own.target(batch), batch)[0].backward()
+        target = own.target(batch)
+        with self.accelerator.autocast():
+            value = own.loss(self.module, batch, target, batch)[0]
+        value.backward()
 
     def update(self):
         """A step of AdamW as the loop makes it; its moments exist."""
@@ -249,6 +274,10 @@ class Row:
             }
             training.train(run, dataclasses.replace(self.optimisation, **own))
         return statistics.mean(after - before for before, after in itertools.pairwise(times[1:]))
+
+    def of_the_rate(self, tokens_per_second):
+        """The share of the device's matrix rate, by the operations that the plan counts."""
+        return self.optimisation.flops * tokens_per_second / flops.peak(self.accelerator)
 
     def peak(self):
         """The most bytes of tensors that the operations of a loss and its gradient hold."""
@@ -312,12 +341,18 @@ def measured(shape, rounds):
         pairs = zip(found[PLAIN], found[name], strict=True)
         row["of_plain"] = statistics.median(plain["step"] / entry["step"] for plain, entry in pairs)
         row["tokens_per_second"] = shape.batch_size * shape.length / row["step"]
+        row["of_the_rate"] = trainings[name].of_the_rate(row["tokens_per_second"])
         rows.append({"name": name} | row)
     larger = shape.larger()
     peaks = {"in chunks": larger.peak()}
     with mock.patch.object(losses, "CHUNK_BYTES", 2**62):
         peaks["all at once"] = larger.peak()
-    facts = {"batch_size": shape.batch_size, "length": shape.length, "vocabulary": shape.frozen.config.vocab_size}
+    facts = {
+        "batch_size": shape.batch_size,
+        "compared": larger.optimisation.settings.batch_size,
+        "length": shape.length,
+        "vocabulary": shape.frozen.config.vocab_size,
+    }
     return facts | {"rows": rows, "peaks": peaks}
 
 
@@ -336,8 +371,8 @@ def now(device):
 def table(name, found):
     lines = [
         f"{name}, {found['batch_size']} × {found['length']:,} tokens a step, milliseconds",
-        f"{'':<32}{'tokens/s':>9}{'of plain':>10}{'step':>9}{'loss + backward':>17}{'floor':>9}{'of the floor':>14}"
-        f"{'update':>8}{'log':>8}",
+        f"{'':<32}{'tokens/s':>9}{'of plain':>10}{'step':>9}{'of the rate':>13}{'loss + backward':>17}{'floor':>9}"
+        f"{'of the floor':>14}{'update':>8}{'log':>8}",
     ]
     for row in found["rows"]:
         floor = (
@@ -345,9 +380,10 @@ def table(name, found):
         )
         lines.append(
             f"{row['name']:<32}{row['tokens_per_second']:>9,.0f}{row['of_plain']:>10.2f}{1e3 * row['step']:>9,.0f}"
-            f"{1e3 * row['loss']:>17,.0f}{floor}{1e3 * row['update']:>8,.0f}{1e3 * row['log']:>8,.0f}"
+            f"{100 * row['of_the_rate']:>11.1f} %{1e3 * row['loss']:>17,.0f}{floor}{1e3 * row['update']:>8,.0f}"
+            f"{1e3 * row['log']:>8,.0f}"
         )
-    tokens = PEAK * found["batch_size"] * found["length"]
+    tokens = found["compared"] * found["length"]
     peaks = ", ".join(f"{how} {size / 2**20:,.0f} MiB" for how, size in found["peaks"].items())
     one = f"one copy of all logits is {4 * tokens * found['vocabulary'] / 2**20:,.0f} MiB"
     return [*lines, f"peak of a logit step of {tokens:,} tokens: {peaks}; {one}"]
@@ -361,8 +397,9 @@ def page(summary, words):
 `{command}`, {time.strftime("%Y-%m-%d")}
 
 {summary["device"]}, {summary["threads"]} threads, torch {summary["torch"]}; medians of {summary["rounds"]} rounds in
-which the trainings take turns. Random weights and text. `of the floor` is floor / (loss + backward), `of plain` tokens
-per second against next-token training of the same student, both within a round.
+which the trainings take turns, in {summary["dtype"]}. A square matrix product reached
+{summary["operations_per_second"] / 1e12:,.3g} TFLOP/s. Random weights and text. `of the floor` is floor / (loss +
+backward), `of plain` tokens per second against next-token training of the same student, both within a round.
 
 ```
 {body}

@@ -189,6 +189,11 @@ def recur(arguments) -> int:
         "--state-bytes", type=int, metavar="N", help="bytes of state per sequence, spent where they help most"
     )
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of decoding: the budget counts windows and short convolutions in it (float32)",
+    )
+    parser.add_argument(
         "--method", choices=["balanced", "irka", "projection", "positive"], help="method that finds the poles (irka)"
     )
     parser.add_argument("--max-state-size", type=int, metavar="N", help="most complex modes of a filter (32)")
@@ -205,7 +210,7 @@ def recur(arguments) -> int:
         "--trust-remote-code", action="store_true", help="run the code in the tokenizer's folder; read it first"
     )
     args = parser.parse_args(arguments)
-    names = ("tolerance", "state_bytes", "method", "max_state_size", "horizon")
+    names = ("tolerance", "state_bytes", "dtype", "method", "max_state_size", "horizon")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = Recurrence.from_command_line(**given)
     if args.text is not None and not args.text.exists():

@@ -1,7 +1,9 @@
 """Measurements of a model: loss and agreement on held-out text, filter taps, and state size."""
 
 import copy
+import functools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from scavenger.model.precision import tensor_cores
 
 BATCH_TOKENS = 8192  # tokens per evaluation batch
 COMPARED = 4  # tokens on which a model's own logits are compared with its head's
+MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices of `matrix_rate`: milliseconds a product
 STATES = ("keys", "values", "conv_states", "recurrent_states")  # of a layer of transformers' caches
 
 
@@ -194,6 +197,30 @@ def compared(logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> 
         found.append(losses.logit_divergence(logits, teacher))
         found.append(losses.cross_entropy(teacher, targets))
     return torch.stack([each.double() for each in found])
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of square matrices, the best of a few: what a device reaches at most, without a data sheet.
+
+    In float32 with the precision that torch.set_float32_matmul_precision set.
+    """
+    side, row = MATRIX[device.type], 10 if device.type == "cuda" else 1  # in a row: a launch takes longer than it shows
+    made = torch.ones(side, side, device=device, dtype=dtype)
+
+    def seconds():
+        began = _now(device)
+        for _ in range(row):
+            made @ made
+        return (_now(device) - began) / row
+
+    return 2 * side**3 / min(seconds() for _ in range(8))
+
+
+def _now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @torch.no_grad()

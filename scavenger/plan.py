@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scavenger import families, losses, measure, student, teacher, training
+from scavenger.flops import Flops
 from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import Activations, Logits, Recipe, Stage, TeacherTraining, require_layers
 from scavenger.recurrence import allocation
@@ -38,6 +39,17 @@ class PlannedStage:
     done: float = 0.0  # share of its steps that are made
     seconds: float | None = None  # of all steps; None where no step was timed
     memory: dict[str, float] | None = None  # bytes held on a device throughout, by what they hold
+    most_memory: int | None = None  # bytes of a device at the peak of the timed step; None on a CPU
+    peak: float | None = None  # FLOP/s of a matrix product on all devices together
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.seconds is None else self.tokens / self.seconds
+
+    @property
+    def utilisation(self) -> float | None:
+        """The model's FLOPs a second as a share of the devices' rate."""
+        return None if self.seconds is None else self.flops / self.seconds / self.peak
 
 
 def show(recipe: Recipe, processes: int = 1) -> str:
@@ -63,19 +75,22 @@ def stages(recipe: Recipe, processes: int = 1) -> list[PlannedStage]:
                 memory["gradients"] *= 2  # once more, in the buckets of data parallelism
             stage = dataclasses.replace(stage, memory=memory)
             if times[alike] is not None:
-                part, update = times[alike]
+                part, update, most = times[alike]
                 parts = stage.sequences / phase.batch_size * recipe.training.accumulate
-                stage = dataclasses.replace(stage, seconds=parts * part + stage.steps * update)
+                peak = processes * measure.matrix_rate(device, _half() or torch.float32)
+                seconds = parts * part + stage.steps * update
+                stage = dataclasses.replace(stage, seconds=seconds, most_memory=most, peak=peak)
         found.append(stage)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # NCCL takes its buffers from the device, not from torch's allocator
     return found
 
 
-def timed(recipe, config, phase, layers, rows, flops, device) -> tuple[float, float] | None:
+def timed(recipe, config, phase, layers, rows, flops, device) -> tuple[float, float, int | None] | None:
     """Seconds of a micro-batch of `rows` sequences and of an optimizer update, with random weights and text.
 
-    `flops` are those of one sequence. None where the step is too large for this device.
+    And on a GPU the most bytes in use. `flops` are those of one sequence. None where the step is too large for this
+    device.
     """
     sequences = rows if device.type == "cuda" else min(rows, int(TIMED_FLOPS / flops))
     if sequences == 0:
@@ -84,7 +99,10 @@ def timed(recipe, config, phase, layers, rows, flops, device) -> tuple[float, fl
         step = _Step(recipe, config, phase, layers, device)
         step.forward_backward(1, 8)  # start-up, and the optimizer's moments
         step.update()
-        return rows / sequences * step.forward_backward(sequences, recipe.data.context_length), step.update()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        part, update = step.forward_backward(sequences, recipe.data.context_length), step.update()
+        return rows / sequences * part, update, torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     except torch.OutOfMemoryError:
         return None
 
@@ -114,11 +132,12 @@ def text(recipe: Recipe, planned: list[PlannedStage], processes: int = 1) -> str
         aim = (
             f"the fewest modes with a relative error of at most {settings.tolerance:g}"
             if settings.state_bytes is None
-            else f"{settings.state_bytes:,} bytes of state ({_as_cache(settings.state_bytes, config)}), spent where "
-            "they lower the KL divergence most"
+            else f"{settings.state_bytes:,} bytes of state in {settings.dtype} "
+            f"({_as_cache(settings.state_bytes, config)}), spent where they lower the KL divergence most. "
+            f"{_traffic(recipe, config)}"
         )
         most = f"at most {settings.max_state_size} modes"
-        lines.append(f"Then each filter becomes a recurrence of {most} ({settings.method}): {aim}.")
+        lines.append(f"Then each filter becomes a recurrence of {most} ({settings.method}): {aim.rstrip('.')}.")
     if recipe.report:
         lines.append(_report_line(recipe, config, planned))
     if recipe.hub:
@@ -151,7 +170,7 @@ def _configuration(recipe):
 def _trainings(recipe, config):
     """Each training of the recipe, its phase, and the layers whose mixers it matches."""
     run_dir, length = Path(recipe.run_dir), recipe.data.context_length
-    flops = _Flops(config, length)
+    flops = Flops(config, length)
 
     def stage(name, steps, sequences, flops, folder, **more):
         return PlannedStage(name, steps, sequences, sequences * length, sequences * length * flops, folder, **more)
@@ -198,41 +217,6 @@ def _done(reached, steps, *later):
     return max((int(name) / steps for name in made if name.isdigit()), default=0.0)
 
 
-class _Flops:
-    """FLOPs per token: two for each weight in a matrix product, and those of the token mixing.
-
-    Mixing, by attention or by a long convolution as a matrix: the scores and their product with v, causal half.
-    """
-
-    def __init__(self, config, length):
-        width, self.layers = config.hidden_size, config.num_hidden_layers
-        block = families.of(config.model_type).block(config)
-        inner, shared = (
-            heads * block["head_dim"] for heads in (config.num_attention_heads, block["num_key_value_heads"])
-        )
-        self.mixer = 4 * width * (inner + shared) + 2 * length * inner
-        self.mlp = 2 * width * config.intermediate_size * (3 if block["mlp"] == "gated" else 2)
-        self.head = 2 * width * config.vocab_size
-        self.whole = self.layers * (self.mixer + self.mlp) + self.head
-
-    def of(self, recipe, phase, layers):
-        """FLOPs per token of a phase of the transfer: teacher, student, and the backward pass."""
-        if isinstance(phase, Logits):
-            read = 0 if recipe.cache and recipe.cache.logits else self.whole
-            rest = 1 if phase.trained == "mixers" else 2  # backward pass: gradients of the inputs, and of the weights
-            back = self.layers * (2 * self.mixer + rest * self.mlp) + rest * self.head
-            return read + self.whole + back
-        matched = len(layers)
-        deep = max(layers) if phase.schedule != "progressive" else sum(layers) / matched  # layers below the last
-        below = deep * (self.mixer + self.mlp)
-        read = 0 if recipe.cache and recipe.cache.activations else below + self.mixer
-        if phase.schedule == "parallel":
-            return read + 3 * matched * self.mixer
-        if phase.schedule == "progressive":
-            return read + below + 3 * self.mixer
-        return read + below + self.mixer + 2 * matched * self.mixer + deep * self.mlp
-
-
 class _Step:
     """One real step of a training with random weights and text: its module, forward and backward pass, and update."""
 
@@ -270,8 +254,7 @@ class _Step:
         mask = torch.ones_like(ids, dtype=torch.bool)
         began = self._now()
         target = self._target(ids)
-        # The launcher's variable; accelerate reads nothing else for this.
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(os.environ.get("ACCELERATE_MIXED_PRECISION"))
+        half = _half()
         with torch.autocast(self.device.type, half, enabled=half is not None):
             if isinstance(self.phase, Activations):
                 errors, tail = self.module(ids, mask, *target)
@@ -314,6 +297,11 @@ class _Step:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def _half():
+    """The dtype of autocast, by the launcher's variable (accelerate reads nothing else for this); None without it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(os.environ.get("ACCELERATE_MIXED_PRECISION"))
 
 
 def _teacher_dtype(recipe, config, device):
@@ -375,7 +363,7 @@ def _size(model):
 def _student_line(recipe, config):
     made = _student_configuration(recipe, config)
     if recipe.recurrence and recipe.recurrence.state_bytes is not None:
-        allocation.check(made, recipe.recurrence.state_bytes)
+        allocation.check(made, recipe.recurrence.state_bytes, recipe.recurrence.itemsize)
     parts = [f"{recipe.student.mixer}, {_size(_empty(recipe, config, None)):,} parameters"]
     if made.num_filters:
         parts.append(f"{made.num_filters} filters a layer, each over {made.filter_head_width} channels")
@@ -394,6 +382,18 @@ def _as_cache(state, config):
     token = families.of(config.model_type).cache_numbers(config)
     lengths = [-(-state // (size * token)) for size in (4, 2)]
     return "the teacher's KV cache of {:,} tokens in float32, of {:,} in 16 bits".format(*lengths)
+
+
+def _traffic(recipe, config):
+    """What a step moves of a state of the whole budget, and from which length on attention moves more."""
+    settings = recipe.recurrence
+    made = _student_configuration(recipe, config)
+    moved = allocation.moved_bytes(made, settings.state_bytes, settings.itemsize)
+    tokens = -(-moved // (2 * families.of(config.model_type).cache_numbers(config)))
+    return (
+        f"A step reads and writes {moved:,} bytes of such a state: where memory bounds a step, it is quicker than its "
+        f"teacher's, with a KV cache in 16 bits, from {tokens:,} tokens on"
+    )
 
 
 def _cache_line(recipe, config):
@@ -476,7 +476,7 @@ def _report_line(recipe, config, planned):
     if timed:
         rate = sum(stage.flops for stage in timed) / sum(stage.seconds for stage in timed)
         read = work["models"] * (work["tokens_read"] + work["tokens_generated"])
-        seconds = read * _Flops(config, recipe.data.context_length).whole / rate
+        seconds = read * Flops(config, recipe.data.context_length).whole / rate
         reading = f" (about {_duration(seconds)})"
     return (
         f"Then all models are measured on {recipe.data.evaluation_tokens:,} held-out tokens, in recall, in generated "
@@ -486,18 +486,28 @@ def _report_line(recipe, config, planned):
 
 
 def _stage_table(planned):
-    lines = [f"{'stage':<14}{'steps':>9}{'tokens':>16}{'FLOPs':>9}{'time left':>11}{'memory':>10}  folder"]
+    lines = [
+        f"{'stage':<14}{'steps':>9}{'tokens':>16}{'FLOPs':>9}{'time left':>11}{'tokens/s':>11}{'MFU':>8}{'memory':>10}"
+        "  folder"
+    ]
     for stage in planned:
         left = "" if stage.done >= 1 else "–" if stage.seconds is None else _duration(stage.seconds * (1 - stage.done))
-        memory = "" if stage.memory is None else f"{sum(stage.memory.values()) / 2**30:.2f}G"
+        rate, share = stage.tokens_per_second, stage.utilisation
+        shown = "" if rate is None else f"{rate:,.0f}", "" if share is None else f"{100 * share:.1f} %"
+        held = stage.most_memory or (stage.memory and sum(stage.memory.values()))
+        memory = "" if held is None else f"{held / 2**30:.2f}G"
         state = "  (complete)" if stage.done >= 1 else "  (resumes)" if stage.done else ""
         lines.append(
-            f"{stage.name:<14}{stage.steps:>9,}{stage.tokens:>16,}{_prefixed(stage.flops):>9}{left:>11}{memory:>10}  "
-            f"{stage.folder}{state}"
+            f"{stage.name:<14}{stage.steps:>9,}{stage.tokens:>16,}{_prefixed(stage.flops):>9}{left:>11}{shown[0]:>11}"
+            f"{shown[1]:>8}{memory:>10}  {stage.folder}{state}"
         )
-    left = sum(stage.seconds * (1 - stage.done) for stage in planned if stage.seconds is not None)
-    total = f"{sum(s.tokens for s in planned):>16,}{_prefixed(sum(s.flops for s in planned)):>9}{_duration(left):>11}"
-    return [*lines, f"{'all':<14}{sum(s.steps for s in planned):>9,}{total}"]
+    total = f"{sum(s.tokens for s in planned):>16,}{_prefixed(sum(s.flops for s in planned)):>9}"
+    return [*lines, f"{'all':<14}{sum(s.steps for s in planned):>9,}{total}{_duration(_left(planned)):>11}"]
+
+
+def _left(planned):
+    """Seconds of all steps that are still to be made, of the stages that were timed."""
+    return sum(stage.seconds * (1 - stage.done) for stage in planned if stage.seconds is not None)
 
 
 def _memory_table(planned):
@@ -524,10 +534,17 @@ def _notes(recipe, planned, processes):
         left_out.append("filling and reading the cache")
     if processes > 1:
         left_out.append("communication (memory is that of data parallelism: FSDP and ZeRO hold less)")
+    on_top = any(stage.most_memory is None for stage in made)
+    memory = "what is held throughout; activations come on top" if on_top else "the most that the timed step held"
     lines = [
         f"Times for {several}{device}: one step of each stage was timed just now, with random weights. Not included: "
-        f"{', '.join(left_out)}. Memory is what is held throughout; activations come on top."
+        f"{', '.join(left_out)}. Memory is {memory}."
     ]
+    if peak := next((stage.peak for stage in made if stage.peak is not None), None):
+        lines.append(
+            f"MFU: the share of {_prefixed(peak / processes)}FLOP/s, which a square matrix product reached just now."
+            + (f" Cost: {_left(planned) * processes / 3600:.2g} GPU-hours." if cuda else "")
+        )
     untimed = [stage.name for stage in made if stage.seconds is None]
     if untimed:
         why = "does not fit this GPU's memory" if cuda else "is too large to be timed on this CPU"

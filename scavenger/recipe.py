@@ -517,10 +517,18 @@ class Recurrence(Section):
         least=1,
         right="a positive number of bytes",
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = key(
+        "dtype of decoding, in which the budget counts windows and short convolutions; modes are in float32", "float32"
+    )
     max_state_size: int = key("most complex modes of a filter", 32, least=1, right="a positive number of modes")
     horizon: int | None = key(
         "taps to match; null: the context length", None, unit="tokens", least=8, right="8 taps or more"
     )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of `dtype`."""
+        return 4 if self.dtype == "float32" else 2
 
     @classmethod
     def from_command_line(cls, **given):

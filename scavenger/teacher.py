@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
 
 from scavenger import data, families, loading, measure, training
+from scavenger.flops import Flops
 from scavenger.recipe import Recipe, RecipeError, Teacher, TeacherTraining
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
@@ -48,6 +49,7 @@ def run(run: Run) -> Path | None:
         steps_dir=checkpoint.partial(folder) / "steps",
         batch=lambda step: data.batch(blocks, step * train.batch_size, train.batch_size, seed),
         loss=training.next_token_loss,
+        flops=3 * Flops(shape, run.recipe.data.context_length).whole,
     )
     history, model = training.train(run, optimisation)
     checkpoint.finish_model(run, model, history, folder, lambda beside: _write_card(run, model, history, beside))

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scavenger import losses
+from scavenger import flops, losses
 from scavenger.data import Batch
 from scavenger.model.attention import WindowedAttention
 from scavenger.model.filters import ImplicitFilter, ModalFilter
@@ -57,6 +57,7 @@ class Optimisation:
     watch: Callable[[nn.Module], dict[str, float]] = lambda module: {}
     look: Callable[[nn.Module], float] | None = None  # held-out error; the training ends once it no longer falls
     rest_rate: float = 1.0  # learning rate outside the mixers, as a multiple of the mixers'
+    flops: float = 0.0  # of a token, for the log; 0: not counted
     first_step: int = 0  # steps of the run before this training: trackers need an axis that only grows
 
 
@@ -78,6 +79,7 @@ def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
     modal = [part for part in module.modules() if isinstance(part, ModalFilter)]
     start, history = checkpoint.resume_step(run, optimisation.steps_dir)
     since = _Since.resumed(history, accelerator)
+    peak = flops.peak(accelerator) if optimisation.flops else None
     clock = _Clock(accelerator.device, since.seconds or (history[-1]["seconds"] if history else 0.0))
     ended = _is_flat(stage, history)
     module.train()
@@ -120,6 +122,8 @@ def train(run: Run, optimisation: Optimisation) -> tuple[list[dict], nn.Module]:
                 logged = max(start, history[-1]["step"] if history else 0)
                 entry = {"step": step + 1, "seconds": clock.seconds} | since.means(accelerator)
                 entry |= clock.rates(whole.ids.numel() * (step + 1 - logged))
+                if optimisation.flops:
+                    entry["mfu"] = optimisation.flops * entry["tokens_per_second"] / peak
                 if optimisation.look is not None and (step + 1) % stage.look_every == 0:
                     entry["held_out"] = optimisation.look(module)
                 history.append(entry)

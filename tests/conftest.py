@@ -33,6 +33,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.model.attention import WindowedAttention
+from scavenger.report import contenders
 
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,7 @@ BIN = Path(sys.executable).parent
 LAUNCHED = os.environ | {
     "PATH": f"{BIN}:{os.environ['PATH']}",
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "launching")]),
+    "TORCH_COMPILE_DISABLE": "1",  # as `without_compiler`
 }
 ARC = "".join(  # questions as they are found in files, for arc_easy.jsonl
     json.dumps({"query": f"Question: Which is {word}?", "choices": ["grass", f"the {word}", "coal"], "gold": 1}) + "\n"
@@ -96,6 +98,14 @@ def one_core():
     """A run takes one thread instead of every core of the machine, and leaves the environment as it was."""
     with mock.patch.object(os, "sched_getaffinity", lambda process: {0}), mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_compiler():
+    """A report compiles the teacher for seconds a shape; tests that need it say so. Yields what is replaced."""
+    whole = contenders.compiles
+    with mock.patch.object(contenders, "compiles", lambda: False):
+        yield whole
 
 
 @pytest.fixture(autouse=True)
@@ -420,7 +430,7 @@ def scavenger(recipe, *overrides, plan=False):
     from scavenger.__main__ import run
     from scavenger.recipe import load_recipe
 
-    with one_core(), mock.patch.object(planning, "timed", lambda *words: (1.0, 1.0)):
+    with one_core(), mock.patch.object(planning, "timed", lambda *words: (1.0, 1.0, None)):
         assert run(load_recipe(str(recipe), list(overrides)), plan) == 0
 
 

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from reference import assert_close
 from transformers import GPTNeoXForCausalLM
 
-from scavenger import losses
+from scavenger import losses, measure
 from scavenger.model import hyena
 from scavenger.report import contenders
 from scavenger.report.contenders import Case, Dynamic, Exact, ModelCalls, PackedDynamic, PackedStatic, ReadAgain, Static
@@ -29,7 +29,6 @@ from scavenger.report.contenders import Case, Dynamic, Exact, ModelCalls, Packed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = (64, 2, 4, 128, 101)
-SMALL = argparse.Namespace(hidden_size=64, num_heads=4, batch_size=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +62,8 @@ def decoding(benchmark):
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [
-        ("mixers", ["--hidden-size", "30"], "found width 30"),
+        ("mixers", ["--hidden-size", "30"], "found width [30]"),
+        ("mixers", ["--hidden-size", "64", "128"], "found width [64, 128] with [8] heads"),
         ("reduction", ["--filters", "0"], "found a length, number of filters"),
         ("transfer", ["--rounds", "0"], "--rounds: found 0; expected 1 or more\n"),
         ("logits", ["--length", "31"], "found 152000 words and length 31; expected more than 64 words"),
@@ -98,16 +98,19 @@ def test_mistakes_are_one_line(name, words, said, monkeypatch, capsys):
 
 def test_mixers_command(benchmark, monkeypatch, tmp_path, capsys):
     mixers = benchmark("mixers")
-    monkeypatch.setattr(mixers, "MATRIX", 256)
+    monkeypatch.setitem(measure.MATRIX, "cpu", 64)
     monkeypatch.setattr(mixers, "BYTES", 1 << 20)
     monkeypatch.setattr(mixers, "TOO_LONG", math.inf)
     # This process goes on with other tests: its allocator stays as it is.
     libc = SimpleNamespace(malloc_trim=ctypes.CDLL(None).malloc_trim, mallopt=lambda *setting: 1)
     monkeypatch.setattr(mixers, "ctypes", SimpleNamespace(CDLL=lambda name: libc))
-    words = ["--hidden-size", "64", "--num-heads", "4", "--lengths", "20", "70", "--rounds", "1"]
+    words = ["--hidden-size", "64", "32", "--num-heads", "4", "2", "--lengths", "20", "70", "--rounds", "1"]
     assert mixers.main([*words, "--output", str(tmp_path / "mixers.md")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(found["results"]) == 2 * 9
+    assert len(found["results"]) == 2 * 2 * 9
+    assert {(row["hidden_size"], row["batch_size"], row["length"]) for row in found["results"]} == {
+        (width, 1, length) for width in (64, 32) for length in (20, 70)
+    }
     for row in found["results"]:
         assert 0 < row["floor"] and 0 < row["forward"] < math.inf and 0 < row["both"] < math.inf
         assert row["memory"] >= 0
@@ -117,8 +120,8 @@ def test_mixers_command(benchmark, monkeypatch, tmp_path, capsys):
 
 def test_forms_that_are_timed_are_the_mixers_own(benchmark, monkeypatch):
     mixers = benchmark("mixers")
-    rows = {row[0]: mixers.Contender(*row, SMALL) for row in mixers.rows(16)}
-    hidden, cos, sin = mixers.inputs(SMALL, 70, torch.device("cpu"), torch.float32)
+    rows = {contender.name: contender for contender in mixers.made(64, 4, torch.device("cpu"))}
+    hidden, cos, sin = mixers.inputs(mixers.Shape(64, 4, 2, 70), torch.device("cpu"))
     outputs, taken = {}, []
     for form in ("outer_product_convolution", "modal_scan"):
         whole = getattr(hyena, form)
@@ -142,7 +145,7 @@ def test_forms_that_are_timed_are_the_mixers_own(benchmark, monkeypatch):
 
 def test_reduction_command(benchmark, tmp_path, capsys):
     words = ["--length", "48", "--filters", "4", "--states", "2", "4", "--many", "6", "--steps", "2"]
-    words += ["--gradient-filters", "2", "--output", str(tmp_path / "reduction.md")]
+    words += ["--gradient-filters", "2", "--workers", "1", "2", "--output", str(tmp_path / "reduction.md")]
     assert benchmark("reduction").main(words) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {(row["method"], row["states"]) for row in found["results"]} == {
@@ -151,6 +154,8 @@ def test_reduction_command(benchmark, tmp_path, capsys):
     for row in found["results"]:
         assert 0 < row["error"] and 1 - 1e-9 <= row["ratio"] and 1 - 1e-9 <= row["gain_ratio"]
         assert 0 <= row["tail"] and 0 < row["milliseconds"] < math.inf
+    one, two = ({key: row[key] for key in row.keys() - {"seconds"}} for row in found["many"])
+    assert one | {"workers": 2} == two and one["filters"] == 6
     shown = (tmp_path / "reduction.md").read_text()
     assert "projection" in shown and "--steps 2" in shown
 
@@ -164,10 +169,11 @@ def made(decoding, row, mixer="hyena"):
 def test_decoding_command(decoding, monkeypatch, tmp_path):
     """All rows in this process, but what they are given and what they return can travel to another; not compiled."""
     monkeypatch.setattr(decoding, "apart", lambda *words: travelled(call(*travelled(words))))
-    monkeypatch.setattr(decoding, "MATRIX", {"cpu": 256})
+    monkeypatch.setitem(measure.MATRIX, "cpu", 64)
     monkeypatch.setattr(decoding, "NUMBERS", 1 << 20)
     monkeypatch.setattr(decoding, "PROMPT", 150)
     monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    monkeypatch.setattr(contenders, "compiles", lambda: True)
     monkeypatch.setattr("scavenger.model.decoding.PACKING_PAYS", 0)
     words = ["--shapes", ",".join(map(str, TINY)), "--cases", "2x21+7", "--mixers", "hyena", "multihyena"]
     words += ["--contexts", "9", "70", "--threads", str(torch.get_num_threads())]
@@ -323,7 +329,8 @@ def test_transfer_command(transfer, tmp_path, capsys):
     rows = {row["name"]: row for row in found["rows"]}
     assert len(rows) == 9 and rows["next tokens"]["of_plain"] == 1
     for name, row in rows.items():
-        numbers = [row[key] for key in ("step", "loss", "update", "log", "of_plain", "tokens_per_second")]
+        names = ("step", "loss", "update", "log", "of_plain", "tokens_per_second", "of_the_rate")
+        numbers = [row[key] for key in names]
         assert all(0 < number < math.inf for number in numbers), name
         assert row["tokens_per_second"] == pytest.approx(2 * 24 / row["step"])
         bare = name in ("activations, joint", "activations, progressive")
@@ -388,7 +395,7 @@ def test_recall_command(benchmark, tmp_path, capsys):
 
 
 ON_ONE_CARD = "--shapes 64,2,2,128,512 --batches 1 3 --contexts 9 40 --prompts 20 70 --prompt-tokens 140".split()
-ON_ONE_CARD += "--train-length 80 --train-batch-size 2".split()
+ON_ONE_CARD += "--train-shapes 64,2,2,128,512 32,2,2,64,101 --train-length 80 --train-batch-size 2".split()
 
 
 @pytest.fixture
@@ -396,16 +403,24 @@ def gpu(benchmark, monkeypatch):
     """The benchmark of a card, in this process and with few steps."""
     decoding = benchmark("decoding")
     benchmark("transfer")
+    benchmark("mixers")
     module = benchmark("gpu")
-    monkeypatch.setattr(decoding, "MATRIX", {"cpu": 256})
+    monkeypatch.setitem(measure.MATRIX, "cpu", 64)
     monkeypatch.setattr(decoding, "NUMBERS", 1 << 20)
-    for name, value in {"ROUND_SECONDS": 0, "STEPS": (2, 4), "TRAINING_SECONDS": 0, "FILTERS": 3}.items():
+    for name, value in {
+        "ROUND_SECONDS": 0,
+        "STEPS": (2, 4),
+        "TRAINING_SECONDS": 0,
+        "FILTERS": 3,
+        "MIXER_LENGTHS": [30],
+    }.items():
         monkeypatch.setattr(module, name, value)
 
     def here(cases, args, figures, until, end):
         module.carried_out(cases, args, figures.found["rates"], until, end, figures.take)
 
     monkeypatch.setattr(module, "apart", here)
+    monkeypatch.setattr(module.processes, "available", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return module
 
@@ -434,8 +449,17 @@ def test_gpu_command(gpu, monkeypatch, tmp_path, capsys):
     # Of each form the teacher at every context, and three students; the form without CUDA is measured.
     assert len(sections["decoding"]) == 2 * (3 * 2 + 3) and len(measured["decoding"]) == 2 * (2 + 3)
     assert {record["form"] for record in measured["decoding"]} == {"plain"}
-    assert len(measured["prefill"]) == 4 * (2 + 2) and len(measured["reduction"]) == 2 == len(sections["reduction"]) / 2
-    assert [*found["sections"]["training"]] == ["activations, parallel", "activations, joint", "logits", "baseline"]
+    assert len(measured["prefill"]) == 4 * (2 + 2) and len(measured["reduction"]) == 2 == len(sections["reduction"])
+    first, second = "64,2,2,128,512", "32,2,2,64,101"
+    assert [*found["sections"]["training"]] == [
+        *(f"{first}, {stage}" for stage in ("activations, parallel", "activations, joint", "logits", "baseline")),
+        *(f"{second}, {stage}" for stage in ("activations, parallel", "logits")),
+        *(f"{shape}, mixers, 30" for shape in (first, second)),
+    ]
+    of_mixers = [record["mixers"] for record in measured["training"] if "mixers" in record]
+    measured["training"] = [record for record in measured["training"] if record["stage"] != "mixers"]
+    for rows in of_mixers:
+        assert len(rows) == 9 and all(0 < row["floor"] and 0 < row["forward"] < math.inf for row in rows)
     for name in ("decoding", "prefill", "training", "reduction"):
         for record in measured[name]:
             numbers = [value for value in record.values() if isinstance(value, float)]
@@ -448,6 +472,7 @@ def test_gpu_command(gpu, monkeypatch, tmp_path, capsys):
         and "× teacher 40" in shown
         and "needs CUDA" in shown
     )
+    assert "length 30, width 64, 2 heads, batch 1" in shown and "multihyena 8, Toeplitz" in shown
     assert "## Failed" not in shown and "## Not run" not in shown
 
     monkeypatch.setattr(gpu, "attempted", lambda *words: pytest.fail("it is measured"))
@@ -474,14 +499,14 @@ def test_a_section_that_raises_fails_alone(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.recurrence, "reduce_filters", broken)
     assert gpu.main(words) == 1
     shown = (tmp_path / "card.md").read_text()
-    assert "| reduction | hyena, host | ImportError: no module named this |\n" in shown and "and more" not in shown
+    assert "| reduction | hyena, 1 worker | ImportError: no module named this |\n" in shown and "and more" not in shown
     assert shown.count("| ImportError") == 2
     found = json.loads((tmp_path / "card.json").read_text())["sections"]
     assert {record["outcome"] for record in found["prefill"].values()} == {"measured"}
     monkeypatch.setattr(gpu.recurrence, "reduce_filters", measure)
     assert gpu.main(words) == 0
     after = json.loads((tmp_path / "card.json").read_text())["sections"]
-    assert after["prefill"] == found["prefill"] and after["reduction"]["hyena, host"]["filters"] == 3
+    assert after["prefill"] == found["prefill"] and after["reduction"]["hyena, 1 worker"]["filters"] == 3
     assert "## Failed" not in (tmp_path / "card.md").read_text()
 
 

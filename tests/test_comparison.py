@@ -357,3 +357,18 @@ def test_a_required_measurement_that_fails_is_an_error(evaluated, monkeypatch, r
         ValueError, match="^no text$" if required else "^perplexity: teacher: no text; speed: all models"
     ):
         comparison.run(evaluated[:1], text, settings, Results(None), required)
+
+
+def test_speed_in_each_dtype_has_a_section(evaluated, monkeypatch):
+    monkeypatch.setattr(timing, "dtypes", lambda device, own: [own, "bfloat16"])
+    monkeypatch.setattr(comparison, "same_outputs", lambda models: False)
+    settings = comparison.Settings(speed=timing.Settings(cases=(timing.Case(2, 9, 3),), contexts=(9, 20), rounds=1))
+    text = SimpleNamespace(settings={}, stream=lambda tokenizer: None)
+    found = json.loads(json.dumps(comparison.run(evaluated[:2], text, settings, Results(None))))
+    assert list(found["details"]) == ["speed", "speed in bfloat16"]
+    machines = [next(iter(own.values()))["machine"]["dtype"] for own in found["details"].values()]
+    assert machines == ["float32", "bfloat16"]
+    made = {section.title: section for section in sections.sections(found) if section.title.startswith("Speed")}
+    assert list(made) == ["Speed and memory", "Speed and memory in bfloat16"]
+    names = [figure.name for section in made.values() for figure in section.figures]
+    assert names == ["step", "state", "step-in-bfloat16", "state-in-bfloat16"]

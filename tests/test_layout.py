@@ -12,6 +12,7 @@ LAYERS = (
     ("model", "families", "recipe"),
     ("recurrence.reduction", "run", "loading", "chat"),
     ("losses", "triton_losses", "measure", "data"),
+    ("flops",),
     ("training",),
     ("teacher", "student"),
     ("transfer", "recurrence"),

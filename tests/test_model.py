@@ -497,8 +497,24 @@ def test_state_and_break_even_length_are_of_the_dtype_that_is_kept(shape, tmp_pa
     assert config.break_even_length_of(2) - 2 * config.break_even_length in (-1, 0)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_that_a_step_moves(shape, dtype):
+    """Of the tensors that are kept: all of them both ways, but of a window everything once and one token more."""
+    model = tiny_student(modal=True, **shape).float().to(dtype)
+    cache = model(input_ids=torch.randint(1, 97, (2, 9)), use_cache=True).cache
+    rings = [ring for layer in cache.layers for ring in layer.rings]
+    read = measure.state_bytes([list(ring.states) for ring in rings])
+    one_token = sum(measure.state_bytes(list(ring.states)) // ring.keys.shape[2] for ring in rings)
+    moved = 2 * (cache.nbytes - read) + read + one_token
+    assert model.config.moved_bytes_of(dtype.itemsize) == moved // 2
+    per_token = 2 * 2 * 3 * model.config.key_value_width
+    length = model.config.moved_break_even_length_of(2, dtype.itemsize)
+    assert (length - 1) * per_token < moved // 2 <= length * per_token
+
+
 def test_a_state_that_grows_or_is_not_there_has_no_size():
-    assert tiny_student().config.state_bytes is None
+    assert tiny_student().config.state_bytes is None and tiny_student().config.moved_bytes_of(4) is None
     assert tiny_student(modal=True, **SHAPES[-1]).config.break_even_length is None
 
 

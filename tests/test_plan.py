@@ -10,6 +10,7 @@ from conftest import command_line, tiny_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
 from scavenger import losses, measure, plan, teacher
+from scavenger.flops import Flops
 from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import Cache, Filter, Training, load_recipe
 from scavenger.report import comparison, report
@@ -140,6 +141,40 @@ def test_parameters_and_gradients_are_those_of_the_real_training(recipe):
         assert held["teacher"] == (sum(p.nbytes for p in step.frozen.parameters()) if step.frozen else 0)
 
 
+def test_rates_and_cost_follow_from_the_timed_step(recipe, monkeypatch):
+    """Of two processes on a card that multiplies 2 TFLOP/s: a step of a second, an update of half a second."""
+    monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 2e12)
+    monkeypatch.setattr(plan, "timed", lambda *words: (1.0, 0.5, 3 * 2**30))
+    planned = plan.stages(recipe, 2)
+    for stage in planned:
+        assert stage.seconds == 1.5 * stage.steps if stage.name != "baseline" else stage.seconds < 1.5 * stage.steps
+        assert stage.tokens_per_second == stage.tokens / stage.seconds and stage.peak == 4e12
+        assert stage.utilisation == stage.flops / stage.seconds / 4e12
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imaginary")
+    shown = plan.text(recipe, planned, 2)
+    first = planned[0]
+    (line,) = [line for line in shown.splitlines() if line.startswith("activations ") and "run/" in line][:1]
+    assert (
+        line.split()[6:9] == [f"{first.tokens / 9:,.0f}", f"{100 * first.utilisation:.1f}", "%"] and " 3.00G " in line
+    )
+    hours = sum(stage.seconds for stage in planned) * 2 / 3600
+    assert (
+        f"the share of 2TFLOP/s, which a square matrix product reached just now. Cost: {hours:.2g} GPU-hours." in shown
+    )
+    assert "Memory is the most that the timed step held." in shown
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "GPU-hours" not in plan.text(recipe, planned, 2)
+
+
+def test_matrix_rate(monkeypatch):
+    """Operations over the shortest of the times that a clock gives."""
+    clock = iter([0.0, 4.0, 4.0, 6.0, *(8.0 + 5 * turn for turn in range(12))])
+    monkeypatch.setattr(measure, "_now", lambda device: next(clock))
+    monkeypatch.setitem(measure.MATRIX, "cpu", 10)
+    assert measure.matrix_rate.__wrapped__(torch.device("cpu"), torch.float32) == 2 * 10**3 / 2.0
+
+
 def test_a_step_that_is_too_large_is_timed_in_part_or_not_at_all(recipe, monkeypatch):
     timed, forward_backward = [], plan._Step.forward_backward
 
@@ -151,9 +186,9 @@ def test_a_step_that_is_too_large_is_timed_in_part_or_not_at_all(recipe, monkeyp
     config = plan._configuration(recipe)
     stage, phase, layers = list(plan._trainings(recipe, config))[0]
     words = (recipe, config, phase, layers, 4, stage.flops / stage.sequences, torch.device("cpu"))
-    whole, _ = plan.timed(*words)
+    whole, *_ = plan.timed(*words)
     monkeypatch.setattr(plan, "TIMED_FLOPS", 2.5 * stage.flops / stage.sequences)
-    part, _ = plan.timed(*words)
+    part, *_ = plan.timed(*words)
     assert whole > 0 and part > 0 and timed == [(1, 8), (4, 24), (1, 8), (2, 24)]
     monkeypatch.setattr(plan, "TIMED_FLOPS", 0.9 * stage.flops / stage.sequences)
     assert plan.timed(*words) is None and len(timed) == 4
@@ -192,7 +227,7 @@ def test_what_is_made_is_not_tried_again(recipe, monkeypatch):
 
 def test_operations_are_those_of_the_matrices(recipe):
     model, length = tiny_teacher(vocab_size=320).float(), 24
-    flops = plan._Flops(model.config, length)
+    flops = Flops(model.config, length)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(3, length, dtype=torch.long))
     counts = {str(key): count for key, count in counter.get_flop_counts()["Global"].items()}
@@ -241,6 +276,8 @@ def test_a_plan_is_compared_with_its_run(finished, workshop, tmp_path):
     found = report.compared_with_plan(run)
     assert [row["stage"] for row in found] == ["activations", "logits", "baseline"]
     assert [row["planned"] for row in found] == [stage.seconds for stage in planned]
+    for row in report.trained(run, recipe.data.context_length):
+        assert 0 < row["mfu"] < 2, "of a rate that was measured a moment before"
     for row, place in zip(found, ("transfer/activations", "transfer", "baseline"), strict=True):
         assert row["taken"] == checkpoint.read_json(run / place / "history.json")[-1]["seconds"] > 0
     plan.write([], run)

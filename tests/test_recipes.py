@@ -107,7 +107,7 @@ def test_teacher_and_text_are_pinned(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_figures_of_the_header(name, monkeypatch):
-    """Parameters, tokens and operations; and the state is the teacher's cache of 256 or 512 tokens."""
+    """Parameters, tokens and operations; and the state is as large as the teacher's cache of so many tokens."""
     recipe, config = recipe_of(name), published(name)
     monkeypatch.setattr(plan, "_configuration", lambda recipe: config)
     parameters = said(name, r"Teacher: ([\d,]+) parameters")
@@ -118,9 +118,11 @@ def test_figures_of_the_header(name, monkeypatch):
     assert [f"{count:,}" for count in tokens] == re.findall(r"# ([\d,]+) tokens", text)
     operations = sum(stage.flops for stage, _, _ in plan._trainings(recipe, config))
     assert operations == pytest.approx(1e18 * said(name, r"Cost: ([\d.]+)e18"), rel=0.15)
-    token = 4 * families.of(config.model_type).cache_numbers(config)
-    cached = said(name, r"KV cache of (\d+) tokens in float32")
-    assert recipe.recurrence.state_bytes == cached * token
+    token = 2 * families.of(config.model_type).cache_numbers(config)
+    cached = said(name, r"KV cache of (\d+) tokens in 16 bits")
+    assert recipe.recurrence.state_bytes == cached * token and recipe.recurrence.dtype == "bfloat16"
+    moved = said(name, r"reads and writes as many bytes as attention reads of ([\d,]+) tokens")
+    assert f"with a KV cache in 16 bits, from {moved:,.0f} tokens on" in plan.text(recipe, [])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,7 +215,7 @@ def test_the_whole_way_scaled_down(workshop, texts, tmp_path, name, kind, kept, 
     assert [turn["steps"] * turn["batch_size"] for turn in turns] == [2 * 4, 4, 2 * 8]
     assert read_json(run / "recurrence/config.json")["attention_layers"] == kept
     student = HyenaConfig.from_pretrained(run / "recurrence")
-    assert 0 < student.state_bytes <= 30_000
+    assert 0 < student.state_bytes_of(2) <= 30_000, "in the dtype that the recipe decodes in"
     if ends is WHOLE:
         figures = read_json(run / "report/report.json")
         assert set(figures["models"]) == {"teacher", "pre-trained", "distilled", "recurrent"}

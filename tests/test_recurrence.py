@@ -139,7 +139,7 @@ def test_more_bytes_lose_no_more(student, blocks):
     settings = Recurrence(method="balanced", state_bytes=10**6, max_state_size=8)
     found = reduced_by(student, settings)
     changes = allocation.responses(student, found, blocks, sequences=12)
-    losses, least = allocation.divergences(changes, LENGTH - 1), allocation.state_bytes(student.config)
+    losses, least = allocation.divergences(changes, LENGTH - 1), allocation.state_bytes(student.config, 4)
 
     def sizes_of(rungs):
         return [
@@ -159,14 +159,35 @@ def test_more_bytes_lose_no_more(student, blocks):
     assert predictions[2] / 3 < predicted["sum_of_filters"] < 3 * predictions[2]
 
 
+def test_a_budget_counts_in_the_dtype_of_decoding(student, blocks, tmp_path):
+    """In 16 bits windows and short convolutions take half, so the same bytes hold more modes."""
+    least, half = (allocation.state_bytes(student.config, itemsize) for itemsize in (4, 2))
+    assert half < least
+    made = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = Recurrence(method="balanced", state_bytes=least + 1000, dtype=dtype, max_state_size=6)
+        folder = recurrence.distil(student, settings, tmp_path / dtype, ALONE, None, blocks)
+        config, facts = (
+            HyenaForCausalLM.from_pretrained(folder).config,
+            checkpoint.read_json(folder / "certificate.json"),
+        )
+        itemsize = settings.itemsize
+        assert facts["state_bytes"] == config.state_bytes_of(itemsize) <= least + 1000
+        assert facts["moved_bytes"] == config.moved_bytes_of(itemsize)
+        assert facts["moved_bytes"] <= allocation.moved_bytes(student.config, least + 1000, itemsize)
+        assert facts["settings"]["dtype"] == dtype
+        made[dtype] = sum(map(sum, config.state_sizes))
+    assert made["bfloat16"] > made["float32"]
+
+
 def test_budgets_that_cannot_be(student, blocks):
-    least = allocation.state_bytes(student.config)
-    allocation.check(student.config, least)
+    least = allocation.state_bytes(student.config, 4)
+    allocation.check(student.config, least, 4)
     with pytest.raises(RecipeError, match=f"recurrence.state_bytes: found {least - 1}; expected {least} or more"):
-        allocation.check(student.config, least - 1)
+        allocation.check(student.config, least - 1, 4)
     whole = tiny_student(attention_layers=[1], attention_window=0)
     with pytest.raises(RecipeError, match="grows with every token"):
-        allocation.check(whole.config, 10**9)
+        allocation.check(whole.config, 10**9, 4)
 
 
 def test_ladder():
@@ -184,9 +205,9 @@ def test_a_budget_is_measured_on_other_text(student, blocks, tmp_path, monkeypat
     seen = {}
     spread, measure_all = allocation.spread, certificate.measure_all
 
-    def spreading(student, found, budget, text, positive):
+    def spreading(student, found, budget, text, *rest):
         seen["read"] = text
-        return spread(student, found, budget, text, positive)
+        return spread(student, found, budget, text, *rest)
 
     def measuring(*words):
         seen["measured"] = words[4]
@@ -194,7 +215,7 @@ def test_a_budget_is_measured_on_other_text(student, blocks, tmp_path, monkeypat
 
     monkeypatch.setattr(allocation, "spread", spreading)
     monkeypatch.setattr(certificate, "measure_all", measuring)
-    least = allocation.state_bytes(student.config)
+    least = allocation.state_bytes(student.config, 4)
     settings = Recurrence(state_bytes=least + 4000, max_state_size=4)
     recurrence.distil(student, settings, tmp_path / "out", ALONE, None, blocks[:count])
     assert np.array_equal(seen["read"], blocks[read]) and np.array_equal(seen["measured"], blocks[measured])
@@ -211,15 +232,15 @@ def test_killed_and_resumed_is_uninterrupted(student, blocks, tmp_path, monkeypa
         return recurrence.distil(student, settings, tmp_path / name, ALONE, None, blocks)
 
     whole, calls = distil("whole"), []
-    reduce_filters = recurrence.reduce_filters
+    gathered = recurrence.gathered
 
-    def counted(taps, *rest):
-        calls.append(len(taps))
+    def counted(*given):
+        calls.append(1)
         if len(calls) == fatal:
             raise Killed
-        return reduce_filters(taps, *rest)
+        return gathered(*given)
 
-    monkeypatch.setattr(recurrence, "reduce_filters", counted)
+    monkeypatch.setattr(recurrence, "gathered", counted)
     fatal = 2
     with pytest.raises(Killed):
         distil("again")
@@ -231,7 +252,7 @@ def test_killed_and_resumed_is_uninterrupted(student, blocks, tmp_path, monkeypa
         distil("again")
     assert len(calls) == 1, "the second layer only"
     monkeypatch.undo()
-    monkeypatch.setattr(recurrence, "reduce_filters", counted)
+    monkeypatch.setattr(recurrence, "gathered", counted)
     (layers / "layer_002.safetensors").unlink()
     calls[:] = []
     again = distil("again")
@@ -451,8 +472,8 @@ def test_layers_are_shared_out(student, blocks, tmp_path, monkeypatch):
     """Of two processes each reduces its own layers and reads the other's; the main one makes what one alone makes."""
     settings, calls = Recurrence(method="balanced", tolerance=2e-2), []
     whole = recurrence.distil(student, settings, tmp_path / "whole", ALONE, None, blocks)
-    reduce_filters = recurrence.reduce_filters
-    monkeypatch.setattr(recurrence, "reduce_filters", lambda *given: calls.append(process) or reduce_filters(*given))
+    gathered = recurrence.gathered
+    monkeypatch.setattr(recurrence, "gathered", lambda *given: calls.append(process) or gathered(*given))
 
     def barrier():
         if process == 1:
@@ -552,7 +573,9 @@ def test_plan_of_the_recurrence(method, by, folder, workshop, tmp_path, monkeypa
     config = recurrence.recurrent_configuration(exact.config, sizes, method == "positive")
     row = totals[0.02]
     assert int(row[3]) == sum(map(sum, sizes)) and row[5] == f"{config.state_bytes / 1024:,.1f}"
-    assert (int(row[-4]), int(row[-2])) == (config.break_even_length, config.break_even_length_of(2))
+    assert (int(row[-7]), int(row[-5])) == (config.break_even_length, config.break_even_length_of(2))
+    assert row[-3] == f"{config.moved_bytes_of(4) / 1024:,.1f}"
+    assert int(row[-2]) == config.moved_break_even_length_of(2)
 
     assert "% of the filters" not in preview.show(recipe)
     monkeypatch.setattr(preview, "FILTERS", 2)
@@ -568,5 +591,12 @@ def test_plan_of_the_recurrence(method, by, folder, workshop, tmp_path, monkeypa
     assert f"Then each filter becomes a recurrence of at most 9 modes ({method})" in plan.show(recipe)
     # The teacher has 2 · 3 · 30 keys and values a token.
     recipe = load_recipe(str(workshop / "recipe.yaml"), [*overrides, "recurrence.state_bytes=72_001"])
-    said = "72,001 bytes of state (the teacher's KV cache of 101 tokens in float32, of 201 in 16 bits), spent"
-    assert said in plan.show(recipe)
+    said = (
+        "72,001 bytes of state in float32 (the teacher's KV cache of 101 tokens in float32, of 201 in 16 bits), spent"
+    )
+    shown = plan.show(recipe)
+    assert said in shown
+    planned = plan._student_configuration(recipe, plan._configuration(recipe))
+    moved = allocation.moved_bytes(planned, 72_001, 4)
+    assert f"A step reads and writes {moved:,} bytes of such a state" in shown
+    assert f"with a KV cache in 16 bits, from {-(-moved // 360)} tokens on" in shown

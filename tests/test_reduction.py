@@ -1,7 +1,12 @@
 """Poles and residues against systems that are known, errors against what is proven, batches against one by one."""
 
 import importlib
+import itertools
 import math
+import os
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +15,9 @@ import pytest
 import torch
 from scipy import linalg
 
-from scavenger.recurrence.reduction import balanced, hankel, irka, projection
+from scavenger.recipe import RecipeError, Recurrence
+from scavenger.recurrence import recurrence
+from scavenger.recurrence.reduction import balanced, hankel, irka, projection, workers
 from scavenger.recurrence.reduction.reduced import ReducedFilter, reduce_by
 from scavenger.recurrence.reduction.residues import MAX_RADIUS, count_states, fit, gain_errors, settled, tails
 
@@ -198,6 +205,56 @@ def test_together_is_as_one_by_one(device):
         assert a.relative_error == pytest.approx(b.relative_error, rel=1e-6, abs=1e-12)
         assert a.relative_error == pytest.approx(c.relative_error, rel=1e-6, abs=1e-12)
         assert a.hankel_values == pytest.approx(b.hankel_values, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["balanced", "irka", "positive"])
+def test_workers_make_what_one_process_makes(method, monkeypatch):
+    """To the last bit, in the same order, to several aims; whatever the threads of the caller."""
+    monkeypatch.setattr(recurrence, "TOGETHER", 3)
+    taps = smooth(7, 61).abs()
+    settings = Recurrence(method=method, tolerance=0.1, max_state_size=5)
+    wanted = [{"tolerance": 0.3}, {"state_size": 2}]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        alone = recurrence.reduce_filters(taps, settings, wanted)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    with workers.started(2) as each:
+        shared = recurrence.reduce_filters(taps, settings, wanted, each)
+        with pytest.raises(ValueError, match="expected real"):
+            list(recurrence.parts(taps + 0j, settings, wanted, each))
+    assert [len(found) for found in shared] == [7, 7]
+    for one, other in zip(itertools.chain(*alone), itertools.chain(*shared), strict=True):
+        for name, value in vars(one).items():
+            assert np.array_equal(value, getattr(other, name)), name
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(RecipeError, match="one of 2 processes that reduce filters was ended"):
+        with workers.started(2) as each:
+            list(each(os._exit, [3, 3]))
+
+
+CALLER = """
+from scavenger.recurrence.reduction import workers
+
+with workers.started(2) as each:
+    print(*set(each(eval, 8 * ["__import__('os').getpid()"])), flush=True)
+    list(each(__import__("time").sleep, 2 * [600]))
+"""
+
+
+def test_workers_end_with_a_caller_that_is_killed():
+    with subprocess.Popen([sys.executable, "-c", CALLER], stdout=subprocess.PIPE, text=True) as caller:
+        found = [int(word) for word in caller.stdout.readline().split()]
+        caller.kill()
+    assert 1 <= len(found) <= 2
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in found):
+        assert time.monotonic() < until, "they sleep on"
+        time.sleep(0.05)
 
 
 def test_pieces_change_nothing(monkeypatch, device):

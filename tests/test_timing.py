@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import runpy
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from scavenger.model.decoding import PackedLinear
 from scavenger.report import comparison, contenders, metrics, timing
 from scavenger.report.contenders import (
     Case,
+    CompiledStatic,
     Decoded,
     Dynamic,
     Exact,
@@ -126,9 +128,15 @@ def test_all_contenders_of_a_model(trio):
             (length, name) for length in (20, 70) for name in names
         ]
         for row in result["rows"] + result["contexts"]:
-            figures = [value for key, value in row.items() if key in timing.ROW and key != "generation_seconds"]
+            lists = ("generation_seconds", "step_seconds_by_round")
+            left = (*lists, "compile_seconds")
+            figures = [value for key, value in row.items() if key in timing.ROW and key not in left]
             assert all(0 <= figure < math.inf for figure in figures), row
-            assert row["rounds"] == len(row["generation_seconds"]) == 2 and row["timed"] == row["new"]
+            assert row["compile_seconds"] is None and row["why"] is None
+            assert (
+                row["rounds"] == len(row["generation_seconds"]) == len(row["step_seconds_by_round"]) == 2
+                and row["timed"] == row["new"]
+            )
             assert row["tokens_per_second_low"] <= row["tokens_per_second"] <= row["tokens_per_second_high"]
             assert row["first_token_seconds"] >= row["prefill_seconds"]
         for metric, row in zip(result["metrics"], ("1x10+5", "2x30+9"), strict=True):
@@ -216,15 +224,18 @@ def test_the_round_that_chooses_is_in_no_other_figure():
     """Of two caches the first is quick in the first round alone: it is the one that is shown and compared."""
     turns = [
         {"prompt": 1.0, "first": 1.0, "steps": [0.1] * 5, "kept_first": 8, "kept_last": 8, "weights": 1, "peak": None}
+        | {"warm_up": 5.0}
     ]
     quick, steady = (
-        timing._row(Case(1, 10, 5), kind, [turns[0] | {"generation": seconds} for seconds in generation], Settings())
+        timing._row(
+            Case(1, 10, 5), kind, [turns[0] | {"generation": seconds} for seconds in generation], None, Settings()
+        )
         for kind, generation in ((Dynamic, [1.0, 3.0, 3.0]), (Static, [2.0, 2.0, 2.0]))
     )
     assert quick["rounds"] == 2 and quick["choice_seconds"] == 1 and quick["tokens_per_second"] == pytest.approx(5 / 3)
     (metric,) = timing._metrics(Case(1, 10, 5), [steady, quick])
     assert metric.denominators == [3.0, 3.0]
-    alone = timing._row(Case(1, 10, 5), Dynamic, [turns[0] | {"generation": 4.0}], Settings())
+    alone = timing._row(Case(1, 10, 5), Dynamic, [turns[0] | {"generation": 4.0}], None, Settings())
     assert alone["rounds"] == 1 and alone["generation_seconds"] == [4.0], "one round does both"
     steps = [
         dict(rest, step_seconds=after, choice_step_seconds=first)
@@ -289,6 +300,7 @@ def test_verdicts():
     )
     student = made("recurrent", {"wins": (7, 8, 8.5), "level": (8, 9, 9.5), "loses": (20, 25, 30), "none": never}, {})
     other = made("distilled", {"wins": (3, 4, 5), "level": never, "loses": (3, 4, 5), "none": never}, {}, cache="exact")
+    without = " was not timed compiled, its quickest form on most machines: torch.compile has no compiler here."
     assert timing.verdicts([teacher, student, other]) == [
         "At wins teacher (static cache) is the quickest, 10.0 new tokens/s: 1.25 times recurrent (Decoder) "
         "and 2.50 times distilled (exact). teacher wins.",
@@ -296,43 +308,99 @@ def test_verdicts():
         "At loses recurrent (Decoder) is the quickest, 25.0 new tokens/s: 2.50 times teacher (static cache) "
         "and 6.25 times distilled (exact). teacher is 2.50 times distilled (exact).",
         "At none nothing was measured: there was not enough memory.",
+        f"teacher{without}",
     ]
     dynamic = made("teacher", {"wins": (4, 5, 6)}, {}, cache="dynamic cache")
     teacher["rows"] = [teacher["rows"][0], *dynamic["rows"]]
     assert timing.verdicts([teacher]) == [
-        "At wins teacher (static cache) is the quickest, 10.0 new tokens/s: 2.00 times teacher (dynamic cache)."
+        "At wins teacher (static cache) is the quickest, 10.0 new tokens/s: 2.00 times teacher (dynamic cache).",
+        f"teacher{without}",
     ]
     assert "1.25 times recurrent" in timing.verdicts([teacher, student])[0], "the better cache counts"
     teacher["rows"][0]["rounds"] = 1
     assert ", in 1 round: 1.25 times recurrent" in timing.verdicts([teacher, student])[0]
 
 
-def test_break_even():
-    slow = {64: 2.0, 128: 2.5, 256: 3.0, 512: 4.0}
-    teacher = made("teacher", {"c": (1, 1, 1)}, slow, constant=False, state=640, cache="dynamic cache")  # 64 a token
-    teacher["contexts"] += made("teacher", {}, {64: 1.0, 128: 2.6}, cache="static cache")["contexts"]
+def test_break_even_of_bytes():
+    teacher = made("teacher", {"c": (1, 1, 1)}, {64: 2.0}, constant=False, state=640, cache="dynamic cache")
 
-    def against(steps, **changes):
-        return timing.break_even([teacher, made("student", {"c": (1, 1, 1)}, steps, **changes)])["student"]
+    def against(**changes):
+        return timing.break_even([teacher, made("student", {"c": (1, 1, 1)}, {}, **changes)])["student"]
 
-    assert against({64: 0.5, 128: 2.6, 256: 2.9, 512: 2.9}, state=1281)["bytes"] == 21
-    assert against({}, state=1280)["bytes"] == 20 and against({}, constant=False)["bytes"] is None
-    assert against({64: 0.5, 128: 2.6, 256: 2.9, 512: 2.9})["tokens"] == 256, "not yet at 128"
-    assert against({64: 1.5, 128: 1.5, 256: 1.5, 512: 1.5})["tokens"] == 128, "the static cache is quicker at 64"
-    assert against({64: 0.5, 128: 1.5, 256: 1.5, 512: 1.5})["tokens"] == 64
-    assert against({64: 0.5, 128: 0.5, 256: 0.5, 512: 4.0})["tokens"] is None, "a tie is no gain"
-    assert against({64: 0.5, 128: 0.5, 256: None})["tokens"] == 64 and against({})["tokens"] is None
-    student = made("student", {"c": (1, 1, 1)}, {64: 3.0, 128: 2.0, 256: 9.0})
+    assert against(state=1281)["bytes"] == 21 and against(state=1280)["bytes"] == 20  # 64 bytes a token
+    assert against(constant=False)["bytes"] is None
+    student = made("student", {"c": (1, 1, 1)}, {64: 3.0})
     (line,) = timing.break_even_lines([teacher, student])
-    assert line.startswith("student: keeps 1,000 bytes for a sequence of any length") and "from 16 tokens on" in line
-    assert line.endswith("at 256 tokens, the longest at which both were measured.")
-    student["contexts"] = student["contexts"][:2]
-    (line,) = timing.break_even_lines([teacher, student])
-    assert "from 128 tokens on (up to 128 measured)" in line
+    assert line.startswith("student: keeps 1,000 bytes for a sequence of any length")
     assert "dynamic cache in float32 from 16 tokens on, in 16 bits from 32" in line
-    halves = made("teacher", {"c": (1, 1, 1)}, slow, constant=False, state=320, cache="dynamic cache", dtype="bfloat16")
+    halves = made("teacher", {"c": (1, 1, 1)}, {}, constant=False, state=320, cache="dynamic cache", dtype="bfloat16")
     (line,) = timing.break_even_lines([halves, student])
     assert "dynamic cache in bfloat16 from 32 tokens on" in line and "16 bits" not in line
+
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+
+
+def steps(teacher, student, lengths=LENGTHS, rounds=5, noise=0.0, seed=0):
+    """Times by hand: the teacher's are a + b · length, the student's a constant, with noise in proportion."""
+    rng = np.random.default_rng(seed)
+    return {
+        length: tuple(
+            [value * math.exp(noise * rng.normal()) for _ in range(rounds)]
+            for value in (teacher[0] + teacher[1] * length, student)
+        )
+        for length in lengths
+    }
+
+
+def test_crossing_of_lines_is_found():
+    found = timing.crossing(steps((1e-3, 1e-6), 2.5e-3))
+    assert found["low"] == found["tokens"] == found["high"] == 1501, "the first length at which it is quicker"
+    assert (found["a"], found["b"], found["c"]) == pytest.approx((1e-3, 1e-6, 2.5e-3))
+    assert timing.crossing(steps((1e-3, 1e-6), 0.9e-3))["high"] == 256, "quicker at once"
+    never = timing.crossing(steps((1e-3, 1e-6), 6e-3, noise=0.01))
+    assert never["low"] is None and never["tokens"] is None and never["high"] is None and never["fitted"]
+    assert timing.crossing({}) == dict.fromkeys(("a", "b", "c", "tokens", "low", "high")) | {"fitted": False}
+    alone = timing.crossing(steps((1e-3, 1e-6), 1e-3, lengths=(512,), noise=0.01))
+    assert alone["b"] is None and alone["high"] == 512
+    assert not timing.crossing(steps((1e-3, 1e-6), 1e-3, lengths=(512, 1024), rounds=1))["fitted"]
+
+
+def test_crossing_has_its_interval_as_often_as_it_says():
+    """Of 400 draws with noise of 10 %, about 95 in 100 intervals have the true length; where it is, is found."""
+    draws = [timing.crossing(steps((1e-3, 1e-6), 2.5e-3, noise=0.1, seed=seed)) for seed in range(400)]
+    hit = [found["low"] is not None and found["low"] <= 1501 <= (found["high"] or math.inf) for found in draws]
+    assert 0.92 <= np.mean(hit) <= 0.98
+    assert np.median([found["tokens"] for found in draws]) == pytest.approx(1501, rel=0.05)
+
+
+def test_crossing_in_words():
+    def line(teacher, student, **more):
+        of_teacher, of_student = (made(name, {}, {}, state=None) for name in ("teacher", "student"))
+        for length, both in steps(teacher, student, **more).items():
+            for result, own in zip((of_teacher, of_student), both, strict=True):
+                (row,) = made("", {}, {length: statistics.median(own)}, state=None)["contexts"]
+                result["contexts"].append(row | {"step_seconds_by_round": own})
+        (said,) = timing.break_even_lines([of_teacher, of_student])
+        return said
+
+    apart = "student: a step becomes quicker than teacher's, each with its best cache, "
+    assert line((1e-3, 1e-6), 2.5e-3) == (
+        f"{apart}between 1,501 and 1,501 tokens (fitted up to 4,096: teacher 1 ms and 1 ms more for every 1,000 "
+        "tokens, against 2.5 ms)."
+    )
+    assert line((1e-3, 1e-6), 6e-3).startswith(f"{apart}not within 4,096 tokens (")
+    assert line((1e-3, 1e-6), 1e-3).startswith(f"{apart}at 256 tokens or fewer (")
+    assert line((1e-3, 1e-6), 4.5e-3, noise=0.3).startswith(f"{apart}at ")
+    assert "not surely within 4,096" in line((1e-3, 1e-6), 4.5e-3, noise=0.3)
+    assert line((1e-3, 1e-6), 1.25e-3, noise=0.2).startswith(f"{apart}between 0 and ")
+    assert line((1e-3, 1e-6), 1e-3, rounds=1, lengths=(7, 9)).startswith("student: too few rounds and lengths")
+
+
+def test_the_best_cache_at_each_length_is_fitted():
+    teacher = made("teacher", {}, {64: 2.0, 128: 2.5}, constant=False, state=640, cache="dynamic cache")
+    teacher["contexts"] += made("teacher", {}, {64: 1.0, 128: 2.6}, cache="static cache")["contexts"]
+    assert timing._step_seconds(teacher) == {64: [1.0], 128: [2.5]}, "by medians, in results of an earlier version"
 
 
 def test_what_was_not_measured_is_a_dash(trio, monkeypatch):
@@ -354,7 +422,7 @@ def test_what_was_not_measured_is_a_dash(trio, monkeypatch):
     assert len(header) == len(cells[0]) and "out of memory" in cells[3]
     assert cells[3].count("–") == len(header) - 4 and cells[0][header.index("peak MiB")] == "–"
     assert timing.context_table(results)[1] == [] and timing.break_even(results)["recurrent"]["tokens"] is None
-    assert len(timing.verdicts(results)) == 1
+    assert len(timing.verdicts(results)) == 2
 
 
 @torch.inference_mode()
@@ -375,8 +443,96 @@ def test_a_part_stands_for_the_rest_within_the_seconds(monkeypatch):
     found = contenders.generated(student, ids, 40)
     assert len(found["steps"]) == 40 and found["generation"] == 60 and found["kept_last"] is None
     assert len(contenders.generated(student, ids, 1)["steps"]) == contenders.LEAST
-    row = timing._row(Case(2, 9, 60), Exact, [found | {"prompt": 1.0, "weights": 10, "peak": None}], Settings())
+    row = timing._row(Case(2, 9, 60), Exact, [found | {"prompt": 1.0, "weights": 10, "peak": None}], None, Settings())
     assert row["timed"] == 40 and row["state_bytes_last"] is None and row["largest_batch"] is None
+
+
+def test_what_is_compiled_is_compiled_once_for_a_case(trio, monkeypatch):
+    """One object for all rounds, its seconds apart; what does not compile is a row that says so, and no more."""
+    models, _ = trio
+    made = []
+
+    def compile(model, **settings):
+        made.append(settings)
+        return model
+
+    monkeypatch.setattr(contenders, "compiles", lambda: True)
+    monkeypatch.setattr(torch, "compile", compile)
+    settings = Settings(cases=(Case(1, 10, 5),), contexts=(9,), rounds=2)
+    (result,) = timing.run(models[:1], settings, progress=False)
+    assert made == 2 * [{"options": {"freezing": True}}], "a case and a context"
+    rows = rows_of([result]) | rows_of([result], "contexts")
+    for case in ("1x10+5", "1x9+32"):
+        row = rows["teacher", CompiledStatic.name, case]
+        assert row["compile_seconds"] > 0 and row["rounds"] == 2
+        assert row["state_bytes"] == rows["teacher", Static.name, case]["state_bytes"]
+        assert row["peak_bytes"] >= 0
+    header, cells = timing.table([result])
+    at = header.index("compile s")
+    assert [line[at] for line in cells[:3]] == ["–"] * 3 and cells[3][at] != "–"
+    assert not any("not timed compiled" in said for said in timing.verdicts([result]))
+
+    def broken(model, **settings):
+        raise AssertionError("a graph that cannot be")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    (result,) = timing.run(models[:1], settings, progress=False)
+    row = rows_of([result])["teacher", CompiledStatic.name, "1x10+5"]
+    assert row["rounds"] == 0 and "does not compile (AssertionError)" in timing.table([result])[1][3]
+    assert timing.verdicts([result])[-1].endswith("on most machines: does not compile (AssertionError).")
+
+
+@torch.inference_mode()
+def test_prompts_that_are_in_the_cache_are_not_read_again(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    model, read = tiny_teacher(), []
+    ids, other = torch.randint(1, 97, (2, 3, 17))
+    plain, kept = (kind(model, Case(3, 17, 9)) for kind in (Static, CompiledStatic))
+    whole = kept._next
+    monkeypatch.setattr(kept, "_next", lambda own, ids: read.append(ids.shape[1]) or whole(own, ids))
+    for prompts in (ids, ids, other, ids):
+        found = [contenders.generated(contender, prompts, math.inf) for contender in (plain, kept)]
+        assert found[0]["tokens"] == found[1]["tokens"] and found[0]["kept_last"] == found[1]["kept_last"]
+    assert [length for length in read if length > 1] == [2, 17, 17, 17], "a warm-up, and each change of prompts"
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_compiled_static_cache_generates_the_same():
+    model, ids = tiny_teacher().float(), torch.randint(1, 97, (3, 17))
+    found = [contenders.generated(kind(model, Case(3, 17, 9)), ids, math.inf) for kind in (Static, CompiledStatic)]
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert found[1]["warm_up"] > 10 * sum(found[1]["steps"]), "compilation is in no step"
+
+
+@pytest.mark.parametrize(
+    ("environment", "there", "expected"),
+    [
+        ({}, ["g++"], True),
+        ({}, ["gcc"], False),
+        ({"CXX": "clang++"}, ["g++"], False),
+        ({"CXX": "mine"}, ["mine"], True),
+        ({"TORCH_COMPILE_DISABLE": "1"}, ["g++"], False),
+    ],
+)
+def test_where_compilation_is_possible(without_compiler, environment, there, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(contenders.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.delenv("CXX", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert without_compiler() == expected
+
+
+def test_dtypes(trio, tmp_path, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert timing.dtypes(cpu) == ["float32"] and timing.dtypes(cuda) == ["float32", "bfloat16"]
+    assert timing.dtypes(cuda, "bfloat16") == ["bfloat16"] and timing.dtypes(cpu, "float16") == ["float16"]
+    model = trio[0][2].in_dtype("bfloat16")
+    assert model.model.dtype == torch.bfloat16 and model.weights != trio[0][2].weights
+    assert model.model.model.layers[0].mixer.filter.poles.dtype == torch.complex64
+    loaded = Evaluated("mine", model.path, loader=lambda: tiny_teacher().float()).in_dtype("bfloat16")
+    assert loaded.model.dtype == torch.bfloat16
 
 
 def test_prompts_are_pieces_of_the_stream(trio):
@@ -402,6 +558,21 @@ def test_state_that_grows_has_no_decoder(tmp_path):
     (row,) = found[0]["rows"]
     assert row["timed"] == 6 and row["state_bytes_last"] - row["state_bytes"] == 40 * (2 * 30 * 4 + 1)
     assert not found[0]["constant_state"] and row["to_best"] == 1 and row["to_dynamic"] is None
+
+
+def test_command_times_each_dtype(folder, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "dtypes", lambda device: ["float32", "bfloat16"])
+    words = [f"{name}={folder / name}" for name in ("teacher", "recurrent")]
+    assert runpy.run_path(str(COMMAND))["main"]([*words, "--cases", "1x10+3", "--contexts", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    names = [f"{name}, {dtype}" for dtype in ("float32", "bfloat16") for name in ("teacher", "recurrent")]
+    assert [result["model"] for result in found] == names
+    assert [result["machine"]["dtype"] for result in found] == 2 * ["float32"] + 2 * ["bfloat16"]
+    (whole,), (half,) = (
+        [row["state_bytes"] for row in found[at]["rows"] if row["cache"] == Dynamic.name] for at in (0, 2)
+    )
+    assert whole == 2 * half and "in float32 and bfloat16, 1 rounds" in printed
 
 
 def test_command(folder, tmp_path, monkeypatch, capsys):

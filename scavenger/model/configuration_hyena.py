@@ -267,6 +267,22 @@ class HyenaConfig(PreTrainedConfig):
 
     def state_bytes_of(self, itemsize: int) -> int | None:
         """`state_bytes` of a model whose numbers have `itemsize` bytes, 2 for bfloat16; its modes stay in float32."""
+        parts = self._state_parts(itemsize)
+        return None if parts is None else sum(parts[:2])
+
+    def moved_bytes_of(self, itemsize: int) -> int | None:
+        """Bytes of a sequence's state that a step reads and writes: all but windows both ways, of a window one token.
+
+        As long as a step is bound by memory, it is as long as attention's over a KV cache of as many bytes.
+        """
+        parts = self._state_parts(itemsize)
+        if parts is None:
+            return None
+        both_ways, windows, one_token = parts
+        return 2 * both_ways + windows + one_token
+
+    def _state_parts(self, itemsize):
+        """Bytes of modes and short convolutions, of all windows, and of one token in each; None where they grow."""
         if self.filter != "modal" or self.state_grows:
             return None
         streams = (
@@ -274,26 +290,25 @@ class HyenaConfig(PreTrainedConfig):
             + 2 * self.key_value_width
             + max(0, self.hyena_order - 2) * self.filtered_width
         )
-        convolution = itemsize * (self.short_filter_length - 1) * streams
-        mode = self.mode_bytes(self.positive)
-
-        def of_layer(layer):
-            kept = len(self.kept_heads(layer)) if layer not in self.attention_layers else self.num_key_value_heads
-            total = self._ring_bytes(itemsize, kept, self.kept_window(layer))
-            if layer in self.attention_layers:
-                return total
-            total += convolution + self._ring_bytes(itemsize, self.num_key_value_heads - kept, self.near_window(layer))
-            return total + mode * sum(self.state_sizes[layer] if self.filters(layer) else [])
-
-        return sum(map(of_layer, range(self.num_hidden_layers)))
+        both_ways = windows = one_token = 0
+        for layer in range(self.num_hidden_layers):
+            heads = self.num_key_value_heads
+            kept = heads if layer in self.attention_layers else len(self.kept_heads(layer))
+            rings = [(kept, self.kept_window(layer))]
+            if layer not in self.attention_layers:
+                rings.append((heads - kept, self.near_window(layer)))
+                both_ways += itemsize * (self.short_filter_length - 1) * streams
+                if self.filters(layer):
+                    both_ways += self.mode_bytes(self.positive) * sum(self.state_sizes[layer])
+            for own, window in rings:
+                # Keys, values, and whether a token is real.
+                each = 2 * itemsize * own * self.head_dim + 1 if own and window else 0
+                windows, one_token = windows + window * each, one_token + each
+        return both_ways, windows, one_token
 
     def mode_bytes(self, positive: bool) -> int:
         """Bytes of one mode: a complex one has two numbers for each of a positive one's, in float32."""
         return (4 if positive else 8) * self.key_features * self.value_features
-
-    def _ring_bytes(self, itemsize, heads, window):
-        """Of keys, values, and whether a token is real."""
-        return (2 * itemsize * heads * self.head_dim + 1) * window if heads else 0
 
     @property
     def break_even_length(self) -> int | None:
@@ -305,7 +320,14 @@ class HyenaConfig(PreTrainedConfig):
 
         The cache has 2 · layers · key_value_width numbers a token.
         """
-        state = self.state_bytes_of(itemsize)
-        if state is None:
-            return None
-        return -(-state // (2 * cache_itemsize * self.num_hidden_layers * self.key_value_width))
+        return self._cached_tokens(self.state_bytes_of(itemsize), cache_itemsize)
+
+    def moved_break_even_length_of(self, cache_itemsize: int, itemsize: int = 4) -> int | None:
+        """Tokens from which on attention reads as many bytes of that cache in a step as this model moves of its state.
+
+        With as much memory traffic for the weights, a step of both then takes as long wherever memory bounds it.
+        """
+        return self._cached_tokens(self.moved_bytes_of(itemsize), cache_itemsize)
+
+    def _cached_tokens(self, size, itemsize):
+        return None if size is None else -(-size // (2 * itemsize * self.num_hidden_layers * self.key_value_width))

@@ -32,9 +32,9 @@ def ladder(max_state_size: int) -> list[int]:
     return sorted(size for size in sizes if size < max_state_size) + [max_state_size]
 
 
-def check(config: HyenaConfig, budget: int):
-    """Raise RecipeError for a budget that cannot be met, before any work."""
-    least = state_bytes(config)
+def check(config: HyenaConfig, budget: int, itemsize: int):
+    """Raise RecipeError for a budget that cannot be met, before any work; `itemsize` is that of decoding."""
+    least = state_bytes(config, itemsize)
     if least is None:
         raise RecipeError(
             f"recurrence.state_bytes: found {budget}; expected no value: the kept attention has no window, so the "
@@ -53,6 +53,7 @@ def spread(
     budget: int,  # bytes per sequence
     blocks: np.ndarray,  # (block, length) held-out text
     positive: bool = False,  # whether the recurrences have real modes
+    itemsize: int = 4,  # bytes of the other numbers of the state
 ) -> tuple[list[list[int]], dict]:
     """The size of each filter, by layer, and the predicted divergence, in total and by layer.
 
@@ -60,7 +61,7 @@ def spread(
     on other text.
     """
     changes, tokens = responses(student, found, blocks, positive=positive), blocks.shape[1] - 1
-    for_modes = budget - state_bytes(student.config)
+    for_modes = budget - state_bytes(student.config, itemsize)
     chosen = allocate(mode_costs(student.config, found, positive), divergences(changes, tokens), for_modes)
     taken = [picked(layer, own) for layer, own in zip(changes, chosen, strict=True)]  # (sequence, filter) each
     together = sum(layer.sum(1) for layer in taken)
@@ -250,7 +251,17 @@ def modal_filter(filters: list[ReducedFilter], positive: bool = False) -> ModalF
     return made
 
 
-def state_bytes(config: HyenaConfig, modes: int = 0) -> int | None:
-    """Bytes per sequence if every filter has `modes` modes; None if they grow with the sequence length."""
-    sizes = [[modes] * config.filters(layer) for layer in range(config.num_hidden_layers)]
-    return HyenaConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes}).state_bytes
+def without_modes(config: HyenaConfig) -> HyenaConfig:
+    """The configuration of a recurrence whose filters have no mode."""
+    sizes = [[0] * config.filters(layer) for layer in range(config.num_hidden_layers)]
+    return HyenaConfig.from_dict(config.to_dict() | {"filter": "modal", "state_sizes": sizes})
+
+
+def state_bytes(config: HyenaConfig, itemsize: int) -> int | None:
+    """Bytes per sequence without any mode; None if they grow with the sequence length."""
+    return without_modes(config).state_bytes_of(itemsize)
+
+
+def moved_bytes(config: HyenaConfig, budget: int, itemsize: int) -> int:
+    """Bytes that a step reads and writes of a state that takes the whole budget."""
+    return without_modes(config).moved_bytes_of(itemsize) + 2 * (budget - state_bytes(config, itemsize))

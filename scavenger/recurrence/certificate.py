@@ -58,9 +58,11 @@ def measure_all(
         "incompressible": sum(not f["compressible"] for f in filters) if settings.state_bytes is None else None,
         "normalised": config.features != "none",
         "largest_radius": max(f["largest_radius"] for f in filters),
-        "state_bytes": config.state_bytes,
-        "break_even_length": config.break_even_length,  # of a KV cache in float32
-        "break_even_length_16_bit": config.break_even_length_of(2),
+        "state_bytes": config.state_bytes_of(settings.itemsize),
+        "break_even_length": config.break_even_length_of(4, settings.itemsize),  # of a KV cache in float32
+        "break_even_length_16_bit": config.break_even_length_of(2, settings.itemsize),
+        "moved_bytes": config.moved_bytes_of(settings.itemsize),
+        "moved_break_even_length_16_bit": config.moved_break_even_length_of(2, settings.itemsize),
         "layers": layers,
         "model": model_facts(student, recurrent, blocks, horizon, predicted, counted) if blocks is not None else None,
     }
@@ -73,6 +75,7 @@ def described(settings: Recurrence, horizon: int) -> dict:
         "method": settings.method,
         "tolerance": settings.tolerance if settings.state_bytes is None else None,
         "state_bytes": settings.state_bytes,
+        "dtype": settings.dtype,
         "max_state_size": settings.max_state_size,
         "horizon": horizon,
     }
@@ -296,7 +299,10 @@ def verdict(found: dict) -> str:
         parts.append("nothing was measured on text: there is no tokenizer")
     held = found["state_bytes"]
     parts.append(
-        f"state {held / 1024:,.0f} KiB" if held is not None else "the state grows: the kept attention has no window"
+        f"state {held / 1024:,.0f} KiB; a step reads and writes {found['moved_bytes'] / 1024:,.0f} KiB of it, as "
+        f"attention reads of {found['moved_break_even_length_16_bit']:,} tokens in 16 bits"
+        if held is not None
+        else "the state grows: the kept attention has no window"
     )
     return "; ".join(parts) + "."
 

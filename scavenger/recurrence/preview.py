@@ -8,6 +8,7 @@ import numpy as np
 from scavenger import measure, student
 from scavenger.recipe import Recipe
 from scavenger.recurrence import allocation, certificate, recurrence
+from scavenger.recurrence.reduction import workers
 from scavenger.run.run import blocks
 
 
@@ -32,43 +33,50 @@ def show(recipe: Recipe) -> str:
     aims = [{"tolerance": tolerance} for tolerance in tolerances]
     if settings.state_bytes is not None:
         aims = recurrence.aims(settings)
-    for layer, filter in recurrence.long_filters(exact).items():
-        taps = measure.filter_taps(filter, settings.horizon or config.horizon)
-        rows[layer] = np.unique(np.linspace(0, len(taps) - 1, FILTERS).round().astype(int)).tolist()
-        found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims)
-        if type(filter) is recurrence.own_kind(settings):
-            found[layer] = [recurrence.with_own_modes(filter, made, rows[layer]) for made in found[layer]]
+    length = settings.horizon or config.horizon
+    filters = recurrence.long_filters(exact)
+    several = FILTERS * len(filters) * len(aims) * length >= workers.WORKERS_PAY
+    with workers.started(workers.available() if several else 1) as each:
+        for layer, filter in filters.items():
+            taps = measure.filter_taps(filter, length)
+            rows[layer] = np.unique(np.linspace(0, len(taps) - 1, FILTERS).round().astype(int)).tolist()
+            found[layer] = recurrence.reduce_filters(taps[rows[layer]], settings, aims, each)
+            if type(filter) is recurrence.own_kind(settings):
+                found[layer] = [recurrence.with_own_modes(filter, made, rows[layer]) for made in found[layer]]
     changes = allocation.responses(exact, found, text, rows, SEQUENCES, positive=positive)
     divergences = allocation.divergences(changes, text.shape[1] - 1)
     choices = {
         f"{tolerance:g}": [np.full(len(layer[0]), index) for layer in found]
         for index, tolerance in enumerate(tolerances)
     }
-    share = sum(map(len, rows.values())) / sum(f.num_filters for f in recurrence.long_filters(exact).values())
+    share = sum(map(len, rows.values())) / sum(f.num_filters for f in filters.values())
     if settings.state_bytes is not None:
-        least = allocation.state_bytes(config)
+        least = allocation.state_bytes(config, settings.itemsize)
         budgets = [max(least, settings.state_bytes * times // 2) for times in (1, 2, 4)]
         bytes_ = allocation.mode_costs(config, found, positive)
         choices = {
             f"{budget:,}": allocation.allocate(bytes_, divergences, share * (budget - least)) for budget in budgets
         }
     table = [
-        line for name, chosen in choices.items() for line in _choice(config, positive, name, found, chosen, divergences)
+        line
+        for name, chosen in choices.items()
+        for line in _choice(config, positive, name, found, chosen, divergences, settings.itemsize)
     ]
     what = "state bytes" if settings.state_bytes is not None else "tolerance"
     header = [what, "layer", "filters", "modes", "most", "real states", "KiB", "worst error", "its floor", "KL"]
-    header += ["float32 cache is larger from", "16-bit cache from"]
+    header += ["float32 cache is larger from", "16-bit cache from", "a step moves KiB", "as the 16-bit cache of"]
     asked = "" if share == 1 else f" {100 * share:.0f} % of the filters were reduced."
     return (
         "\n"
         + certificate.aligned(header, table)
         + f"\n{'As positive modes' if positive else 'By balanced truncation'}.{asked} "
         "KL: predicted for the model's output, nats per token, summed over layers. "
-        "KiB of `all`: with short convolutions, windows and kept attention."
+        f"KiB of `all`: with short convolutions, windows and kept attention, in {settings.dtype}; a step moves what it "
+        "reads and writes."
     )
 
 
-def _choice(config, positive, name, found, chosen, divergences):
+def _choice(config, positive, name, found, chosen, divergences, itemsize):
     """The rows of one choice: one per layer, and one for all."""
     lines, sizes, total = [], [[] for _ in found], 0.0
     for layer, (rungs, own) in enumerate(zip(found, chosen, strict=True)):
@@ -93,12 +101,14 @@ def _choice(config, positive, name, found, chosen, divergences):
                 f"{worst.relative_error:.1e}",
                 f"{worst.floor:.1e}",
                 f"{divergence:.1e}",
-                "",
-                "",
+                *4 * [""],
             ]
         )
     whole = recurrence.recurrent_configuration(config, sizes, positive)
-    held, even = whole.state_bytes, (whole.break_even_length, whole.break_even_length_of(2))
+    held, moved = whole.state_bytes_of(itemsize), whole.moved_bytes_of(itemsize)
+    even = [whole.break_even_length_of(size, itemsize) for size in (4, 2)]
+    tokens = ["never" if length is None else f"{length:,} tokens" for length in even]
+    traffic = whole.moved_break_even_length_of(2, itemsize)
     lines.append(
         [
             name,
@@ -109,6 +119,7 @@ def _choice(config, positive, name, found, chosen, divergences):
             "",
         ]
         + ["grows" if held is None else f"{held / 1024:,.1f}", "", "", f"{total:.1e}"]
-        + ["never" if length is None else f"{length:,} tokens" for length in even]
+        + tokens
+        + ["grows" if moved is None else f"{moved / 1024:,.1f}", "" if traffic is None else f"{traffic:,} tokens"]
     )
     return lines

@@ -3,10 +3,11 @@
 import copy
 import dataclasses
 import hashlib
-import importlib
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,12 @@ from scavenger.model import HyenaConfig, HyenaForCausalLM
 from scavenger.model.filters import ModalFilter, PositiveFilter
 from scavenger.recipe import REMOVED, Data, RecipeError, Recurrence
 from scavenger.recurrence import allocation, certificate
-from scavenger.recurrence.reduction.reduced import ReducedFilter
+from scavenger.recurrence.reduction import workers
+from scavenger.recurrence.reduction.reduced import TOGETHER, ReducedFilter
 from scavenger.run import checkpoint
 from scavenger.run.run import Run
 
 
-TOGETHER = 256  # filters reduced in one call; the progress bar moves on after each
 HELD_OUT_TOKENS = 32_768  # of text that a folder's certificate is measured on; a run has its own validation split
 NUMBERS = ("direct", "real_states", "relative_error", "floor", "gain_error", "gain_floor", "tail")
 ARRAYS = ("poles", "residues", "hankel_values")
@@ -73,7 +74,8 @@ def of_folder(
         except (OSError, ValueError):
             saved = {}
         kept = (saved.get("settings") or {}).items()
-        saved["settings"] = {key: value for key, value in kept if (f"recurrence.{key}", value) not in REMOVED.items()}
+        kept = {key: value for key, value in kept if (f"recurrence.{key}", value) not in REMOVED.items()}
+        saved["settings"] = {"dtype": "float32"} | kept  # an earlier version had no other
         if {key: saved.get(key) for key in asked} != asked:
             raise RecipeError(
                 f"--to: {to} exists already and was made from another student, with other settings or on other text; "
@@ -140,7 +142,7 @@ def distil(
             raise RecipeError(
                 "recurrence.state_bytes: found no tokenizer, so there is no text to measure on; expected a tolerance"
             )
-        allocation.check(student.config, settings.state_bytes)
+        allocation.check(student.config, settings.state_bytes, settings.itemsize)
     student.to(accelerator.device)
     horizon = settings.horizon or student.config.horizon
     beside = checkpoint.partial(folder)
@@ -177,34 +179,35 @@ def reductions(
     """For each layer and each aim the reduction of each filter; a layer without filters has none.
 
     Every layer is a file below `saved`, made by one process and read by all; one that was made from other filters or
-    with other settings is made again.
+    with other settings is made again. Filters are reduced on the CPU, by as many worker processes as it has cores.
     """
     filters, found = long_filters(student), {}
+    wanted = aims(settings)
 
-    def read_or_make(index, bar):
-        path, key = saved / f"layer_{index:03d}.safetensors", _key(student.config, filters[index], settings, horizon)
-        if (made := _read(path, key)) is not None:
-            bar.update(filters[index].num_filters)
-            return made
-        taps = measure.filter_taps(filters[index], horizon)
-        made = reduce_filters(taps, settings, aims(settings), bar.update)
-        if type(filters[index]) is own_kind(settings):
-            made = [with_own_modes(filters[index], rung) for rung in made]
-        _write(path, key, made)
-        return made
-
-    def bar(layers, **options):
-        total = sum(filters[index].num_filters for index in layers)
-        return tqdm(total=total, desc="recurrence", unit="filter", dynamic_ncols=True, **options)
+    def read_or_make(layers, shown):
+        paths = {index: saved / f"layer_{index:03d}.safetensors" for index in layers}
+        keys = {index: _key(student.config, filters[index], settings, horizon) for index in layers}
+        found.update({index: _read(paths[index], keys[index]) for index in layers})
+        missing = [index for index in layers if found[index] is None]
+        count = sum(filters[index].num_filters for index in missing)
+        several = count * horizon * len(wanted) >= workers.WORKERS_PAY
+        bar = tqdm(total=count, desc="recurrence", unit="filter", dynamic_ncols=True, disable=not shown)
+        with workers.started(workers.available() if several else 1) as each, bar:
+            # All layers are begun, so that no worker waits for the end of one.
+            begun = {
+                index: parts(measure.filter_taps(filters[index], horizon), settings, wanted, each) for index in missing
+            }
+            for index in missing:
+                made = gathered(begun.pop(index), len(wanted), bar.update)
+                if type(filters[index]) is own_kind(settings):
+                    made = [with_own_modes(filters[index], rung) for rung in made]
+                _write(paths[index], keys[index], made)
+                found[index] = made
 
     mine = list(filters)[accelerator.process_index :: accelerator.num_processes]
-    with bar(mine, disable=not accelerator.is_main_process) as shown:
-        for index in mine:
-            found[index] = read_or_make(index, shown)
+    read_or_make(mine, accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    with bar(filters, disable=True) as hidden:
-        for index in filters.keys() - set(mine):
-            found[index] = read_or_make(index, hidden)
+    read_or_make(filters.keys() - set(mine), False)
     return [found.get(index, [[]]) for index in range(len(student.model.layers))]
 
 
@@ -214,18 +217,27 @@ def long_filters(student: HyenaForCausalLM) -> dict[int, nn.Module]:
     return {index: layer.mixer.filter for index, layer in layers if hasattr(layer.mixer, "filter")}
 
 
-def reduce_filters(
-    taps: Tensor, settings: Recurrence, wanted: list[dict], reduced=lambda count: None
-) -> list[list[ReducedFilter]]:
-    """For each aim the reductions of the filters, `taps` (filter, length); says how many are reduced as it goes."""
+def reduce_filters(taps: Tensor, settings: Recurrence, wanted: list[dict], each=map) -> list[list[ReducedFilter]]:
+    """For each aim the reductions of the filters, `taps` (filter, length); `each` is a map of `workers.started`."""
+    return gathered(parts(taps, settings, wanted, each), len(wanted))
+
+
+def parts(taps: Tensor, settings: Recurrence, wanted: list[dict], each) -> Iterator[list[ReducedFilter]]:
+    """The reductions of TOGETHER filters after the other, each to one aim after the other."""
     if not taps.isfinite().all():
         raise RecipeError("recurrence: a layer's filters are not finite; the transfer diverged")
-    reduce = importlib.import_module(f"scavenger.recurrence.reduction.{settings.method}").reduce
-    made = [[] for _ in wanted]
-    for rows in taps.split(TOGETHER):
-        for filters, aim in zip(made, wanted, strict=True):
-            filters += reduce(rows, **aim, max_state_size=settings.max_state_size)
-        reduced(len(rows))
+    groups = [(rows.numpy(), aim) for rows in taps.cpu().split(TOGETHER) for aim in wanted]
+    method, most = itertools.repeat(settings.method), itertools.repeat(settings.max_state_size)
+    return each(workers.reduce, method, *zip(*groups, strict=True), most)
+
+
+def gathered(parts: Iterator[list[ReducedFilter]], aims: int, reduced=lambda count: None) -> list[list[ReducedFilter]]:
+    """For each of so many aims the reductions of all filters; says how many filters are reduced as it goes."""
+    made = [[] for _ in range(aims)]
+    for place, part in enumerate(parts):
+        made[place % aims] += part
+        if place % aims == aims - 1:
+            reduced(len(part))
     return made
 
 
@@ -270,12 +282,13 @@ def allocated(student, found, settings: Recurrence, blocks, saved: Path, acceler
     """For each layer the aim that each of its filters takes; and, where a budget decides, the divergence predicted."""
     if settings.state_bytes is None:
         return [[0] * len(layer[0]) for layer in found], None
-    described = json.dumps([settings.state_bytes, settings.method, aims(settings), settings.horizon])
+    described = json.dumps([settings.state_bytes, settings.itemsize, settings.method, aims(settings), settings.horizon])
     text = {"text": torch.from_numpy(blocks.astype(np.int64))}
     path, key = saved / "allocation.json", _digest(described, student.state_dict() | text)
     if accelerator.is_main_process and not (path.is_file() and checkpoint.read_json(path)["key"] == key):
         positive = settings.method == "positive"
-        rungs, predicted = allocation.spread(student, found, settings.state_bytes, blocks, positive)
+        budget = settings.state_bytes
+        rungs, predicted = allocation.spread(student, found, budget, blocks, positive, settings.itemsize)
         checkpoint.write_json(path, {"key": key, "rungs": rungs, "predicted": predicted})
     accelerator.wait_for_everyone()
     made = checkpoint.read_json(path)

@@ -17,6 +17,7 @@ from scavenger.report.text import Blocks, Text
 
 # Per unit of text, with documents or questions as items: comparable between models with different tokenizers.
 OF_TEXT = ("bits per byte",)
+SPEED = "speed"  # the measurement in the models' own dtype
 FAILURES = (ValueError, RuntimeError)  # of a measurement; running out of memory is a RuntimeError
 
 
@@ -100,11 +101,15 @@ def run(
             attempt("harness", lambda model=model: lm_eval_tasks.of_model(model, questions(), settings.tasks, results))
         if model is not reference:
             model.close()
-    if settings.speed:
+    for dtype in timing.dtypes(reference.device, reference.dtype) if settings.speed else ():
+        name = SPEED if dtype == reference.dtype else f"{SPEED} in {dtype}"
+        own = [model if dtype == model.dtype else model.in_dtype(dtype) for model in models]
         try:
-            found["speed"] = timing.kept(models, settings.speed, results, stream(reference) if alike else None)
+            found[name] = timing.kept(own, settings.speed, results, stream(reference) if alike else None)
         except FAILURES as error:
-            _failed("speed", "all models", error, failed, required)
+            _failed(name, "all models", error, failed, required)
+        for model in own:  # one dtype at a time is in memory
+            model.close()
     for model in models:
         model.close()
     if failed and not found.keys() - {"model"}:
@@ -144,8 +149,8 @@ def summary(
                 continue
             rows.append(_row(name, metric_name, own, labels[0], settings.seed, alike or name == "harness"))
         rows += [_plain_row(name, metric_name, "share", {}) for metric_name in results[0].get("unmeasured", [])]
-    if "speed" in found:
-        rows.append(_state_row(found["speed"]))
+    if SPEED in found:
+        rows.append(_state_row(found[SPEED]))
     rows += [_plain_row(name, f"{name}: not measured ({reason})", "", {}) for name, reason in failed.items()]
     return {
         "reference": labels[0],
@@ -288,7 +293,7 @@ def _state_row(results):
         sizes = [row["state_bytes"] / 1024 for row in rows if row["state_bytes"] is not None]
         if sizes:
             kept[result["model"]] = _plain(Estimate(min(sizes), None, None, 1))
-    return _plain_row("speed", f"KiB kept after {longest:,} tokens", "", kept)
+    return _plain_row(SPEED, f"KiB kept after {longest:,} tokens", "", kept)
 
 
 def _plain_row(measurement, name, unit, values):

@@ -6,6 +6,7 @@ found = generated(contender, ids, seconds=10.0)
 
 import ctypes
 import gc
+import importlib.util
 import inspect
 import os
 import re
@@ -69,6 +70,8 @@ class Contender:
     name: str  # of the cache, in tables
     student: str | None = None  # the student's kind of filter; None for a Transformer
     packs = False  # whether linear layers are packed, as the Decoder's are on a CPU
+    compiled = False  # whether its first steps compile; the object then serves all turns
+    warm = False  # whether it was warmed up
     uneven = False  # whether some steps take much longer than others, so that a few cannot stand for all
 
     def __init__(self, model, case: Case):
@@ -156,12 +159,22 @@ class PackedStatic(Static):
 
 
 def compiles() -> bool:
-    """Whether torch.compile has a compiler here."""
-    return torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile is on, and has what it needs: a C++ compiler, or on a GPU Triton and a C compiler."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":  # torch's own switch
+        return False
+    if torch.cuda.is_available():
+        return importlib.util.find_spec("triton") is not None and _found("CC", "gcc", "clang")
+    return _found("CXX", "g++")
+
+
+def _found(variable, *usual):
+    """Whether one of these compilers is there, or the one that the environment names."""
+    return any(map(shutil.which, [os.environ[variable]] if variable in os.environ else usual))
 
 
 class CompiledStatic(Static):
     name = "static cache, compiled"
+    compiled = True
 
     def __init__(self, model, case):
         super().__init__(model, case)
@@ -169,6 +182,15 @@ class CompiledStatic(Static):
             self.step_model = torch.compile(model, mode="reduce-overhead")
         else:  # weights become constants, which the compiler packs itself
             self.step_model = torch.compile(model, options={"freezing": True})
+        self.known = None  # the prompts in the cache, and the logits after them
+
+    def read(self, ids):
+        """As the static cache does; of prompts that are in the cache already only what came after is forgotten."""
+        if self.known is None or not torch.equal(self.known[0], ids):
+            self.known = ids, super().read(ids)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(ids.shape[1])
+        return self.known[1]
 
 
 class ReadAgain(Contender):
@@ -244,14 +266,15 @@ class Decoded(Contender):
 
 
 def kinds(model: Evaluated) -> list[type[Contender]]:
-    """The contenders that a report times for a model."""
+    """The contenders that a report times for a model: those that may be its best, and its plain ones."""
     if not model.is_student and not _attends(model):
         return [OwnState]
     if not model.is_student:
         packs = model.device.type == "cpu" and model.dtype == "float32" and torch.backends.mkldnn.is_available()
-        return [Dynamic, Static, *([PackedStatic] if packs else [])]
+        return [Dynamic, Static, *([PackedStatic] if packs else []), *([CompiledStatic] if compiles() else [])]
     if not model.is_recurrent:
         return [Exact]
+    # A student's step is machine code on a CPU, and a captured graph on a GPU.
     return [ModelCalls] if model.config.state_bytes is None else [ModelCalls, Decoded]
 
 
@@ -263,21 +286,25 @@ def _attends(model):
 
 
 def generated(contender: Contender, ids: Tensor, seconds: float) -> dict:
-    """Seconds that a contender takes to read prompts and to generate its case's new tokens greedily, after a warm-up.
+    """Seconds that a contender takes to read prompts and to generate its case's new tokens greedily, once it is warm.
 
     Where all steps would take longer than `seconds`, three runs of steps stand for them: at the first, the middle and
     the last positions, with the cache filled up to there; of an uneven contender, the first steps.
 
+    warm_up: seconds of the warm-up, in which what is compiled compiles; 0 for a contender that is warm.
     prompt, first: seconds until the prompt is read, and until its first new token is chosen.
     generation, steps: seconds of all new tokens after that, and of each step that was timed.
     kept_first, kept_last: bytes kept after the prompt, and after the last token if it was reached.
     tokens: of the first sequence, up to the first position that was skipped.
     """
     new, device = contender.case.new, ids.device
-    token = contender.read(ids[:, :2]).argmax(-1)
-    for _ in range(min(2, new)):  # a compiled step is captured in its second call
-        token = contender.step(token).argmax(-1)
     began = now(device)
+    if not contender.warm:
+        token = contender.read(ids[:, :2]).argmax(-1)
+        for _ in range(min(2, new)):  # a compiled step is captured in its second call
+            token = contender.step(token).argmax(-1)
+        contender.warm = True
+    warm_up, began = now(device) - began, now(device)
     logits = contender.read(ids)
     prompt = now(device) - began
     token = logits.argmax(-1)
@@ -314,6 +341,7 @@ def generated(contender: Contender, ids: Tensor, seconds: float) -> dict:
     means = [statistics.mean(each) for each in (runs[0][1:], *runs[1:]) if each]
     generation = sum(steps) if len(steps) == new else steps[0] + (new - 1) * statistics.mean(means)
     return {
+        "warm_up": warm_up,
         "prompt": prompt,
         "first": first,
         "generation": generation,

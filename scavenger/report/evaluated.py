@@ -1,5 +1,6 @@
 """A model to evaluate, from a checkpoint folder or the Hub, loaded on first use."""
 
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -61,7 +62,7 @@ class Evaluated:
     def model(self) -> nn.Module:
         """The model in evaluation mode, on the GPU if there is one."""
         if self.loader is not None:
-            model = self.loader()
+            model = self.loader().to(getattr(torch, self.dtype))
         else:
             model = loading.model(
                 AutoModelForCausalLM,
@@ -129,6 +130,10 @@ class Evaluated:
         else:
             facts = [self.path, self.revision, getattr(self.config, "_commit_hash", None)]
         return hashlib.sha256(json.dumps([*facts, self.dtype]).encode()).hexdigest()[:16]
+
+    def in_dtype(self, dtype: str) -> "Evaluated":
+        """The same model in another dtype, not loaded yet."""
+        return dataclasses.replace(self, dtype=dtype)
 
     def close(self):
         """Free the model; it is loaded again on the next access."""

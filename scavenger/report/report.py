@@ -8,11 +8,22 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from scavenger import student, teacher
 from scavenger.recipe import Recipe, RecipeError
 from scavenger.recurrence import certificate
-from scavenger.report import comparison, continuation, drawing, likelihood, lm_eval_tasks, page, retrieval, timing
+from scavenger.report import (
+    comparison,
+    contenders,
+    continuation,
+    drawing,
+    likelihood,
+    lm_eval_tasks,
+    page,
+    retrieval,
+    timing,
+)
 from scavenger.report import sections as parts
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.page import Section
@@ -71,14 +82,16 @@ def work(recipe: Recipe) -> dict:
         read += 4 * own.prompts * (own.prompt_tokens + own.new_tokens)
         generated += 2 * own.prompts * own.new_tokens
     baseline, recurrence = recipe.baseline is not None, recipe.recurrence is not None
-    # The teacher with a dynamic, a static and, on a CPU, a packed cache; the recurrent student in two forms.
-    contenders = 3 + 1 + baseline + 2 * recurrence
-    rows = contenders * (len(asked.speed.cases) + len(asked.speed.contexts))
+    # The teacher with a dynamic and a static cache, packed on a CPU and compiled; the recurrent student in two forms.
+    compiled, cuda = contenders.compiles(), torch.cuda.is_available()
+    kinds = 2 + (not cuda) + compiled + 1 + baseline + 2 * recurrence
+    cases = len(asked.speed.cases) + len(asked.speed.contexts)
+    rows = kinds * cases * len(timing.dtypes(torch.device("cuda" if cuda else "cpu")))
     return {
         "models": 2 + baseline + recurrence,
         "tokens_read": read,
         "tokens_generated": generated,
-        "timing_seconds": 2 * asked.speed.seconds * rows,  # steps, and prompts
+        "timing_seconds": 2 * asked.speed.seconds * rows,  # steps, and prompts; without compilation
     }
 
 
@@ -235,6 +248,8 @@ def trained(run_dir: Path, context_length: int) -> list[dict]:
                     "seconds": entries[-1]["seconds"],
                     "loss": entries[-1]["loss"],
                     "skipped": entries[-1].get("skipped", 0),
+                    # A run that an earlier version began has none.
+                    "mfu": statistics.mean(shares) if (shares := [e["mfu"] for e in entries if "mfu" in e]) else None,
                 }
                 | {f"time_in_{what}": statistics.mean(entry[f"time_in_{what}"] for entry in entries) for what in TIMES}
             )
@@ -398,6 +413,7 @@ def _trainings_section(figures):
             "tokens",
             "seconds",
             "tokens/s",
+            "MFU",
             *(f"in {what}" for what in TIMES),
             "skipped",
             "loss",
@@ -409,6 +425,7 @@ def _trainings_section(figures):
                 f"{row['tokens']:,}",
                 f"{row['seconds']:,.0f}",
                 f"{row['tokens'] / row['seconds']:,.0f}",
+                "–" if row.get("mfu") is None else f"{100 * row['mfu']:.1f} %",
                 *(f"{100 * row[f'time_in_{what}']:.0f} %" for what in TIMES),
                 f"{row['skipped']:,}",
                 f"{row['loss']:.4f}",
@@ -416,7 +433,10 @@ def _trainings_section(figures):
             for row in figures["trainings"]
         ],
     )
-    body = table
+    body = table + page.paragraph(
+        "MFU: the model's FLOPs a second as a share of what a square matrix product reached on the same devices.",
+        "note",
+    )
     if figures["plan"]:
         rows = [[row["stage"], f"{row['planned']:,.0f}", f"{row['taken']:,.0f}"] for row in figures["plan"]]
         body += page.paragraph("Seconds predicted by the plan from a few timed steps, and seconds taken.")

@@ -89,9 +89,7 @@ def sections(found: dict) -> list[Section]:
             made.append(Section(title, _all_figures(found, title.lower()) + body, figures))
     if "harness" in found["details"]:
         made.append(Section("Tasks", _all_figures(found, "harness"), (tasks_plot(found),)))
-    if "speed" in found["details"]:
-        made.append(speed_section(found))
-    return made
+    return made + [speed_section(found, name) for name in found["details"] if name.startswith(comparison.SPEED)]
 
 
 def window_note(found: dict) -> str:
@@ -212,16 +210,17 @@ def tasks_plot(found: dict) -> Figure:
     return page.drawn(figure, "tasks", "Zero-shot tasks.", ["task", *found["labels"]], table)
 
 
-def speed_section(found: dict) -> Section:
+def speed_section(found: dict, name: str = comparison.SPEED) -> Section:
     """Throughput, latency and memory, and the lengths from which students are better than the teacher."""
-    results = list(found["details"]["speed"].values())
+    results = list(found["details"][name].values())
     body = page.points([*timing.verdicts(results), *timing.break_even_lines(results)])
     if results[0]["rows"]:
-        body += page.table(*timing.table(results)) + _all_figures(found, "speed")
-    return Section("Speed and memory", body, speed_plots(results))
+        body += page.table(*timing.table(results)) + _all_figures(found, name)
+    beside = name.removeprefix(comparison.SPEED)  # " in bfloat16"
+    return Section(f"Speed and memory{beside}", body, speed_plots(results, beside.replace(" ", "-")))
 
 
-def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
+def speed_plots(results: list[dict], suffix: str = "") -> tuple[Figure, ...]:
     """Time per step and state by context length, and the lengths from which a student's are smaller."""
     header, rows = timing.context_table(results)
     even, made = timing.break_even(results), []
@@ -232,7 +231,7 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
         figure, axes = page.plot(4.8, 3.6)
         for colour, result in zip(itertools.cycle(page.PALETTE), results, strict=False):
             caches = dict.fromkeys(row["cache"] for row in result["contexts"])
-            for style, cache in zip(("-", "--", ":"), caches, strict=False):
+            for style, cache in zip(("-", "--", ":", "-."), caches, strict=False):
                 own = [row for row in result["contexts"] if row["cache"] == cache and row[key] is not None]
                 x, y = [row["prompt"] for row in own], [scale * row[key] for row in own]
                 named = page.named(f"{result['model']}, {cache}")
@@ -247,7 +246,7 @@ def speed_plots(results: list[dict]) -> tuple[Figure, ...]:
         _powers_of_two(axes)
         axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # below the curves
         caption = f"{caption}; dotted: better than {results[0]['model']}'s from there on."
-        made.append(page.drawn(figure, name, caption, header, rows))
+        made.append(page.drawn(figure, name + suffix, caption, header, rows))
     return tuple(made)
 
 

@@ -4,7 +4,8 @@ A case reads prompts and generates greedily after them, with all models loaded. 
 every second round in reverse, so that a machine that slows down does so for all of them. Where there are several
 rounds, one more comes before them: it chooses the best cache of each model and is not in any other figure, so that what
 is compared was not chosen for being quick in the same rounds. Speeds are over all rounds together; other times are
-medians over rounds. Ratios and break-even lengths hold for one run and for the given shapes.
+medians over rounds. What is compiled compiles once for a case, in a warm-up that has a column of its own and is in no
+speed. Ratios and break-even lengths hold for one run and for the given shapes.
 """
 
 import dataclasses
@@ -19,11 +20,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
 from scavenger.report import metrics
-from scavenger.report.contenders import LEAST, Case, Dynamic, begin_peak, generated, kinds, peak_use
+from scavenger.report.contenders import (
+    LEAST,
+    Case,
+    CompiledStatic,
+    Dynamic,
+    Static,
+    begin_peak,
+    generated,
+    kinds,
+    peak_use,
+)
 from scavenger.report.evaluated import Evaluated
 from scavenger.report.metrics import Metric
 from scavenger.report.results import Results
@@ -65,6 +77,11 @@ class Settings:
             raise ValueError("found no cases and no contexts; expected one of them or more")
 
 
+def dtypes(device: torch.device, own: str = "float32") -> list[str]:
+    """What models of a dtype are timed in: float32 ones, on a GPU, also in that which they are served in."""
+    return ["float32", "bfloat16"] if device.type == "cuda" and own == "float32" else [own]
+
+
 def run(
     models: list[Evaluated], settings: Settings, stream: np.ndarray | None = None, progress: bool = True
 ) -> list[dict]:
@@ -86,7 +103,7 @@ def run(
         found = [_turns(contenders, case, ids(case), settings, bar) for case in cases]
     results = [_result(model, settings) for model in models]
     for index, (case, turns) in enumerate(zip(cases, found, strict=True)):
-        rows = [_row(case, kind, own, settings) for (_, kind), own in zip(contenders, turns, strict=True)]
+        rows = [_row(case, kind, *own, settings) for (_, kind), own in zip(contenders, turns, strict=True)]
         by_model = [[row for row, (own, _) in zip(rows, contenders, strict=True) if own is model] for model in models]
         _compare(by_model[0], rows)
         for result, own in zip(results, by_model, strict=True):
@@ -136,7 +153,8 @@ def described(settings: Settings) -> dict:
 def table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of cases; a dash means not measured."""
     memory = results[0]["settings"]["memory_gib"]
-    header = ["case", "model", "cache", "prompt tokens/s", "first ms", "next ms", "95 % ms", "new tokens/s", "range"]
+    header = ["case", "model", "cache", "compile s", "prompt tokens/s", "first ms", "next ms", "95 % ms"]
+    header += ["new tokens/s", "range"]
     header += ["timed", "× best", "× dynamic", "peak MiB", "weights MiB", "state KiB", "at the end"]
     header.append(f"batch in {memory:g} GiB, computed")
     rows = []
@@ -147,12 +165,13 @@ def table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
                 case,
                 result["model"],
                 row["cache"],
+                _shown(row.get("compile_seconds"), ".1f"),
                 _shown(row["prompt_tokens_per_second"], ",.0f"),
                 *(_shown(row[key], ".2f", 1e3) for key in ("first_token_seconds", "next_token_seconds")),
                 _shown(row["next_token_seconds_95"], ".2f", 1e3),
                 _shown(row["tokens_per_second"], ",.1f"),
                 "–" if spread is None else "–".join(f"{end:,.1f}" for end in spread),
-                "out of memory" if row["rounds"] == 0 else f"{row['rounds']} × {row['timed']}",
+                f"{row['rounds']} × {row['timed']}" if row["rounds"] else row.get("why") or "out of memory",
                 *(_shown(row[key], ".2f") for key in ("to_best", "to_dynamic")),
                 *(_shown(row[key], ",.1f", 2**-20) for key in ("peak_bytes", "weights_bytes")),
                 *(_shown(row[key], ",.1f", 2**-10) for key in ("state_bytes", "state_bytes_last")),
@@ -164,12 +183,13 @@ def table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 def context_table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of one sequence by context length."""
-    header = ["context", "model", "cache", "prompt s", "ms a step", "state KiB", "peak MiB"]
+    header = ["context", "model", "cache", "compile s", "prompt s", "ms a step", "state KiB", "peak MiB"]
     rows = [
         [
             f"{row['prompt']:,}",
             result["model"],
             row["cache"],
+            _shown(row.get("compile_seconds"), ".1f"),
             _shown(row["prefill_seconds"], ".3f"),
             _shown(row["step_seconds"], ".2f", 1e3),
             _shown(row["state_bytes"], ",.1f", 2**-10),
@@ -189,7 +209,19 @@ def verdicts(results: list[dict]) -> list[str]:
         if len(results) > 1:  # models are compared by their best caches; the caches of a single model with each other
             own = [(model, _best([row for other, row in own if other == model])) for model in dict(own)]
         found.append(_verdict(case, sorted(own, key=_speed, reverse=True), results[0]["model"]))
-    return found
+    return found + _not_compiled(results)
+
+
+def _not_compiled(results):
+    """A sentence for each Transformer whose static cache was timed, but not compiled."""
+    said = []
+    for result in results:
+        rows = result["rows"] + result["contexts"]
+        made = [row for row in rows if row["cache"] == CompiledStatic.name]
+        if any(row["cache"] == Static.name for row in rows) and not any(row["rounds"] for row in made):
+            why = next((row["why"] for row in made), None) or "torch.compile has no compiler here"
+            said.append(f"{result['model']} was not timed compiled, its quickest form on most machines: {why}.")
+    return said
 
 
 def break_even(results: list[dict]) -> dict:
@@ -197,8 +229,7 @@ def break_even(results: list[dict]) -> dict:
 
     bytes: tokens from which the reference's dynamic cache is at least as large as the student's constant state.
     bytes_16_bit: the same for that cache in 16 bits, where it was measured in float32.
-    tokens: the shortest measured context at which, and at all longer ones, a step is faster, each model with its best
-    cache. None where there is no such length among those measured.
+    tokens, low, high: see `crossing`, of the times of a step by context, each model with its best cache.
     """
     reference, *others = results
     dynamic = [row for row in reference["rows"] + reference["contexts"] if row["cache"] == Dynamic.name]
@@ -208,22 +239,61 @@ def break_even(results: list[dict]) -> dict:
     for result in others:
         states = [row["state_bytes"] for row in result["rows"] + result["contexts"] if row["state_bytes"] is not None]
         state = max(states) if states and result["constant_state"] else None
-        mine, tokens = _step_seconds(result), None
+        mine = _step_seconds(result)
         lengths = sorted(own.keys() & mine.keys())
-        for length in reversed(lengths):
-            if mine[length] >= own[length]:
-                break
-            tokens = length
-        found[result["model"]] = {
+        fitted = crossing({length: (own[length], mine[length]) for length in lengths})
+        found[result["model"]] = fitted | {
             "state_bytes": state,
             "grows": bool(states) and not result["constant_state"],
             "bytes": None if state is None or per_token is None else -(-state // per_token),
             "bytes_16_bit": None if None in (state, per_token) or dtype != "float32" else -(-2 * state // per_token),
             "dtype": dtype,
-            "tokens": tokens,
             "shortest": lengths[0] if lengths else None,
             "longest": lengths[-1] if lengths else None,
         }
+    return found
+
+
+def crossing(steps: dict[int, tuple[list[float], list[float]]]) -> dict:
+    """From which length on a student's step is quicker, by a line through all times; `steps` has both by round.
+
+    The reference's step takes a + b · length and the student's a constant c: their difference within a round is fitted
+    by least squares, in units of both steps together at that length, as the noise of each grows with its time. Its
+    interval is Student's t of the fitted line at each length (Fieller 1954), from the residuals, which also hold what
+    is not straight.
+
+    a, b, c: seconds, None where nothing was measured. low, high: between these lengths, at LEVEL, the student becomes
+    quicker for good; tokens: where the line crosses zero. None where that is not within the lengths measured. fitted:
+    whether there are figures enough for an interval.
+    """
+    found = dict.fromkeys(("a", "b", "c", "tokens", "low", "high")) | {"fitted": False}
+    points = [(length, other, mine) for length, pair in steps.items() for other, mine in zip(*pair, strict=False)]
+    if not points:
+        return found
+    lengths, other, mine = np.array(points, dtype=float).T
+    typical = np.array([math.hypot(*map(statistics.median, steps[int(length)])) for length in lengths])
+    columns = np.stack([np.ones_like(lengths), lengths], axis=1)[:, : min(2, len(steps))] / typical[:, None]
+
+    def line(values):
+        return np.linalg.lstsq(columns, values / typical, rcond=None)[0]
+
+    apart, free = line(other - mine), len(points) - columns.shape[1]
+    found |= dict(zip("ab", line(other).tolist(), strict=False)) | {"c": float(np.mean(mine))}
+    if free < 1:
+        return found
+    found["fitted"] = True
+    left = (other - mine) / typical - columns @ apart
+    covariance = np.linalg.inv(columns.T @ columns) * (left @ left) / free
+    at = np.arange(min(steps), max(steps) + 1)
+    basis = np.stack([np.ones(len(at)), at], axis=1)[:, : columns.shape[1]]
+    gain = basis @ apart
+    spread = stats.t.ppf((1 + metrics.LEVEL) / 2, free) * np.sqrt(np.einsum("ni,ij,nj->n", basis, covariance, basis))
+    for name, values in (("low", gain + spread), ("tokens", gain), ("high", gain - spread)):
+        slower = np.flatnonzero(values <= 0)
+        if not len(slower):
+            found[name] = int(at[0])
+        elif slower[-1] + 1 < len(at):
+            found[name] = int(at[slower[-1] + 1])
     return found
 
 
@@ -240,20 +310,33 @@ def break_even_lines(results: list[dict]) -> list[str]:
             )
         elif found["grows"]:
             said.append("keeps more with every token")
-        if found["longest"] is not None and found["tokens"] is None:
-            said.append(
-                f"a step is not quicker than {reference}'s, each with its best cache, at {found['longest']:,} tokens, "
-                "the longest at which both were measured"
-            )
-        elif found["longest"] is not None:
-            least = ", the shortest measured" if found["tokens"] == found["shortest"] else ""
-            said.append(
-                f"by medians a step is quicker than {reference}'s, each with its best cache, from "
-                f"{found['tokens']:,} tokens on{least} (up to {found['longest']:,} measured)"
-            )
+        if found["longest"] is not None:
+            said.append(_overtakes(found, reference))
         if said:
             lines.append(f"{label}: {'; '.join(said)}.")
     return lines
+
+
+def _overtakes(found, reference):
+    """From which length on the step is quicker, in words."""
+    shortest, longest, low, high = (found[key] for key in ("shortest", "longest", "low", "high"))
+    said = f"a step becomes quicker than {reference}'s, each with its best cache, "
+    if not found["fitted"]:
+        return f"too few rounds and lengths were measured to say when a step becomes quicker than {reference}'s"
+    if low is None:
+        said += f"not within {longest:,} tokens"
+    elif high is None:
+        said += f"at {low:,} tokens at the earliest, and not surely within {longest:,}"
+    elif high == shortest:
+        said += f"at {shortest:,} tokens or fewer"
+    else:
+        said += f"between {'0' if low == shortest else f'{low:,}'} and {high:,} tokens"
+    if found["b"] is not None:
+        said += (
+            f" (fitted up to {longest:,}: {reference} {1e3 * found['a']:.3g} ms and {1e6 * found['b']:.2g} ms more for "
+            f"every 1,000 tokens, against {1e3 * found['c']:.3g} ms)"
+        )
+    return said
 
 
 def machine(device: torch.device, dtype: str) -> dict:
@@ -303,18 +386,30 @@ def _touch(model):
 
 
 def _turns(contenders, case, ids, settings, bar):
-    """The measurements of each contender, one a round; none of a contender that ran out of memory."""
-    found, done, rounds = [[] for _ in contenders], 0, settings.turns
+    """Of each contender its measurements, one a round, and None; or none, and why."""
+    found, why, compiled, done, rounds = [[] for _ in contenders], [None] * len(contenders), {}, 0, settings.turns
+    if any(kind.compiled for _, kind in contenders):
+        torch.compiler.reset()  # after eight shapes of a model it would compile no more
     while done < rounds:
         order = range(len(contenders))
         for index in order if done % 2 == 0 else reversed(order):
             model, kind = contenders[index]
             bar.set_postfix_str(f"{case}, {model.label}, {kind.name}")
-            if len(found[index]) == done:
+            if why[index] is None:
                 try:
-                    found[index].append(_turn(kind, model.model, case, ids, settings.seconds / settings.turns))
+                    contender = compiled.get(index)
+                    turn, contender = _turn(kind, model.model, case, ids, settings.seconds / settings.turns, contender)
+                    found[index].append(turn)
+                    compiled |= {index: contender} if kind.compiled else {}
                 except torch.OutOfMemoryError:
+                    why[index] = "out of memory"
+                except Exception as error:  # the compiler's errors have no class in common
+                    if not kind.compiled:
+                        raise
+                    why[index] = f"does not compile ({type(error).__name__})"
+                if why[index] is not None:
                     found[index].clear()
+                    compiled.pop(index, None)
                     torch.cuda.empty_cache()
             bar.update()
         done += 1
@@ -323,17 +418,19 @@ def _turns(contenders, case, ids, settings, bar):
             rounds = max(1, min(rounds, int(settings.seconds / slowest)))
             bar.total -= (settings.turns - rounds) * len(contenders)
             bar.refresh()
-    return found
+    return list(zip(found, why, strict=True))
 
 
 @torch.inference_mode()
-def _turn(kind, model, case, ids, seconds):
-    """One measurement of a contender, with its weights and the growth of memory without them."""
+def _turn(kind, model, case, ids, seconds, contender=None):
+    """One measurement of a contender, with its weights and the growth of memory without them; and the contender."""
     before = begin_peak(model.device)
-    contender = kind(model, case)
+    held = 0 if contender is None else contender.kept
+    contender = contender or kind(model, case)
     found = generated(contender, ids.to(model.device), seconds) | {"weights": contender.weights}
     copies = contender.weights - sum(p.nbytes for p in model.parameters())
-    return found | {"peak": None if before is None else max(0, peak_use(model.device) - before - copies)}
+    peak = None if before is None else max(0, peak_use(model.device) - before + held - copies)
+    return found | {"peak": peak}, contender
 
 
 def _result(model, settings):
@@ -356,6 +453,8 @@ ROW = (  # the measured values of a row, None where not measured
     "next_token_seconds",  # median over all timed steps
     "next_token_seconds_95",  # their 95th percentile
     "step_seconds",  # mean over steps, except the one after the prompt
+    "step_seconds_by_round",
+    "compile_seconds",  # of the first warm-up, where it compiles
     "choice_seconds",  # of the generation in the round that chooses the best cache
     "choice_step_seconds",  # of a step in that round
     "generation_seconds",  # of each round
@@ -372,10 +471,11 @@ ROW = (  # the measured values of a row, None where not measured
 )
 
 
-def _row(case, kind, turns, settings):
-    """A row from the measurements of all rounds; the first of several only chooses."""
+def _row(case, kind, turns, why, settings):
+    """A row from the measurements of all rounds; the first of several only chooses. Without any it says why."""
     first, turns = turns[:1], turns[1:] or turns
     row = {"case": str(case), "batch": case.batch, "prompt": case.prompt, "new": case.new, "cache": kind.name}
+    row |= {"why": why}
     row |= {"rounds": len(turns), "timed": min((len(turn["steps"]) for turn in turns), default=0)} | dict.fromkeys(ROW)
     if not turns:
         return row
@@ -385,14 +485,17 @@ def _row(case, kind, turns, settings):
     states = [turn["kept_last"] for turn in turns if turn["kept_last"] is not None]
     last = -(-states[0] // case.batch) if states else None
     peaks, weights = [turn["peak"] for turn in turns if turn["peak"] is not None], turns[0]["weights"]
-    prefill = statistics.median(turn["prompt"] for turn in turns)
+    reading = first if kind.compiled else turns  # the prompts that were read once are in its cache
+    prefill = statistics.median(turn["prompt"] for turn in reading)
     return row | {
         "prefill_seconds": prefill,
         "prompt_tokens_per_second": case.batch * case.prompt / prefill,
-        "first_token_seconds": statistics.median(turn["first"] for turn in turns),
+        "first_token_seconds": statistics.median(turn["first"] for turn in reading),
         "next_token_seconds": statistics.median(steps),
         "next_token_seconds_95": float(np.quantile(steps, 0.95)),
         "step_seconds": statistics.median(_after_first(turn, case) for turn in turns),
+        "step_seconds_by_round": [_after_first(turn, case) for turn in turns],
+        "compile_seconds": first[0]["warm_up"] if kind.compiled else None,
         "choice_seconds": first[0]["generation"],
         "choice_step_seconds": _after_first(first[0], case),
         "generation_seconds": seconds,
@@ -507,10 +610,11 @@ def _joined(words):
 
 
 def _step_seconds(result):
-    """Seconds of a step with the best cache, by context length."""
+    """Seconds of a step with the best cache in each round, by context length."""
     lengths = dict.fromkeys(row["prompt"] for row in result["contexts"])
     best = [quickest_step([row for row in result["contexts"] if row["prompt"] == length]) for length in lengths]
-    return {row["prompt"]: row["step_seconds"] for row in best if row is not None}
+    # Results of an earlier version have the median alone.
+    return {row["prompt"]: row.get("step_seconds_by_round") or [row["step_seconds"]] for row in best if row is not None}
 
 
 def _shown(value, form, scale=1):

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from scavenger import data, student, teacher, training
+from scavenger.flops import Flops
 from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import Stage
 from scavenger.run import checkpoint
@@ -49,5 +50,6 @@ def pretraining(run: Run, model: HyenaForCausalLM, steps_dir: Path) -> training.
         batch=batch,
         loss=training.next_token_loss,
         watch=transfer.watching(run, held_out),
+        flops=3 * Flops(teacher.load_configuration(recipe.teacher, run.folder), recipe.data.context_length).whole,
         first_step=transfer.teacher_steps(recipe) + settings.steps,
     )

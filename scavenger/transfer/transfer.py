@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scavenger import data, losses, measure, student, teacher, training
+from scavenger.flops import Flops
 from scavenger.model import HyenaForCausalLM
 from scavenger.recipe import Activations, Filter, Logits, Recipe
 from scavenger.recurrence.reduction import hankel
@@ -116,6 +117,7 @@ def activation_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausa
         target=target,
         watch=watching(run, partial(watched, run, model)),
         look=partial(held_out_error, run, frozen, turn.layers) if turn.phase.flat is not None else None,
+        flops=_flops(run, frozen, turn),
         first_step=turn.first_step,
     )
 
@@ -148,6 +150,7 @@ def logit_matching(run: Run, frozen, kept, turn: Turn, model: HyenaForCausalLM, 
         target=target,
         watch=watching(run, partial(watched, run, model)),
         rest_rate=(phase.rest_learning_rate or phase.learning_rate) / phase.learning_rate,
+        flops=_flops(run, frozen, turn),
         first_step=turn.first_step,
     )
 
@@ -413,6 +416,11 @@ def turns_of(phase, layers):
         shortened = dataclasses.replace(phase, steps=end - first, warmup_steps=warmup)
         turns.append(Turn(f"activations of layer {layer}", shortened, (layer,)))
     return turns
+
+
+def _flops(run, frozen, turn):
+    """Of a token."""
+    return Flops(frozen.config, run.recipe.data.context_length).of(run.recipe, turn.phase, turn.layers)
 
 
 def _batch(run, turn, step):

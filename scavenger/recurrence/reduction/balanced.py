@@ -39,10 +39,11 @@ def choose(targets: Targets, tolerance: float | None, modes: int) -> Tensor:
         while len(pending):
             rows = pending[least[pending] <= top]
             # With nearly as many states as taps the error rises again.
-            error = torch.stack(
-                [_attempt(targets, rows, states)[1] for states in (top, 3 * top // 4 or 1, top // 2 or 1)]
-            )
-            rows = rows[error.amin(0) <= RIPPLE * tolerance]
+            near = torch.zeros_like(rows, dtype=torch.bool)
+            for states in (top, 3 * top // 4 or 1, top // 2 or 1):
+                left = ~near
+                near[left] = _attempt(targets, rows[left], states)[1] <= RIPPLE * tolerance
+            rows = rows[near]
             # Upward from the proven minimum, so that the first size that meets the tolerance is the smallest.
             for states in range(bottom + 1, top + 1):
                 trying = rows[least[rows] <= states]

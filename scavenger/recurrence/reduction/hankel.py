@@ -5,6 +5,7 @@ matrix H_ij = g_{i+j} has finite rank; with d real states its rank is at most d.
 direct term. Everything is batched over filters and works on slices of PIECE_BYTES.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -94,9 +95,12 @@ def hankel_matrix(g: Tensor) -> Tensor:
 
 
 def hankel_product(g: Tensor, x: Tensor) -> Tensor:
-    """y_i = Σ_j g_{i+j} x_j, g zero past its end, by FFT: (filter, length) and (filter, row, side) to that of x."""
-    if not x.numel():  # the FFT rejects empty tensors
-        return x
+    """y_i = Σ_j g_{i+j} x_j, g zero past its end, by FFT: (filter, length) and (filter, row, side) to that of x.
+
+    The rows may be one filter's, for all.
+    """
+    if not (len(g) and x.numel()):  # the FFT rejects empty tensors
+        return x.new_zeros(len(g), *x.shape[1:])
     side = x.shape[-1]
     size = max(g.shape[1], 2 * side - 1)
     size = min(1 << (size - 1).bit_length(), 3 << max(0, (-(-size // 3) - 1).bit_length()))  # 2ⁿ or 3·2ⁿ: fast sizes
@@ -125,9 +129,7 @@ def _krylov(g, kept):
     makes the whole basis orthonormal whatever its rank.
     """
     width = kept // 2 + SPARE
-    generator = torch.Generator().manual_seed(0)  # the same filters give the same recurrences
-    start = torch.randn(width, g.shape[1], generator=generator, dtype=g.dtype).to(g.device)
-    blocks, block = [], start.expand(len(g), -1, -1)
+    blocks, block = [], _start(width, g)[None]
     for _ in range(3):
         product = hankel_product(g, block)
         for earlier in blocks:
@@ -135,6 +137,17 @@ def _krylov(g, kept):
         block = torch.linalg.qr(product.mT)[0].mT
         blocks.append(block)
     return torch.linalg.qr(torch.cat(blocks, dim=1).mT)[0]
+
+
+def _start(width, g):
+    """Random rows as long as those of `g`; the same filters give the same recurrences."""
+    return _drawn(width, g.shape[1], g.dtype).to(g.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(*shape_and_dtype):
+    *shape, dtype = shape_and_dtype
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
 def _weights(g):
@@ -153,9 +166,8 @@ def _tails(g, weights):
 
     if side <= DENSE_SECTION:
         return whole(g)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(COMPRESSED, side, generator=generator, dtype=g.dtype).to(g.device)
-    basis = torch.linalg.qr((weights * hankel_product(g, (weights * start).expand(len(g), -1, -1))).mT)[0].mT
+    start = weights * _start(COMPRESSED, g[:, :side])
+    basis = torch.linalg.qr((weights * hankel_product(g, start[None])).mT)[0].mT
     compressed = (weights * hankel_product(g, weights * basis)) @ basis.mT
     tails = _sum_tails(torch.linalg.eigvalsh((compressed + compressed.mT) / 2), side)
     # Energy lost in the compression is missing from every tail. Where much is lost, decompose the section in full.

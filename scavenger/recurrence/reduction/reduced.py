@@ -3,9 +3,7 @@
 A method only chooses the poles, and the amplitudes if they are not those of least squares.
 """
 
-import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +15,7 @@ from scavenger.recurrence.reduction import hankel
 from scavenger.recurrence.reduction.residues import count_modes, count_states, fit, gain_errors, tails
 
 
-TOGETHER = 256  # filters searched at once; large temporaries are split further into pieces of hankel.PIECE_BYTES
+TOGETHER = 64  # filters searched at once, a worker's share; temporaries are split further (hankel.PIECE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,9 @@ def reduce_by(
 
     `taps` is real, (filter, length).
 
-    Filters are processed in groups of at most TOGETHER; on a CPU one group per torch thread at a time, since LAPACK
-    gains nothing from several threads at these sizes. Whatever the number of filters, a group needs a few
-    hankel.PIECE_BYTES (or the memory of one filter) and TOGETHER × (2 modes + 1)² numbers, plus the recurrences.
+    Filters are processed in groups of at most TOGETHER, on a CPU by one thread: LAPACK gains nothing from several at
+    these sizes. Whatever the number of filters, a group needs a few hankel.PIECE_BYTES (or the memory of one filter)
+    and TOGETHER × (2 modes + 1)² numbers, plus the recurrences.
     """
     if (tolerance is None) == (state_size is None):
         raise ValueError("reduce: found both or neither of tolerance and state_size; expected one of them")
@@ -108,21 +106,13 @@ def reduce_by(
     broken = (~taps.isfinite().all(1)).nonzero()
     if len(broken):
         raise ValueError(f"reduce: the taps of filter {int(broken[0])} are not finite; expected finite numbers")
-    threads = 1 if taps.is_cuda else torch.get_num_threads()
-    groups = taps.detach().double().split(max(1, min(TOGETHER, math.ceil(len(taps) / threads))))
-
-    def one_group(group):
-        return _reduce_group(choose, solve, group, tolerance, modes)
-
-    if threads == 1:
-        found = [one_group(group) for group in groups]
-    else:
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                found = list(pool.map(one_group, groups))
-        finally:
-            torch.set_num_threads(threads)  # a worker's set_num_threads changes the default of new threads
-    return [filter for group in found for filter in group]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        groups = taps.detach().double().split(TOGETHER)
+        return [filter for group in groups for filter in _reduce_group(choose, solve, group, tolerance, modes)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def improve(targets: Targets, poles: Tensor, refine: Refine, start: Start, tolerance: float | None) -> Tensor:
