@@ -17,7 +17,7 @@ from scavenger.recurrence.reduction.hankel import weighted_section
 
 
 try:
-    from scavenger.triton_losses import losses_and_slope_
+    from scavenger.losses_triton import losses_and_slope_
 except ImportError:  # without Triton the plain form computes the same
     losses_and_slope_ = None
 

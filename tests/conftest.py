@@ -510,8 +510,8 @@ def watched(monkeypatch, module, names, runs=True):
 
 
 def compiled(module, kernels, capability):
-    """Bytes of shared memory of kernels, as tests/triton_compiled.py takes them, on GPUs of that compute capability."""
-    words = [sys.executable, "tests/triton_compiled.py", module.__name__, json.dumps(kernels), capability]
+    """Bytes of shared memory of kernels, as tests/compiled_triton.py takes them, on GPUs of that compute capability."""
+    words = [sys.executable, "tests/compiled_triton.py", module.__name__, json.dumps(kernels), capability]
     done = launch(*words, env=LAUNCHED | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

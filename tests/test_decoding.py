@@ -47,7 +47,7 @@ def test_a_piece_is_the_recurrence(width, length, device):
     assert_close(expected, y, 2e-14)  # measured 1.4e-15 at most
     assert_close(final, _complex(modes, state), 2e-14)
     if width > 1:
-        assert_close(expected, modal_scan(q, k, v, filter(length), twin), 2e-14)
+        assert_close(expected, modal_scan(q, k, v, filter(length), twin, long_convolution), 2e-14)
         assert_close(final, _complex(modes, twin), 2e-14)
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("model", "families", "recipe"),
     ("recurrence.reduction", "run", "loading", "chat"),
-    ("losses", "triton_losses", "measure", "data"),
+    ("losses", "losses_triton", "measure", "data"),
     ("flops",),
     ("training",),
     ("teacher", "student"),

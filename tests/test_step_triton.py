@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GROUPED, GROUPED_SHAPES, random_ids, tiny_student
+from conftest import GROUPED, GROUPED_SHAPES, compiled, random_ids, tiny_student
 from reference import assert_close
 from test_window import SHAPES
 
@@ -67,3 +67,41 @@ def test_the_kernel_is_torch(shape, padded, monkeypatch, request):
     for wanted, found in zip(expected, steps(model, ids, padded), strict=True):
         assert wanted.shape == found.shape and wanted.dtype == found.dtype
         assert_close(wanted.double(), found.double(), 3e-14)  # measured 2.6e-15 at most
+
+
+# Heads of 64 channels: filters of a head with windows and queries that share their keys; filters of one channel.
+COMPILED = [
+    {"QUERIES": 4, "GROUPS": 1, "PART": 64, "NEAR": 64, "KEPT": 256, "OTHERS": 7},
+    {"QUERIES": 1, "GROUPS": 64, "PART": 1, "NEAR": 0, "KEPT": 0, "OTHERS": 8},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", COMPILED)
+def test_the_kernel_compiles_without_a_gpu(shape):
+    """Into machine code that shares no more memory than any multiprocessor has."""
+    from scavenger.model import step_triton
+
+    rows, width = shape["QUERIES"], 64
+    constants = shape | {
+        **{"HEADS": 8, "WIDTH": width, "TAPS": 4, "PAIRS": 8, "ADJACENT": True, "OWN": False, "MODES": 128},
+        **{"COMPONENTS": 2, "SCALE": 0.125, "EPS": 1e-5, "DOUBLE": False, "ROWS": rows, "CHANNELS": width},
+        **{"COLUMNS": width, "TILE_ROWS": step_triton.TILE // (rows * width)},
+        **{"RING_TILE": step_triton.RING_TILE, "MODE_TILE": step_triton.MODE_TILE, "real": None},
+    }
+    halves = ["y", "projected", "cos", "sin", "taps", "q_norm", "k_norm", "conv_state"]
+    pointers = dict.fromkeys(["poles", "residues", "direct", "state"], "*fp32")
+    pointers |= {"places": "*i64", "first": "*i64", "size": "*i64", "ticket": "*i32"}
+    for window, name in (("NEAR", "near"), ("KEPT", "kept")):
+        if shape[window]:
+            halves += [f"{name}_keys", f"{name}_values"]
+            pointers |= {f"{name}_real": "*i1", f"{name}_written": "*i64"}
+        else:
+            constants |= {f"{name}_{part}": None for part in ("keys", "values", "real", "written")}
+    if shape["NEAR"]:
+        halves.append("gates")
+    else:
+        constants["gates"] = None
+    pointers |= dict.fromkeys(halves, "*bf16")
+    (shared,) = compiled(step_triton, [("_step", pointers, constants, {"num_warps": 8})], 90)
+    assert shared <= 48 * 2**10

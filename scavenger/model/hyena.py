@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from .attention import Tokens, attention
 from .convolution import ToeplitzProduct, causal_convolution, outer_product_convolution, short_convolution
 from .filters import ImplicitFilter, ModalFilter, PositiveFilter
-from .modal import CHUNK, ChannelState, HeadState, modal_scan
+from .modal import ChannelState, HeadState, chunk_of, modal_scan
 from .norm import head_norm
 from .precision import full_float32
 from .rotary import turn
@@ -40,7 +40,7 @@ from .step import fits, next_token, ready
 
 
 try:
-    from .triton_toeplitz import takes, toeplitz_product
+    from .toeplitz_triton import takes, toeplitz_product
 except ImportError:  # without Triton ToeplitzProduct computes the same
 
     def takes(v, width):
@@ -56,6 +56,8 @@ FFT_PAYS = 4  # length / width²
 GPU_FFT_PAYS = 64
 # The scan's cost grows with its state, width · modes per channel and token, that of the matrix form with the length.
 SCAN_PAYS = 8  # length / (width · modes of a filter)
+# The same on a GPU, where the products of a state are in full float32: counted, not measured.
+GPU_SCAN_PAYS = 24
 # Of the gates before a sigmoid and a factor of 2: the window starts as the teacher's attention, filters at a quarter.
 OPEN, AJAR = 0.0, -2.0
 
@@ -232,7 +234,7 @@ class HyenaMixer(nn.Module):
         if length == 0:
             return v.new_zeros(*q.shape[:-1], v.shape[-1])
         if self.hyena_order == 1:
-            if self.filter_head_width > 1 and self._scan_pays(length):
+            if self.filter_head_width > 1 and self._scan_pays(k):
                 return self._scan(q, k, v).to(v.dtype)
             return long_convolution(q, k, v, self.filter(length))
         *inner, last = self.filter(length).chunk(self.hyena_order)
@@ -262,17 +264,18 @@ class HyenaMixer(nn.Module):
             return [(q, k)]
         return [(gate[:, :, None], torch.ones_like(v)) for gate in (k, *between)] + [(q, torch.ones_like(v))]
 
-    def _scan_pays(self, length):
+    def _scan_pays(self, k):
         if not isinstance(self.filter, ModalFilter):
             return False
-        return length * self.num_filters > SCAN_PAYS * self.filter_head_width * sum(self.filter.state_sizes)
+        least = GPU_SCAN_PAYS if k.is_cuda else SCAN_PAYS
+        return k.shape[2] * self.num_filters > least * self.filter_head_width * sum(self.filter.state_sizes)
 
     def _scan(self, q, k, v):
         wide = self.filter.dtype
         with torch.autocast(q.device.type, enabled=False), full_float32():
-            taps, (modes,) = self.filter(min(k.shape[2], CHUNK), parts=1)
+            taps, (modes,) = self.filter(min(k.shape[2], chunk_of(k)), parts=1)
             state = HeadState(modes, len(q), k.shape[-1], v.shape[-1])
-            return modal_scan(*(z.to(wide) for z in (q, k, v)), taps, state)
+            return modal_scan(*(z.to(wide) for z in (q, k, v)), taps, state, long_convolution)
 
     def _recurrent(self, q, k, v, between, layer_cache):
         """The same outputs as _parallel, from states of constant size in `layer_cache`; float32 or wider."""
@@ -302,8 +305,8 @@ class HyenaMixer(nn.Module):
         return [HeadState(modes, batch, key_width, value_width) for modes in parts]
 
     def _piece(self, q, k, v, taps, state, first):
-        if self.filter_head_width > 1 and self._scan_pays(k.shape[2]):
-            return modal_scan(q, k, v, taps, state)
+        if self.filter_head_width > 1 and self._scan_pays(k):
+            return modal_scan(q, k, v, taps, state, long_convolution)
         y = long_convolution(q, k, v, taps)
         if not first:
             y = y + state.read(q)

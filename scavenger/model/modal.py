@@ -16,6 +16,7 @@ step updates its states in place; otherwise it makes new ones.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -23,10 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .convolution import score, toeplitz_block, weighted
 
-
-CHUNK = 64  # tokens processed at once, to bound memory
+CHUNK = 64  # tokens processed at once: few enough for the caches of a CPU
+GPU_CHUNK = 512  # the same on a GPU, where a chunk costs some twenty launches whatever it holds
 
 
 def powers(poles: Tensor, count: int) -> Tensor:
@@ -40,6 +40,11 @@ def powers(poles: Tensor, count: int) -> Tensor:
         table = torch.cat([table, table * step], dim=-1)
         step = step * step
     return table[..., :count]
+
+
+def chunk_of(x: Tensor) -> int:
+    """Tokens that `HeadState` and `modal_scan` process at once."""
+    return GPU_CHUNK if x.is_cuda else CHUNK
 
 
 class Layout:
@@ -231,8 +236,8 @@ class HeadState:
             table = residues[..., None] * powers(poles, q.shape[3] + 1)[..., 1:]
             tables.append(self._numbers(table.conj().mT, poles.dtype))  # (filter, token, mode, component)
         parts = [part.flatten(2, 4) for part in self.parts]
-        for start in range(0, q.shape[3], CHUNK):
-            chunk = slice(start, start + CHUNK)
+        for start in range(0, q.shape[3], chunk_of(q)):
+            chunk = slice(start, start + chunk_of(q))
             reads = []
             for own, table, part in zip(self.layout.split(q[:, :, :, chunk], 1), tables, parts, strict=True):
                 spread = own[..., None, None, :] * table[:, None, chunk, ..., None]
@@ -243,9 +248,10 @@ class HeadState:
     def advance(self, k: Tensor, v: Tensor):  # (batch, filter, length, width)
         """X ← λ^L X + Σ_t λ^{L-1-t} k_t v_tᵀ, chunk by chunk."""
         # Each (filter, power, mode, component).
-        tables = [self._numbers(powers(poles, CHUNK + 1).mT, poles.dtype) for poles, _ in self.modes]
+        size = min(chunk_of(k), k.shape[2])
+        tables = [self._numbers(powers(poles, size + 1).mT, poles.dtype) for poles, _ in self.modes]
         parts = self.parts
-        for keys, values in zip(k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
+        for keys, values in zip(k.split(size, 2), v.split(size, 2), strict=True):
             length = keys.shape[2]
             own = zip(self.layout.split(keys, 1), self.layout.split(values, 1), tables, strict=True)
             for index, (key, value, table) in enumerate(own):
@@ -263,14 +269,14 @@ def modal_scan(
     q: Tensor,  # (batch, filter, query, length, width)
     k: Tensor,  # (batch, filter, length, width)
     v: Tensor,  # (batch, filter, length, width)
-    taps: Tensor,  # (filter, min(length, CHUNK) or more)
+    taps: Tensor,  # (filter, min(length, chunk_of(q)) or more)
     state: HeadState,
+    product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],  # hyena.long_convolution
 ) -> Tensor:  # (batch, filter, query, length, width)
     """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s, by the taps within chunks and by the state across chunks."""
-    outputs = []
-    for a, b, c in zip(q.split(CHUNK, 3), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
-        within = weighted(score(a, b) * toeplitz_block(taps, slice(0, a.shape[3]))[:, None], c)
-        outputs.append(within + state.read(a))
+    outputs, size = [], chunk_of(q)
+    for a, b, c in zip(q.split(size, 3), k.split(size, 2), v.split(size, 2), strict=True):
+        outputs.append(product(a, b, c, taps) + state.read(a))
         state.advance(b, c)
     return torch.cat(outputs, dim=3)
 

@@ -76,7 +76,7 @@ def step_in_triton(
         COMPONENTS=len(poles) if modes else 0,
         SCALE=scale,
         EPS=eps,
-        WIDE=tl.float64 if projected.dtype == torch.float64 else tl.float32,
+        DOUBLE=projected.dtype == torch.float64,
         ROWS=rows,
         CHANNELS=triton.next_power_of_2(width),
         COLUMNS=padded,
@@ -190,10 +190,11 @@ if triton is not None:
         HEADS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, OTHERS: tl.constexpr, TAPS: tl.constexpr,
         PAIRS: tl.constexpr, ADJACENT: tl.constexpr, NEAR: tl.constexpr, KEPT: tl.constexpr, GROUPS: tl.constexpr,
         PART: tl.constexpr, OWN: tl.constexpr, MODES: tl.constexpr, COMPONENTS: tl.constexpr, SCALE: tl.constexpr,
-        EPS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+        EPS: tl.constexpr, DOUBLE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
         TILE_ROWS: tl.constexpr, RING_TILE: tl.constexpr, MODE_TILE: tl.constexpr,
     ):  # fmt: skip
         row, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+        WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
         INNER: tl.constexpr = HEADS * QUERIES * WIDTH
         ALL: tl.constexpr = INNER + 2 * HEADS * WIDTH
         k_base, v_base = INNER + head * WIDTH, INNER + (HEADS + head) * WIDTH

@@ -7,7 +7,7 @@ import torch
 from conftest import compiled, normal, tiny_student, tiny_teacher, watched
 from reference import assert_close
 
-from scavenger import losses, teacher, training, triton_losses
+from scavenger import losses, losses_triton, teacher, training
 from scavenger.recipe import Filter, Logits
 from scavenger.transfer import transfer
 
@@ -140,7 +140,7 @@ def test_training_with_the_kernel_is_training_without(autocast, rows, everywhere
             value = value + training.NextTokens(model)(ids, mask) / 6
         return [value, *logged.values(), *torch.autograd.grad(value, list(model.parameters()), allow_unused=True)]
 
-    (kernel,) = watched(monkeypatch, triton_losses, ["_losses"])
+    (kernel,) = watched(monkeypatch, losses_triton, ["_losses"])
     found = values()
     assert len(kernel.launches) == 2 * math.ceil(10 / rows)
     monkeypatch.setattr(losses, "has_kernel", lambda *given: False)
@@ -177,4 +177,4 @@ def test_the_kernel_compiles_without_a_gpu():
         vectors = dict.fromkeys(["matched", "counted", "factors", "found"], "*fp32")
         constants = {"OBJECTIVE": objective, "ENTROPY": True, "HOT": objective != "none", "BLOCK": 4096}
         kernels.append(("_losses", {**matrices, **vectors, "temperature": "fp32"}, constants, {"num_warps": 8}))
-    assert len(compiled(triton_losses, kernels, 90)) == 2
+    assert len(compiled(losses_triton, kernels, 90)) == 2

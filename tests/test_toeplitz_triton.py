@@ -8,7 +8,7 @@ import torch
 from conftest import LAUNCHED, Graphs, compiled, launch, normal, tiny_student, watched
 from reference import assert_close
 
-from scavenger.model import hyena, triton_toeplitz
+from scavenger.model import hyena, toeplitz_triton
 from scavenger.model.hyena import long_convolution
 
 
@@ -54,7 +54,7 @@ SHAPES = [
 def test_the_kernels_are_the_formula(shape, device):
     """Wherever float32 is float32: PRECISION is "ieee"."""
     given = tensors(*shape, dtype=torch.float32, device=device)
-    for slow, fast in zip(exactly(*given), with_gradients(triton_toeplitz.toeplitz_product, *given), strict=True):
+    for slow, fast in zip(exactly(*given), with_gradients(toeplitz_triton.toeplitz_product, *given), strict=True):
         assert fast.dtype == torch.float32
         assert_close(slow, fast.double(), 2e-6)  # measured 1.5e-7
 
@@ -64,7 +64,7 @@ def test_the_kernels_are_the_formula(shape, device):
 def test_half_precision_is_rounded_once(dtype, tolerance, device):
     """Each score and each result once; the gradient of the taps never."""
     given = tensors(1, 1, 1, 67, 5, 9, dtype=dtype, device=device)
-    found = with_gradients(triton_toeplitz.toeplitz_product, *given)
+    found = with_gradients(toeplitz_triton.toeplitz_product, *given)
     for slow, fast in zip(exactly(*given), found, strict=True):
         assert_close(slow, fast.double(), tolerance if fast.dtype == dtype else 2e-6)
     assert [each.dtype for each in found] == [dtype] * 4 + [torch.float32]
@@ -79,7 +79,7 @@ def test_any_strides_and_a_constant_gradient(device):
     found = []
     for given in ((q, k, v, taps), others):
         given = [z.detach().requires_grad_() for z in given]
-        y = triton_toeplitz.toeplitz_product(*given)
+        y = toeplitz_triton.toeplitz_product(*given)
         found.append((y, *torch.autograd.grad(y.sum(), given)))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -87,9 +87,9 @@ def test_any_strides_and_a_constant_gradient(device):
 
 def test_launches(monkeypatch, device):
     """One kernel forward, three backward, for any length and number of filters and queries."""
-    kernels = watched(monkeypatch, triton_toeplitz, KERNELS)
+    kernels = watched(monkeypatch, toeplitz_triton, KERNELS)
     q, k, v, taps, dy = tensors(1, 2, 2, 5, 4, 4, dtype=torch.float32, device=device)
-    y = triton_toeplitz.toeplitz_product(q.requires_grad_(), k, v, taps)
+    y = toeplitz_triton.toeplitz_product(q.requires_grad_(), k, v, taps)
     assert [len(kernel.launches) for kernel in kernels] == [1, 0, 0]
     y.backward(dy)
     assert [len(kernel.launches) for kernel in kernels] == [2, 1, 1]
@@ -100,9 +100,9 @@ def test_memory_is_linear_in_the_length(monkeypatch, device):
     found = []
     for length in (2**12, 2**16):
         with monkeypatch.context() as patch:
-            kernels = watched(patch, triton_toeplitz, KERNELS, runs=False)
+            kernels = watched(patch, toeplitz_triton, KERNELS, runs=False)
             with_gradients(
-                triton_toeplitz.toeplitz_product, *tensors(1, 3, 2, length, 2, 2, dtype=torch.float32, device=device)
+                toeplitz_triton.toeplitz_product, *tensors(1, 3, 2, length, 2, 2, dtype=torch.float32, device=device)
             )
             given = [x for kernel in kernels for call in kernel.launches for x in call]
             found.append(sum(x.numel() for x in given if torch.is_tensor(x)))
@@ -113,16 +113,16 @@ def test_memory_is_linear_in_the_length(monkeypatch, device):
 def test_a_compiled_graph_holds_the_kernels(monkeypatch, device):
     """As one operator each, forward and backward, with the shapes and strides that were promised."""
     torch.library.opcheck(
-        triton_toeplitz.toeplitz_product,
+        toeplitz_triton.toeplitz_product,
         [z.requires_grad_() for z in tensors(1, 1, 1, 5, 4, 3, 2, dtype=torch.float32, device=device)[:4]],
         atol=1e-5,
         rtol=1e-5,
     )
-    kernels = watched(monkeypatch, triton_toeplitz, KERNELS)
+    kernels = watched(monkeypatch, toeplitz_triton, KERNELS)
     given = tensors(1, 1, 1, 7, 4, 3, dtype=torch.float32, device=device)
-    plain = with_gradients(triton_toeplitz.toeplitz_product, *given)
+    plain = with_gradients(toeplitz_triton.toeplitz_product, *given)
     graphs = Graphs()
-    compiled = torch.compile(lambda *x: 2 * triton_toeplitz.toeplitz_product(*x), fullgraph=True, backend=graphs)
+    compiled = torch.compile(lambda *x: 2 * toeplitz_triton.toeplitz_product(*x), fullgraph=True, backend=graphs)
     for one, other in zip(plain, with_gradients(compiled, *given), strict=True):
         torch.testing.assert_close(2 * one, other)
     assert graphs.count == 1 and [len(kernel.launches) for kernel in kernels] == [4, 2, 2]
@@ -140,7 +140,7 @@ def test_a_compiled_graph_holds_the_kernels(monkeypatch, device):
 )
 def test_what_the_kernels_are_for(dtype, width, value_width, taken, device):
     v = torch.zeros(2, value_width, dtype=dtype, device=device)
-    assert triton_toeplitz.takes(v, width) == (taken and device.type == "cuda")
+    assert toeplitz_triton.takes(v, width) == (taken and device.type == "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,7 +148,7 @@ def test_a_mixer_takes_the_kernels_where_they_are_for_its_tensors(dtype, monkeyp
     """As on a GPU; taps stay as they are. A channel of its own, and long inputs of narrow filters, take FFTs."""
     monkeypatch.setattr(hyena, "takes", lambda v, width: v.dtype != torch.float64)
     monkeypatch.setattr(hyena, "GPU_FFT_PAYS", 2)
-    kernels = watched(monkeypatch, triton_toeplitz, KERNELS)
+    kernels = watched(monkeypatch, toeplitz_triton, KERNELS)
     for width, length, launches in ((1, 9, 0), (2, 9, 0), (3, 9, 1)):
         q, k, v, taps, _ = tensors(1, 2, 3, length, width, width, dtype=torch.float32, device=device)
         exact = long_convolution(*(z.double() for z in (q, k, v, taps)))
@@ -160,7 +160,7 @@ def test_a_mixer_takes_the_kernels_where_they_are_for_its_tensors(dtype, monkeyp
 @pytest.mark.slow
 def test_the_kernels_compile_without_a_gpu():
     """Into machine code that shares no more memory than any multiprocessor has."""
-    sizes = triton_toeplitz._sizes(torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16))
+    sizes = toeplitz_triton._sizes(torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16))
     constants = {name: sizes.pop(name) for name in ("BLOCK", "N", "M", "PRECISION")}
     matrices = dict.fromkeys(["q", "k", "v", "dy"], "*bf16")
     kernels = [
@@ -168,7 +168,7 @@ def test_the_kernels_compile_without_a_gpu():
         ("_columns", {**matrices, "dk": "*bf16", "dv": "*bf16", "taps": "*fp32"}, constants, sizes),
         ("_lags", {**matrices, "table": "*fp32"}, constants, sizes),
     ]
-    shared = compiled(triton_toeplitz, kernels, 90)
+    shared = compiled(toeplitz_triton, kernels, 90)
     assert max(shared) <= 99 * 2**10, shared
 
 
@@ -187,7 +187,7 @@ print(type(model).__module__)
 @pytest.mark.slow
 def test_a_saved_student_needs_no_triton(tmp_path):
     tiny_student().float().save_pretrained(tmp_path / "student")
-    assert (tmp_path / "student/triton_toeplitz.py").exists()
+    assert (tmp_path / "student/toeplitz_triton.py").exists()
     env = LAUNCHED | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = launch(sys.executable, "-c", WITHOUT_TRITON, tmp_path / "student", env=env)
     assert done.returncode == 0, done.stderr

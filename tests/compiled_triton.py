@@ -1,6 +1,6 @@
 """Compiles kernels for a GPU that need not be there, and prints the bytes of shared memory that each takes, as JSON.
 
-    python tests/triton_compiled.py MODULE '[[KERNEL, {ARGUMENT: TYPE}, {CONSTANT: VALUE}, {OPTION: VALUE}]]' CAPABILITY
+    python tests/compiled_triton.py MODULE '[[KERNEL, {ARGUMENT: TYPE}, {CONSTANT: VALUE}, {OPTION: VALUE}]]' CAPABILITY
 
 An argument without a type is an integer.
 """
