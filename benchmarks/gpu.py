@@ -484,8 +484,8 @@ def suite(words, seconds):
         sum(int(found.get(name)) for found in suites) for name in ("tests", "failures", "errors", "skipped")
     )
     if not ran:
-        lines = said.strip().splitlines()
-        raise RuntimeError(f"pytest ran no test: {lines[-1] if lines else 'it said nothing'}")
+        lines = said.strip().splitlines() or ["it said nothing"]
+        raise RuntimeError(f"pytest ran no test: {next((x for x in lines if x.startswith('ERROR')), lines[-1])}")
     tests = [test for found in suites for test in found.iter("testcase")]
     wrong = [test for test in tests if test.find("failure") is not None or test.find("error") is not None]
     return {

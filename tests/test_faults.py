@@ -52,7 +52,7 @@ def same(run, whole, *stages):
 
 def history(run, stage):
     """Without clocks, and without what comes with checkpoints: it is of the weights, which are compared."""
-    clocks = re.compile("second|time_in|floor_|held_out_loss")
+    clocks = re.compile("second|time_in|mfu|floor_|held_out_loss")
     entries = read_json(run / stage / "history.json")
     return [{key: value for key, value in entry.items() if not clocks.search(key)} for entry in entries]
 

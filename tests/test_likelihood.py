@@ -52,7 +52,7 @@ def test_sliding_windows_are_the_plain_loop(models, label, length, stride):
     model = models[label]
     found = likelihood.sliding(model, documents(), length, stride)[0]
     expected = [plain_loop(model.model, ids, length, stride) for ids in documents()]
-    np.testing.assert_allclose(found, expected, rtol=1e-11)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)  # losses are float32: measured 8e-8 at most
 
 
 def test_windows_predict_every_token_once():
@@ -90,7 +90,7 @@ def test_a_reference_is_compared_with(models):
     for p, q in zip(log_p, log_q, strict=True):
         kl += sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
         same += int(p.argmax() == q.argmax())
-    assert found[2, 2] == pytest.approx(kl, rel=1e-9) and found[1, 2] == same
+    assert found[2, 2] == pytest.approx(kl, rel=1e-6) and found[1, 2] == same
 
 
 def test_bits_per_byte_by_hand(models):
@@ -119,7 +119,7 @@ def test_chunks_change_nothing(models, monkeypatch):
     assert read[3:] == [1, 1, 7] and heads[5:] == [5] * 16 + [4]
     np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-14)
     monkeypatch.setattr(measure, "BATCH_TOKENS", 40)
-    np.testing.assert_allclose(likelihood.predictions(model, blocks), whole[:1], rtol=1e-12)
+    np.testing.assert_allclose(likelihood.predictions(model, blocks), whole[:1], rtol=1e-6)
     assert read[8:] == [3, 3, 1] and heads[-1] == 2
     for hook in hooks:
         hook.remove()

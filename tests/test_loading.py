@@ -33,7 +33,7 @@ def teacher(workshop, tmp_path):
 def run(workshop, teacher, *words):
     """A short run of the recipe with this teacher: what it returned, and its folder."""
     folder = teacher.parent / "run"
-    with mock.patch.object(plan, "timed", lambda *words: (1.0, 1.0)):
+    with mock.patch.object(plan, "timed", lambda *words: (1.0, 1.0, None)):
         return command_line(
             workshop / "recipe.yaml", f"run_dir={folder}", f"teacher.path={teacher}", *SHORT, *words
         ), folder

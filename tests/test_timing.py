@@ -75,7 +75,7 @@ def test_a_packed_contender_has_packed_weights(kind, monkeypatch):
     packed = [m for m in made.step_model.modules() if isinstance(m, PackedLinear)]
     assert len(packed) == len(linears)
     assert made.weights == plain.weights
-    both = Decoded(tiny_student(modal=True).float(), Case(3, 17, 5))  # holds the student and its decoder's copies
+    both = Decoded(tiny_student(modal=True).float(), Case(9, 17, 5))  # holds the student and its decoder's copies
     assert both.weights > sum(p.nbytes for p in both.model.parameters())
 
 

@@ -668,7 +668,7 @@ def test_a_run_that_is_ahead_is_the_same(workshop, tmp_path, monkeypatch):
         curves, weights = [], []
         for ahead in (False, True):
             folder = tmp_path / str(ahead) / stage
-            timed = ("seconds", "tokens_per_second", "time_in")
+            timed = ("seconds", "tokens_per_second", "time_in", "mfu")
             history = read_json(folder / "history.json")
             curves.append([{k: v for k, v in entry.items() if not k.startswith(timed)} for entry in history])
             weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())

@@ -264,7 +264,7 @@ struct Norm { const void *weight, *bias; double eps; int64_t rms; };
 struct Linear { const void *weight, *bias; int64_t in, out; };  // weight (out, in)
 struct Block {
     Norm mixer_norm, mlp_norm;
-    Linear streams, join, out, up, gate, down;  // join, gate: out 0 where there is none
+    Linear q, k, v, join, out, up, gate, down;  // join, gate: out 0 where there is none
     int64_t activation, parallel;
     Arguments mixer;  // reads what streams and join found
 };
@@ -302,10 +302,11 @@ template <typename T> static T product(const Linear &linear, int64_t o, const T 
     return linear.bias ? sum + ((const T *)linear.bias)[o] : sum;
 }
 
-template <typename T> static void linear(const Linear &layer, const T *x, int64_t rows, T *y) {
+// Into rows of y that are `stride` apart.
+template <typename T> static void linear(const Linear &layer, const T *x, int64_t rows, T *y, int64_t stride) {
 #pragma omp for schedule(static) nowait
     for (int64_t o = 0; o < layer.out; o++)
-        for (int64_t r = 0; r < rows; r++) y[r * layer.out + o] = product(layer, o, x + r * layer.in);
+        for (int64_t r = 0; r < rows; r++) y[r * stride + o] = product(layer, o, x + r * layer.in);
 }
 
 template <typename T> static T activated(int64_t kind, T x) {
@@ -345,8 +346,12 @@ template <typename T> static int token(const Student &s) {
         for (int64_t layer = 0; layer < s.layers; layer++) {
             const Block &b = s.blocks[layer];
             normalised(b.mixer_norm, hidden, s.rows, s.width, x.data());
-            linear(b.streams, x.data(), s.rows, (T *)b.mixer.projected);
-            linear(b.join, x.data(), s.rows, (T *)b.mixer.gates);
+            T *streams = (T *)b.mixer.projected;
+            const int64_t stride = b.q.out + b.k.out + b.v.out;
+            linear(b.q, x.data(), s.rows, streams, stride);
+            linear(b.k, x.data(), s.rows, streams + b.q.out, stride);
+            linear(b.v, x.data(), s.rows, streams + b.q.out + b.k.out, stride);
+            linear(b.join, x.data(), s.rows, (T *)b.mixer.gates, b.join.out);
             if (b.parallel) {
                 normalised(b.mlp_norm, hidden, s.rows, s.width, other.data());
                 widened(b, other.data(), s.rows, inner);
@@ -371,7 +376,7 @@ template <typename T> static int token(const Student &s) {
                     hidden[r * s.width + o] += product(b.down, o, inner + r * b.down.in);
         }
         normalised(s.norm, hidden, s.rows, s.width, x.data());
-        linear(s.head, x.data(), s.rows, (T *)s.logits);
+        linear(s.head, x.data(), s.rows, (T *)s.logits, s.head.out);
     }
     ++*s.seen;
     return 0;

@@ -31,7 +31,7 @@ Linear = _structure("Linear", (_POINTER, "weight bias"), (_INT, "inputs outputs"
 Block = _structure(
     "Block",
     (Norm, "mixer_norm mlp_norm"),
-    (Linear, "streams join out up gate down"),
+    (Linear, "q k v join out up gate down"),
     (_INT, "activation parallel"),
     (Arguments, "mixer"),
 )
@@ -87,7 +87,7 @@ class Token:
             embedding_scale=config.embedding_scale,
             blocks=ctypes.addressof(self.blocks),
             norm=self._norm(model.model.norm),
-            head=self._linear(model.lm_head.weight, model.lm_head.bias),
+            head=self._linear(model.lm_head),
             hidden=address(self._new(rows, config.hidden_size)),
             inner=address(self._new(rows, config.intermediate_size)),
         )
@@ -105,21 +105,13 @@ class Token:
 
     def _block(self, block, layer_cache):
         mixer, mlp = block.mixer, block.mlp
-        if isinstance(mixer, WindowedAttention):
-            projections, join = [mixer.q, mixer.k, mixer.v], None
-        else:
-            projections, join = [mixer.q, mixer.k, mixer.v], mixer.join
-        weight = self._held(torch.cat([each.weight for each in projections]))
-        bias = None
-        if any(each.bias is not None for each in projections):
-            zeros = [each.weight.new_zeros(len(each.weight)) for each in projections]
-            biases = [zero if each.bias is None else each.bias for each, zero in zip(projections, zeros, strict=True)]
-            bias = self._held(torch.cat(biases))
+        projections = [mixer.q, mixer.k, mixer.v]
+        join = None if isinstance(mixer, WindowedAttention) else mixer.join
         rows = len(self.cos)
-        projected = self._new(rows, len(weight))
+        projected = self._new(rows, sum(each.out_features for each in projections))
         gates = None if join is None else self._new(rows, join.out_features)
         y, words = prepared(
-            projected, self.cos, self.sin, None, gates=gates, **mixer.step_words(layer_cache, weight.dtype),
+            projected, self.cos, self.sin, None, gates=gates, **mixer.step_words(layer_cache, projected.dtype),
             **norm_words(mixer),
         )  # fmt: skip
         arguments, alive = step_arguments(y, *words)
@@ -128,12 +120,12 @@ class Token:
         return Block(
             mixer_norm=self._norm(block.mixer_norm),
             mlp_norm=self._norm(block.mlp_norm),
-            streams=self._linear(weight, bias),
-            join=Linear() if join is None else self._linear(join.weight, join.bias),
-            out=self._linear(mixer.out.weight, mixer.out.bias),
-            up=self._linear(mlp.up.weight, mlp.up.bias),
-            gate=Linear() if gate is None else self._linear(gate.weight, gate.bias),
-            down=self._linear(mlp.down.weight, mlp.down.bias),
+            **dict(zip("qkv", map(self._linear, projections), strict=True)),
+            join=self._linear(join),
+            out=self._linear(mixer.out),
+            up=self._linear(mlp.up),
+            gate=self._linear(gate),
+            down=self._linear(mlp.down),
             activation=ACTIVATIONS[self.model.config.hidden_act],
             parallel=self.model.config.parallel_residual,
             mixer=arguments,
@@ -143,8 +135,10 @@ class Token:
         bias = getattr(norm, "bias", None)
         return Norm(address(norm.weight), address(bias), norm.eps, isinstance(norm, RMSNorm))
 
-    def _linear(self, weight, bias):
-        return Linear(address(weight), address(bias), weight.shape[1], weight.shape[0])
+    def _linear(self, layer):
+        if layer is None:
+            return Linear()
+        return Linear(address(layer.weight), address(layer.bias), layer.in_features, layer.out_features)
 
     def _new(self, *shape):
         return self._held(self.weight.new_empty(shape))
