@@ -176,7 +176,7 @@ class Contender:
         if self.form in ("attention", "window") or self.head_width == 1:
             return True
         if self.form == "scan":
-            return self.module._scan_pays(length)
+            return self.module._scan_pays(length, next(self.module.parameters()).is_cuda)
         v = next(self.module.parameters()).new_empty(length, self.head_width)
         return hyena.fft_pays(v, self.head_width) == (self.form == "fft")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from program import Program, ranks, small_disk
 from transformers import AutoModelForCausalLM
 
@@ -419,6 +420,9 @@ def trained(workshop, steps_dir, faults, steps):
         fault = faults.get(int(whole.rows[0]) // 2)
         return (value if fault is None else fault(value, module)), {}
 
+    # What another run in this process left would hold back updates: its accumulation of micro-batches.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     recipe = load_recipe(str(workshop / "recipe.yaml"), ["training.checkpoint_every=6"])
     stage = Stage(steps=steps, batch_size=2, learning_rate=1e-2)
     run = Run(recipe, steps_dir.parent, Accelerator(cpu=True), None)

@@ -234,7 +234,7 @@ class HyenaMixer(nn.Module):
         if length == 0:
             return v.new_zeros(*q.shape[:-1], v.shape[-1])
         if self.hyena_order == 1:
-            if self.filter_head_width > 1 and self._scan_pays(k):
+            if self.filter_head_width > 1 and self._scan_pays(k.shape[2], k.is_cuda):
                 return self._scan(q, k, v).to(v.dtype)
             return long_convolution(q, k, v, self.filter(length))
         *inner, last = self.filter(length).chunk(self.hyena_order)
@@ -264,11 +264,11 @@ class HyenaMixer(nn.Module):
             return [(q, k)]
         return [(gate[:, :, None], torch.ones_like(v)) for gate in (k, *between)] + [(q, torch.ones_like(v))]
 
-    def _scan_pays(self, k):
+    def _scan_pays(self, length, on_gpu):
         if not isinstance(self.filter, ModalFilter):
             return False
-        least = GPU_SCAN_PAYS if k.is_cuda else SCAN_PAYS
-        return k.shape[2] * self.num_filters > least * self.filter_head_width * sum(self.filter.state_sizes)
+        least = GPU_SCAN_PAYS if on_gpu else SCAN_PAYS
+        return length * self.num_filters > least * self.filter_head_width * sum(self.filter.state_sizes)
 
     def _scan(self, q, k, v):
         wide = self.filter.dtype
@@ -305,7 +305,7 @@ class HyenaMixer(nn.Module):
         return [HeadState(modes, batch, key_width, value_width) for modes in parts]
 
     def _piece(self, q, k, v, taps, state, first):
-        if self.filter_head_width > 1 and self._scan_pays(k):
+        if self.filter_head_width > 1 and self._scan_pays(k.shape[2], k.is_cuda):
             return modal_scan(q, k, v, taps, state, long_convolution)
         y = long_convolution(q, k, v, taps)
         if not first:
