@@ -8,12 +8,12 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from program import Program, ranks, small_disk
 from transformers import AutoModelForCausalLM
 
@@ -420,12 +420,11 @@ def trained(workshop, steps_dir, faults, steps):
         fault = faults.get(int(whole.rows[0]) // 2)
         return (value if fault is None else fault(value, module)), {}
 
-    # What another run in this process left would hold back updates: its accumulation of micro-batches.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     recipe = load_recipe(str(workshop / "recipe.yaml"), ["training.checkpoint_every=6"])
     stage = Stage(steps=steps, batch_size=2, learning_rate=1e-2)
-    run = Run(recipe, steps_dir.parent, Accelerator(cpu=True), None)
+    # A run before in this process may have left its own number of micro-batches.
+    with mock.patch.dict(os.environ, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1"):
+        run = Run(recipe, steps_dir.parent, Accelerator(cpu=True), None)
     optimisation = training.Optimisation(
         name="line", module=Line(), settings=stage, steps_dir=steps_dir, batch=batch, loss=loss
     )
