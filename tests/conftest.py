@@ -465,6 +465,14 @@ def evaluated(workshop, finished):
 
 
 @pytest.fixture
+def three_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def interpreted(request, monkeypatch):
     """On the CPU the kernels run in Triton's interpreter, which alone would multiply the bits of bfloat16."""
     if "device" in request.fixturenames and request.getfixturevalue("device").type == "cuda":

@@ -82,14 +82,9 @@ def test_machine_code_is_torch(shape, padded, monkeypatch, counted):
 
 @needs_a_compiler
 @pytest.mark.parametrize("shape", [{"filters": 5}, SHAPES[2]])
-def test_machine_code_in_float32_and_on_several_threads(shape, monkeypatch, counted):
+def test_machine_code_in_float32_and_on_several_threads(shape, monkeypatch, counted, three_threads):
     monkeypatch.setattr(step_cpp, "PARALLEL", 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        machine, torch_ = both(tiny_student(modal=True, **shape).float(), monkeypatch)
-    finally:
-        torch.set_num_threads(threads)
+    machine, torch_ = both(tiny_student(modal=True, **shape).float(), monkeypatch)
     assert counted
     for expected, found in zip(torch_, machine, strict=True):
         assert_close(expected.double(), found.double(), 1e-5)  # measured 1e-6 at most

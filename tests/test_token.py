@@ -56,13 +56,8 @@ def test_a_token_in_machine_code_is_one_in_torch(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [KNOWN[1], {"filters": 2, **GROUPED}])
-def test_in_float32_on_several_threads(shape, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        found, expected = both(tiny_student(modal=True, **shape).float(), monkeypatch)
-    finally:
-        torch.set_num_threads(threads)
+def test_in_float32_on_several_threads(shape, monkeypatch, three_threads):
+    found, expected = both(tiny_student(modal=True, **shape).float(), monkeypatch)
     for x, y in zip(found, expected, strict=True):
         assert_close(y.double(), x.double(), 1e-5)  # measured 1e-6 at most
 
@@ -84,3 +79,16 @@ def test_words_beyond_the_vocabulary_are_refused_before_a_state_moves():
         with pytest.raises(IndexError, match=f"expected 0 to {model.config.vocab_size - 1}"):
             decoder.step(torch.tensor([3, wrong]))
     assert torch.equal(decoder.step(torch.tensor([3, 4], dtype=torch.int32)), twin.step(torch.tensor([3, 4])))
+
+
+@pytest.mark.parametrize("shape", [{"filters": 5, "window": 7}, {"filters": 2, **GROUPED}])
+def test_the_weights_are_those_of_its_creation(shape):
+    """Parameters that are given other memory leave the decoder its own; what was theirs is written over here."""
+    model = tiny_student(modal=True, **shape)
+    decoder, twin = Decoder(model, rows=2), Decoder(tiny_student(modal=True, **shape), rows=2)
+    twin.model.load_state_dict(model.state_dict())
+    model.half()
+    scribbled = [torch.full((n,), 7.0, dtype=torch.float64) for n in range(1, 3000, 7)]
+    for ids in random_ids(3, 2, device="cpu"):
+        assert torch.equal(decoder.step(ids), twin.step(ids))
+    assert scribbled

@@ -8,6 +8,7 @@ import ctypes
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .attention import WindowedAttention
 from .norm import RMSNorm
@@ -66,9 +67,10 @@ class Token:
 
     def __init__(self, model: nn.Module, cache):
         config, weight = model.config, model.lm_head.weight
-        self.model, self.cache, self.weight = model, cache, weight  # addresses are of what lives
+        self.model, self.cache, self.weight = model, cache, weight.detach()
         self.entry = compiled().token_float32 if weight.dtype == torch.float32 else compiled().token_float64
-        self.scaling, self.alive = model.model.rotary.scaling, []
+        self.scaling = model.model.rotary.scaling
+        self.alive = []  # memory that the source reads, also where a parameter gets other memory: model.half()
         rows, pairs = len(cache.real), len(model.model.rotary.inv_freq)
         self.cos, self.sin = self._new(rows, pairs), self._new(rows, pairs)
         self.positions, self.frequencies = cache.real[:, None], model.model.rotary.inv_freq.float()
@@ -81,15 +83,15 @@ class Token:
             width=config.hidden_size,
             words=len(model.model.embed.weight),
             threads=torch.get_num_threads(),
-            seen=address(cache.seen),
-            real=address(cache.real),
-            embedding=address(model.model.embed.weight),
+            seen=self._address(cache.seen),
+            real=self._address(cache.real),
+            embedding=self._address(model.model.embed.weight),
             embedding_scale=config.embedding_scale,
             blocks=ctypes.addressof(self.blocks),
             norm=self._norm(model.model.norm),
             head=self._linear(model.lm_head),
-            hidden=address(self._new(rows, config.hidden_size)),
-            inner=address(self._new(rows, config.intermediate_size)),
+            hidden=self._address(self._new(rows, config.hidden_size)),
+            inner=self._address(self._new(rows, config.intermediate_size)),
         )
 
     def __call__(self, ids: Tensor) -> Tensor:  # (row, 1) -> (row, vocabulary)
@@ -115,7 +117,7 @@ class Token:
             **norm_words(mixer),
         )  # fmt: skip
         arguments, alive = step_arguments(y, *words)
-        self.alive += [y, words, alive]
+        self.alive += [alive, *(x.detach() for x in tree_leaves((y, words)) if torch.is_tensor(x))]
         gate = getattr(mlp, "gate", None)
         return Block(
             mixer_norm=self._norm(block.mixer_norm),
@@ -133,16 +135,17 @@ class Token:
 
     def _norm(self, norm):
         bias = getattr(norm, "bias", None)
-        return Norm(address(norm.weight), address(bias), norm.eps, isinstance(norm, RMSNorm))
+        return Norm(self._address(norm.weight), self._address(bias), norm.eps, isinstance(norm, RMSNorm))
 
     def _linear(self, layer):
         if layer is None:
             return Linear()
-        return Linear(address(layer.weight), address(layer.bias), layer.in_features, layer.out_features)
+        return Linear(*map(self._address, (layer.weight, layer.bias)), layer.in_features, layer.out_features)
 
     def _new(self, *shape):
-        return self._held(self.weight.new_empty(shape))
+        return self.weight.new_empty(shape)
 
-    def _held(self, x):
-        self.alive.append(x)
-        return x
+    def _address(self, x):
+        if x is not None:
+            self.alive.append(x.detach())
+        return address(x)
