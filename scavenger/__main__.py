@@ -265,13 +265,19 @@ def serve(arguments) -> int:
         "--grace", type=float, default=30, metavar="SECONDS", help="time for running requests to end after SIGTERM (30)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--state-dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the modes' states between tokens; certificate.json says what bfloat16 costs (float32)",
+    )
     args = parser.parse_args(arguments)
     try:
         from scavenger.serve import serve
     except ModuleNotFoundError as error:
         raise RecipeError(f"serve: {error.name} is not installed; expected pip install 'scavenger[serve]'") from error
-    limits = {name: getattr(args, name) for name in ("host", "port", "rows", "queue", "max_length", "grace")}
-    serve.run(args.model, args.dtype, serve.Settings(**limits))
+    names = ("host", "port", "rows", "queue", "max_length", "grace", "state_dtype")
+    serve.run(args.model, args.dtype, serve.Settings(**{name: getattr(args, name) for name in names}))
     return 0
 
 

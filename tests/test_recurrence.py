@@ -311,6 +311,11 @@ def test_certificate_is_true_of_what_is_saved(student, blocks, tmp_path, method)
             assert facts["error_over_floor"] is None or facts["error_over_floor"] >= 1
     filters = [f for layer in found["layers"] for f in layer["filters"]]
     assert found["within_tolerance"] == sum(f["within_tolerance"] for f in filters) and found["filters"] == 10
+    rounded = found["bfloat16_state"]
+    assert rounded["state_bytes"] == recurrent.config.state_bytes_of(4, 2) < found["state_bytes"]
+    assert rounded["moved_bytes"] == recurrent.config.moved_bytes_of(4, 2) < found["moved_bytes"]
+    assert rounded["largest_bound"] == max(f["rounding_bound"] for f in filters) > 0
+    assert 0 < rounded["model"]["divergence"] < 1e-2 and rounded["model"]["tokens"] == 4 * LENGTH
 
     model, double = found["model"], recurrent.double()
     ids = torch.from_numpy(blocks)

@@ -72,7 +72,7 @@ def test_the_kernel_is_torch(shape, padded, monkeypatch, request):
 # Heads of 64 channels: filters of a head with windows and queries that share their keys; filters of one channel.
 COMPILED = [
     {"QUERIES": 4, "GROUPS": 1, "PART": 64, "NEAR": 64, "KEPT": 256, "OTHERS": 7},
-    {"QUERIES": 1, "GROUPS": 64, "PART": 1, "NEAR": 0, "KEPT": 0, "OTHERS": 8},
+    {"QUERIES": 1, "GROUPS": 64, "PART": 1, "NEAR": 0, "KEPT": 0, "OTHERS": 8, "STATE": "*bf16"},
 ]
 
 
@@ -82,6 +82,8 @@ def test_the_kernel_compiles_without_a_gpu(shape):
     """Into machine code that shares no more memory than any multiprocessor has."""
     from scavenger.model import step_triton
 
+    shape = dict(shape)
+    state = shape.pop("STATE", "*fp32")
     rows, width = shape["QUERIES"], 64
     constants = shape | {
         **{"HEADS": 8, "WIDTH": width, "TAPS": 4, "PAIRS": 8, "ADJACENT": True, "OWN": False, "MODES": 128},
@@ -90,7 +92,7 @@ def test_the_kernel_compiles_without_a_gpu(shape):
         **{"RING_TILE": step_triton.RING_TILE, "MODE_TILE": step_triton.MODE_TILE, "real": None},
     }
     halves = ["y", "projected", "cos", "sin", "taps", "q_norm", "k_norm", "conv_state"]
-    pointers = dict.fromkeys(["poles", "residues", "direct", "state"], "*fp32")
+    pointers = {"state": state, **dict.fromkeys(["poles", "residues", "direct"], "*fp32")}
     pointers |= {"places": "*i64", "first": "*i64", "size": "*i64", "ticket": "*i32"}
     for window, name in (("NEAR", "near"), ("KEPT", "kept")):
         if shape[window]:

@@ -265,23 +265,23 @@ class HyenaConfig(PreTrainedConfig):
         """Bytes kept between tokens for one sequence by a float32 model; None where they grow or there is no state."""
         return self.state_bytes_of(4)
 
-    def state_bytes_of(self, itemsize: int) -> int | None:
-        """`state_bytes` of a model whose numbers have `itemsize` bytes, 2 for bfloat16; its modes stay in float32."""
-        parts = self._state_parts(itemsize)
+    def state_bytes_of(self, itemsize: int, mode_itemsize: int = 4) -> int | None:
+        """`state_bytes` of a model whose numbers have `itemsize` bytes, 2 for bfloat16, and its modes others."""
+        parts = self._state_parts(itemsize, mode_itemsize)
         return None if parts is None else sum(parts[:2])
 
-    def moved_bytes_of(self, itemsize: int) -> int | None:
+    def moved_bytes_of(self, itemsize: int, mode_itemsize: int = 4) -> int | None:
         """Bytes of a sequence's state that a step reads and writes: all but windows both ways, of a window one token.
 
         As long as a step is bound by memory, it is as long as attention's over a KV cache of as many bytes.
         """
-        parts = self._state_parts(itemsize)
+        parts = self._state_parts(itemsize, mode_itemsize)
         if parts is None:
             return None
         both_ways, windows, one_token = parts
         return 2 * both_ways + windows + one_token
 
-    def _state_parts(self, itemsize):
+    def _state_parts(self, itemsize, mode_itemsize):
         """Bytes of modes and short convolutions, of all windows, and of one token in each; None where they grow."""
         if self.filter != "modal" or self.state_grows:
             return None
@@ -299,16 +299,16 @@ class HyenaConfig(PreTrainedConfig):
                 rings.append((heads - kept, self.near_window(layer)))
                 both_ways += itemsize * (self.short_filter_length - 1) * streams
                 if self.filters(layer):
-                    both_ways += self.mode_bytes(self.positive) * sum(self.state_sizes[layer])
+                    both_ways += self.mode_bytes(self.positive, mode_itemsize) * sum(self.state_sizes[layer])
             for own, window in rings:
                 # Keys, values, and whether a token is real.
                 each = 2 * itemsize * own * self.head_dim + 1 if own and window else 0
                 windows, one_token = windows + window * each, one_token + each
         return both_ways, windows, one_token
 
-    def mode_bytes(self, positive: bool) -> int:
-        """Bytes of one mode: a complex one has two numbers for each of a positive one's, in float32."""
-        return (4 if positive else 8) * self.key_features * self.value_features
+    def mode_bytes(self, positive: bool, itemsize: int = 4) -> int:
+        """Bytes of one mode: a complex one has two numbers for each of a positive one's."""
+        return (1 if positive else 2) * itemsize * self.key_features * self.value_features
 
     @property
     def break_even_length(self) -> int | None:
@@ -322,12 +322,12 @@ class HyenaConfig(PreTrainedConfig):
         """
         return self._cached_tokens(self.state_bytes_of(itemsize), cache_itemsize)
 
-    def moved_break_even_length_of(self, cache_itemsize: int, itemsize: int = 4) -> int | None:
+    def moved_break_even_length_of(self, cache_itemsize: int, itemsize: int = 4, mode_itemsize: int = 4) -> int | None:
         """Tokens from which on attention reads as many bytes of that cache in a step as this model moves of its state.
 
         With as much memory traffic for the weights, a step of both then takes as long wherever memory bounds it.
         """
-        return self._cached_tokens(self.moved_bytes_of(itemsize), cache_itemsize)
+        return self._cached_tokens(self.moved_bytes_of(itemsize, mode_itemsize), cache_itemsize)
 
     def _cached_tokens(self, size, itemsize):
         return None if size is None else -(-size // (2 * itemsize * self.num_hidden_layers * self.key_value_width))

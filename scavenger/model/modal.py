@@ -13,6 +13,9 @@ equally many modes, form dense arrays without padding.
 A state object holds the states of a batch and the constants of the modes that a step reads. `step` takes one token. For
 several tokens call `read` for the contribution of the tokens before to the outputs, and `advance`. Without gradients a
 step updates its states in place; otherwise it makes new ones.
+
+A state may be kept in a narrower dtype, as bfloat16: everything is computed in that of the modes, and only what is kept
+for the next token is rounded.
 """
 
 from collections import Counter
@@ -141,8 +144,8 @@ class ChannelState:
 
     @property
     def parts(self) -> list[Tensor]:
-        """The state of each bucket, (batch, component, filter, mode)."""
-        return self.layout.bucketed(self.state, 2)
+        """The state of each bucket, (batch, component, filter, mode), in the dtype of the modes."""
+        return self.layout.bucketed(self.state.to(self.direct.dtype), 2)
 
     def select(self, rows: Tensor):
         self.state = writable(self.state.index_select(0, rows.to(self.state.device)))
@@ -152,7 +155,8 @@ class ChannelState:
         u = k * v
         added = self.layout.spread(u[..., 0, 0])
         poles, residues, *_ = self.numbers
-        self.state, (re, *im) = _turned(self.state, 1, poles, added)
+        self.state, new = _turned(self.state, 1, poles, added)
+        re, *im = new.unbind(1)
         read = residues[0] * re
         if im:
             read = torch.addcmul(read, residues[1], im[0], value=-1)
@@ -186,7 +190,7 @@ class ChannelState:
             x = (sums * strides[:, None]).sum(2).movedim(0, 1)
             x = x + self._complex(part) * _power(poles, length)
             found.append(torch.stack([x.real] if self.real else [x.real, x.imag], dim=1).flatten(2))
-        self.state = writable(torch.cat(found, dim=2))
+        self.state = writable(torch.cat(found, dim=2).to(self.state.dtype))
 
     def _complex(self, part):
         re, *im = part.unbind(1)
@@ -215,8 +219,8 @@ class HeadState:
 
     @property
     def parts(self) -> list[Tensor]:
-        """The state of each bucket, (batch, filter, mode, component, channel of k, channel of v)."""
-        return self.layout.bucketed(self.state, 1)
+        """The state of each bucket, (batch, filter, mode, component, channel of k, channel of v), as the modes."""
+        return self.layout.bucketed(self.state.to(self.direct.dtype), 1)
 
     def select(self, rows: Tensor):
         self.state = writable(self.state.index_select(0, rows.to(self.state.device)))
@@ -224,8 +228,8 @@ class HeadState:
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token: q (batch, filter, query, width), k and v (batch, filter, 1, width); returns sums of v, as q."""
         added = self.layout.spread(k).mT * self.layout.spread(v)
-        self.state, _ = _turned(self.state, 2, self.numbers[0][..., None, None], added)
-        reads = self.layout.spread(q)[:, :, None] @ self.state  # (batch, mode, component, query, channel)
+        self.state, new = _turned(self.state, 2, self.numbers[0][..., None, None], added)
+        reads = self.layout.spread(q)[:, :, None] @ new  # (batch, mode, component, query, channel)
         y = self.read_out @ reads.flatten(3).flatten(1, 2)
         return y.unflatten(2, reads.shape[3:]) + self.direct[:, None, None] * (q @ k.mT) * v
 
@@ -257,7 +261,7 @@ class HeadState:
             for index, (key, value, table) in enumerate(own):
                 added = _outer(key, value, table[:, :length].flip(1))
                 parts[index] = _add_turned(added, parts[index], table[:, length])
-        self.state = writable(torch.cat([part.flatten(1, 2) for part in parts], dim=1))
+        self.state = writable(torch.cat([part.flatten(1, 2) for part in parts], dim=1).to(self.state.dtype))
 
     def _numbers(self, x, dtype):
         """Complex numbers as real ones, with a last axis of components."""
@@ -298,23 +302,28 @@ def writable(state: Tensor) -> Tensor:
 
 
 def _turned(state, dim, pole, added):
-    """λ x + added, and its components, for a state with an axis `dim` of components, in place where that is allowed."""
-    a, *b = pole
+    """λ x + added for a state with an axis `dim` of components: as it is kept, in place if allowed, and unrounded."""
     in_place = may_overwrite([state])
+    if state.dtype != added.dtype:
+        _, new = _turned(state.to(added.dtype), dim, pole, added)
+        return (state.copy_(new) if in_place else new.to(state.dtype)), new
+    a, *b = pole
     if state.shape[dim] == 1:
         x = state.select(dim, 0)
         new = torch.addcmul(added, a, x)
         if in_place:
             x.copy_(new)
-        return (state if in_place else new.unsqueeze(dim)), [new]
+            return state, state
+        new = new.unsqueeze(dim)
+        return new, new
     re, im = state.unbind(dim)
     new_re = torch.addcmul(torch.addcmul(added, a, re), b[0], im, value=-1)
     if in_place:
         im.mul_(a).addcmul_(b[0], re)
         re.copy_(new_re)
-        return state, [re, im]
-    new_im = torch.addcmul(a * im, b[0], re)
-    return torch.stack([new_re, new_im], dim=dim), [new_re, new_im]
+        return state, state
+    new = torch.stack([new_re, torch.addcmul(a * im, b[0], re)], dim=dim)
+    return new, new
 
 
 def _outer(k, v, weights):

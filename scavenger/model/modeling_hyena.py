@@ -364,9 +364,9 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
-    def batch_decoder(self, rows: int) -> Decoder:
+    def batch_decoder(self, rows: int, state_dtype: torch.dtype | None = None) -> Decoder:
         """Continuous batching with `rows` sequences at a time; only with modal filters."""
-        return Decoder(self, rows)
+        return Decoder(self, rows, state_dtype)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -12,6 +12,7 @@ from scavenger import measure
 from scavenger.model import HyenaForCausalLM
 from scavenger.model.filters import ModalFilter, PositiveFilter
 from scavenger.recipe import Recurrence
+from scavenger.recurrence import rounding
 from scavenger.recurrence.reduction import hankel, positive
 from scavenger.recurrence.reduction.reduced import ReducedFilter
 from scavenger.recurrence.reduction.residues import gain_errors, tails
@@ -63,6 +64,7 @@ def measure_all(
         "break_even_length_16_bit": config.break_even_length_of(2, settings.itemsize),
         "moved_bytes": config.moved_bytes_of(settings.itemsize),
         "moved_break_even_length_16_bit": config.moved_break_even_length_of(2, settings.itemsize),
+        "bfloat16_state": rounding.facts(recurrent, blocks, [f["rounding_bound"] for f in filters], settings.itemsize),
         "layers": layers,
         "model": model_facts(student, recurrent, blocks, horizon, predicted, counted) if blocks is not None else None,
     }
@@ -92,6 +94,7 @@ def filter_facts(
     taps = measure.filter_taps(exact, horizon)
     filters = as_saved(taps, made, reduced)
     pointwise = pointwise_facts(exact, taps, filters) if made.real else [{}] * len(filters)
+    rounded = rounding.bounds(made, horizon).tolist()
     spectra = _spectra(taps)
     facts = [
         {
@@ -105,6 +108,7 @@ def filter_facts(
             "gain_error_over_floor": _ratio(f.gain_error, f.gain_floor),
             "largest_radius": f.largest_radius,
             "tail": f.tail,
+            "rounding_bound": rounded[index],
             "hankel_values": spectra.get(index, f.hankel_values[:SPECTRUM].tolist()),
             **pointwise[index],
         }
@@ -304,6 +308,10 @@ def verdict(found: dict) -> str:
         if held is not None
         else "the state grows: the kept attention has no window"
     )
+    rounded = found["bfloat16_state"]
+    if rounded is not None and rounded["model"] is not None:
+        moved, divergence = rounded["moved_bytes"] / 1024, rounded["model"]["divergence"]
+        parts.append(f"with modes kept in bfloat16 {moved:,.0f} KiB, at KL {divergence:.1e} from that")
     return "; ".join(parts) + "."
 
 

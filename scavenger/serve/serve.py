@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 
 import prometheus_client
+import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -39,7 +40,10 @@ OPEN = ("/health", "/metrics")  # without the key
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says; `max_length` counts prompt and new tokens, None: four training contexts."""
+    """What the command line says; `max_length` counts prompt and new tokens, None: four training contexts.
+
+    `state_dtype` is that in which the states of modes are kept between tokens.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -47,6 +51,7 @@ class Settings:
     queue: int = 256
     max_length: int | None = None
     grace: float = 30.0
+    state_dtype: str = "float32"
 
     def __post_init__(self):
         for name, least in (("port", 0), ("rows", 1), ("queue", 0), ("max_length", 2), ("grace", 0)):
@@ -251,7 +256,7 @@ class Service:
         self.requests, self.stopping = 0, False
         ends = model.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
-        decoder = model.model.batch_decoder(settings.rows)
+        decoder = model.model.batch_decoder(settings.rows, getattr(torch, settings.state_dtype))
         places = settings.rows + settings.queue
         self.worker = Worker(decoder, {ends} if isinstance(ends, int) else set(ends), places, PIECE)
         self.metrics = Metrics(self.worker)
