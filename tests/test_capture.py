@@ -5,6 +5,7 @@ the same demand that a step updates all its tensors in place.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from conftest import random_ids, tiny_student
 from reference import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scavenger.model import HyenaCache
+from scavenger.model import HyenaCache, HyenaForCausalLM
+from scavenger.model.capture import CapturedStep
 from scavenger.model.decoding import Decoder
 
 
@@ -40,7 +42,11 @@ def captures(monkeypatch):
 
         return replay, output
 
+    def single_step(model, cache, *inputs):
+        return CapturedStep(partial(model._advance, cache), model, cache, *inputs)
+
     monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr(HyenaForCausalLM, "_single_step", single_step)
     monkeypatch.setattr("scavenger.model.capture.record", record)
     monkeypatch.setattr("scavenger.model.modeling_hyena.capturable", lambda x: not torch.is_grad_enabled())
     return found

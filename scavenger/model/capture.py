@@ -48,17 +48,26 @@ def _tensors(cache):
 
 
 def capturable(x: Tensor) -> bool:
-    """Whether a step that reads x may be captured here."""
+    """Whether a step that reads x may be computed here by other means than the modules of a model."""
     return (
-        x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cuda")
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
-        and not torch.cuda.is_current_stream_capturing()
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
-class CapturedStep:
+class OfOneCache:
+    """A step that reads and writes the tensors it was made with, and so is left out of copies of their cache."""
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+class CapturedStep(OfOneCache):
     """One more token for a cache as a graph; calling it copies the inputs and replays.
 
     `advance(*inputs)` has run before with inputs of these shapes. It does not wait for the device.
@@ -85,12 +94,6 @@ class CapturedStep:
             held.copy_(new)
         self.replay()
         return self.output.clone()  # the next replay overwrites it
-
-    def __deepcopy__(self, memo):
-        return None  # a graph reads and writes the tensors that it was captured with, and no copies of them
-
-    def __reduce__(self):
-        return type(None), ()
 
 
 def record(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -237,7 +237,7 @@ class Decoder:
 
     def _advance(self, ids):
         if self.token is not None:
-            return self.token(ids)
+            return self.token(ids)[:, 0]
         logits = self.model(input_ids=ids, cache=self.cache).logits[:, 0]
         self.buffers.keep()
         return logits
@@ -273,9 +273,9 @@ def packed(model: nn.Module, rows: int, lays_out: bool = True) -> nn.Module:
     for parent in list(model.modules()):
         if isinstance(parent, WideModule):
             continue
-        if isinstance(parent, HyenaMixer):
+        if isinstance(parent, HyenaMixer) and all(type(part) is nn.Linear for part in parent.projections):
             parent.projected_at_once = _at_once(parent.projections)
-        unused = parent.projections if isinstance(parent, HyenaMixer) else []
+        unused = parent.projections if getattr(parent, "projected_at_once", None) is not None else []
         for name, child in parent.named_children():
             if type(child) is not nn.Linear or child in unused:
                 continue

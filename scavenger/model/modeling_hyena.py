@@ -25,6 +25,7 @@ from .modal import ChannelState, HeadState
 from .norm import RMSNorm, norm
 from .online import ExactCacheLayer
 from .rotary import Rotary
+from .token_cpp import Token, knows
 
 
 # Keywords accepted beside the arguments of a forward pass; `past_key_values` is an earlier name of `cache`. A student
@@ -84,8 +85,8 @@ class HyenaCache(Cache):
         # Tensors rather than numbers, so that one compiled step serves every length.
         self.seen: Tensor | None = None  # () tokens read, padding included
         self.real: Tensor | None = None  # (batch,) tokens read, padding not included
-        self.captured: CapturedStep | None = None  # on a GPU the step that reads one token
-        self.eager: int | None = EAGER  # single tokens before it is captured; None: it is not
+        self.captured: CapturedStep | Token | None = None  # reads one token without the modules
+        self.eager: int | None = EAGER  # single tokens before it is made; None: it is not
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.seen is None else int(self.seen)
@@ -378,8 +379,8 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def _may_be_captured(self, ids, cache):
-        """Whether this call reads one more token of each sequence, on one GPU, into states of constant size."""
+    def _may_be_captured(self, ids, mask, cache):
+        """Whether this call reads one more token of each sequence, on one device, into states of constant size."""
         return (
             isinstance(cache, HyenaCache)
             and cache.eager is not None
@@ -391,16 +392,28 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             and not self.config.state_grows
             and not asked(self, {}, "output_hidden_states")
             and len(set((getattr(self, "hf_device_map", None) or {"": 0}).values())) == 1
+            and (mask is None or ids.is_cuda or bool(mask[:, -1].all()))
         )
 
-    def _captured(self, cache, *inputs):
-        """The logits of one more token from a graph of the step; None for the first tokens, which are read eagerly."""
+    def _captured(self, cache, ids, mask):
+        """The logits of one more token without the modules; None where they are to read it, as the first tokens."""
+        inputs = [ids] if mask is None or not ids.is_cuda else [ids, mask[:, -1:]]
         if cache.captured is None or not cache.captured.serves(self, *inputs):
             if cache.eager:
                 cache.eager -= 1
                 return None
-            cache.captured = CapturedStep(partial(self._advance, cache), self, cache, *inputs)
+            with torch.inference_mode(False), torch.no_grad():
+                cache.captured = self._single_step(cache, *inputs)
+            if cache.captured is None:
+                cache.eager = None
+                return None
         return cache.captured(*inputs)
+
+    def _single_step(self, cache, ids, *mask):
+        """A captured graph on a GPU, machine code on a CPU; None where neither is known."""
+        if ids.is_cuda:
+            return CapturedStep(partial(self._advance, cache), self, cache, ids, *mask)
+        return Token(self, cache) if knows(self, cache) else None
 
     def _advance(self, cache, ids, mask=None):
         return self.lm_head(self.model(ids, attention_mask=mask, cache=cache).last_hidden_state)
@@ -443,9 +456,8 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         refuse_unknown(self, kwargs, OUTPUTS + LOSS)
         cache = kwargs.get("past_key_values") if cache is None else cache
         asks_more = any(x is not None for x in (inputs_embeds, labels, position_ids, *map(kwargs.get, EAGERLY)))
-        if not asks_more and self._may_be_captured(input_ids, cache):
-            mask = [] if attention_mask is None else [attention_mask[:, -1:]]
-            logits = self._captured(cache, input_ids, *mask)
+        if not asks_more and self._may_be_captured(input_ids, attention_mask, cache):
+            logits = self._captured(cache, input_ids, attention_mask)
             if logits is not None:
                 found = CausalLMOutputWithPast(logits=logits, cache=cache)
                 return found if asked(self, kwargs, "return_dict") else found.to_tuple()

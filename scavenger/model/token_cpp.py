@@ -1,7 +1,7 @@
 """One token through a whole student in machine code, on a CPU, where rows are few and calls of torch cost the most.
 
-All addresses are put into structures once, when a Decoder is created, as its states never move; a token is then one
-call. The source is that of step_cpp.py.
+All addresses are put into structures once for a cache, whose states stay where they are; a token is then one call. The
+source is that of step_cpp.py.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .attention import WindowedAttention
+from .capture import Buffers, OfOneCache
 from .norm import RMSNorm
 from .step import norm_words, prepared, ready
 from .step_cpp import Arguments, address, compiled, step_arguments
@@ -50,6 +51,8 @@ Student = _structure(
 
 def knows(model: nn.Module, cache) -> bool:
     """Whether the source knows all of a student, with a cache that has begun."""
+    if not unchanged(model):
+        return False
     weight = model.lm_head.weight
     parts = [part for part in model.parameters() if part.is_floating_point()]
     return (
@@ -62,12 +65,34 @@ def knows(model: nn.Module, cache) -> bool:
     )
 
 
-class Token:
-    """A step of a student with the states of a cache, which must stay where they are."""
+def unchanged(model: nn.Module) -> bool:
+    """Whether a student is made of its own parts and torch's, none of which has a hook or another forward pass.
+
+    Adapters, quantised layers and offloading replace them: then only the modules know what they compute.
+    """
+    ours = __name__.rpartition(".")[0]
+    known = (nn.Linear, nn.Embedding, nn.Identity, nn.LayerNorm, nn.ModuleList)
+    return not any(
+        "forward" in vars(part)
+        or part._forward_hooks
+        or part._forward_pre_hooks
+        or not (
+            type(part) in known
+            or type(part).__module__.startswith(ours + ".")
+            or type(part).__module__.startswith(("transformers.activations", "torch.nn.modules.activation"))
+        )
+        for part in model.modules()
+    )
+
+
+class Token(OfOneCache):
+    """A step of a student with the states of a cache."""
 
     def __init__(self, model: nn.Module, cache):
         config, weight = model.config, model.lm_head.weight
         self.model, self.cache, self.weight = model, cache, weight.detach()
+        self.buffers = Buffers(cache)
+        self.places = [(part, part.data_ptr()) for part in model.parameters()]
         self.entry = compiled().token_float32 if weight.dtype == torch.float32 else compiled().token_float64
         self.scaling = model.model.rotary.scaling
         self.alive = []  # memory that the source reads, also where a parameter gets other memory: model.half()
@@ -94,7 +119,13 @@ class Token:
             inner=self._address(self._new(rows, config.intermediate_size)),
         )
 
-    def __call__(self, ids: Tensor) -> Tensor:  # (row, 1) -> (row, vocabulary)
+    def serves(self, model: nn.Module, ids: Tensor) -> bool:
+        """Whether it computes this model's step: its weights and the tensors of its cache are where they were."""
+        return (
+            model is self.model and self.buffers.in_place() and all(part.data_ptr() == at for part, at in self.places)
+        )
+
+    def __call__(self, ids: Tensor) -> Tensor:  # (row, 1) -> (row, 1, vocabulary)
         ids = ids.long().contiguous()
         torch.mul(self.positions, self.frequencies, out=self.angles)
         for turned, held in ((torch.cos, self.cos), (torch.sin, self.sin)):  # the compiler's differ in the last bit
@@ -103,7 +134,7 @@ class Token:
         self.student.ids, self.student.logits = address(ids), address(logits)
         if self.entry(ctypes.byref(self.student)):
             raise IndexError(f"found the tokens {ids.flatten().tolist()}; expected 0 to {self.student.words - 1}")
-        return logits
+        return logits[:, None]
 
     def _block(self, block, layer_cache):
         mixer, mlp = block.mixer, block.mlp
