@@ -69,11 +69,20 @@ LARGE_TRAINING = 2e8  # from which on a step has LARGE_BATCH sequences instead o
 
 MEASURED, NEEDS_CUDA, TOO_LARGE = "measured", "needs CUDA", "does not fit"  # outcomes that stay
 FAILED, TIME = "failed", "not run: time"  # outcomes that the next run tries again
+
+
+class Rounded(contenders.Decoded):
+    """A student's Decoder that keeps the states of modes in bfloat16."""
+
+    state_dtype = torch.bfloat16
+
+
 # A teacher's contenders of decoding, with what each is called in the tables. A student has its Decoder, which captures.
 FORMS = {
     "plain": (contenders.Static, ""),
     "captured": (contenders.Static, ", captured"),
     "compiled": (contenders.CompiledStatic, ", compiled"),
+    "rounded": (Rounded, ", modes kept in bfloat16"),
 }
 STUDENTS = ("hyena", "multihyena", "windows")
 MODELS = ("teacher", *STUDENTS)
@@ -501,17 +510,21 @@ class Decoding:
     title = "Decoding"
     text = """Greedy steps of all sequences, argmax included; medians. The teacher's static cache is filled up to the
 context before any is timed; a student's state has one size. "captured": by hand in a CUDA graph, as the Decoder does
-by itself; "compiled": by torch.compile with reduce-overhead. hyena: 8 modes a filter; multihyena: 2; windows: the
-student of recipes/neox70m.yaml, 2 modes. The floor is the longer of two times: the bytes that a step moves at the
-bandwidth above, and its operations at the matrix rate. `× teacher`: speed as a multiple of the teacher's best form at
-that context; ≤ where its compiled form, mostly the best, was not measured."""
+by itself; "compiled": by torch.compile with reduce-overhead; "modes kept in bfloat16": between tokens, sums are in
+float32. hyena: 8 modes a filter; multihyena: 2; windows: the student of recipes/neox70m.yaml, 2 modes. The floor is the
+longer of two times: the bytes that a step moves at the bandwidth above, and its operations at the matrix rate.
+`× teacher`: speed as a multiple of the teacher's best form at that context; ≤ where its compiled form, mostly the best,
+was not measured."""
 
     def __init__(self, bench):
         self.bench = bench
 
     @staticmethod
     def cases(args) -> Iterator[Case]:
-        """First the forms that need no compiler, model by model; then those that do, the shortest contexts first."""
+        """First the forms that need no compiler, model by model; then those that do, the shortest contexts first.
+
+        At last the students of the largest batch with states in bfloat16.
+        """
         for shape in args.shapes:
             for model in MODELS:
                 for context in args.contexts if model == "teacher" else [None]:
@@ -522,6 +535,9 @@ that context; ≤ where its compiled form, mostly the best, was not measured."""
             for shape in args.shapes:
                 for batch in args.batches:
                     yield Decoding.case(shape, "teacher", "compiled", batch, context)
+        for shape in args.shapes:
+            for model in STUDENTS:
+                yield Decoding.case(shape, model, "rounded", max(args.batches), None)
 
     @staticmethod
     def case(shape, model, form, batch, context):
@@ -530,7 +546,8 @@ that context; ≤ where its compiled form, mostly the best, was not measured."""
         seconds = (90 if large else 40) if compiled else (8 if large else 4)
         where = f"{batch}" if context is None else f"{batch} x {context}"
         kind = f"decoding {shape} {model} {form}"
-        return Case("decoding", f"{shape}, {model}, {form}, {where}", facts, seconds, kind, cuda=form != "plain")
+        cuda = form in ("captured", "compiled")
+        return Case("decoding", f"{shape}, {model}, {form}, {where}", facts, seconds, kind, cuda)
 
     @torch.inference_mode()
     def measured(self, shape, model, form, batch, context, limit):
@@ -542,7 +559,7 @@ that context; ≤ where its compiled form, mostly the best, was not measured."""
                 2 * own.config.num_hidden_layers * own.config.hidden_size * own.dtype.itemsize * batch * filled, device
             )
         torch.compiler.reset()  # frees the graphs of the case before; and after eight shapes it would compile no more
-        contender = (FORMS[form][0] if model == "teacher" else contenders.Decoded)(own, case)
+        contender = (contenders.Decoded if model in STUDENTS and form == "plain" else FORMS[form][0])(own, case)
         if model == "teacher":
             contender.read(torch.zeros(batch, 2, dtype=torch.long, device=device))
             contender.skip(filled - 2)

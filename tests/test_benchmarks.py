@@ -446,9 +446,14 @@ def test_gpu_command(gpu, monkeypatch, tmp_path, capsys):
         name: [record for record in records if record["outcome"] == "measured"] for name, records in sections.items()
     }
     assert {record["outcome"] for records in sections.values() for record in records} == {"measured", "needs CUDA"}
-    # Of each form the teacher at every context, and three students; the form without CUDA is measured.
-    assert len(sections["decoding"]) == 2 * (3 * 2 + 3) and len(measured["decoding"]) == 2 * (2 + 3)
-    assert {record["form"] for record in measured["decoding"]} == {"plain"}
+    # Of each form the teacher at every context, and three students; of the largest batch these with rounded states too.
+    assert len(sections["decoding"]) == 2 * (3 * 2 + 3) + 3 and len(measured["decoding"]) == 2 * (2 + 3) + 3
+    assert {record["form"] for record in measured["decoding"]} == {"plain", "rounded"}
+    exact, rounded = (
+        [record["state"] for record in measured["decoding"] if (record["form"], record["batch"]) == (form, 3)]
+        for form in ("plain", "rounded")
+    )
+    assert all(less < more for less, more in zip(rounded, exact[-3:], strict=True))
     assert len(measured["prefill"]) == 4 * (2 + 2) and len(measured["reduction"]) == 2 == len(sections["reduction"])
     first, second = "64,2,2,128,512", "32,2,2,64,101"
     assert [*found["sections"]["training"]] == [

@@ -247,10 +247,11 @@ class Decoded(Contender):
 
     name = "Decoder"
     student = "modal"
+    state_dtype = None  # of the modes: the filters' own
 
     def __init__(self, model, case):
         super().__init__(model, case)
-        self.decoder, self.rows = Decoder(model, case.batch), []
+        self.decoder, self.rows = Decoder(model, case.batch, self.state_dtype), []
         self.step_model, self.cache = self.decoder.model, self.decoder.cache
 
     def read(self, ids):
