@@ -37,6 +37,10 @@ def test_the_site_builds_without_a_broken_link(tmp_path):
     build.build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
     pages = {path.relative_to(tmp_path).parent.as_posix() for path in tmp_path.rglob("index.html")}
     assert {"recurrences", "results/quickstart", "eval/mixers", "benchmarks/decoding", "CHANGELOG"} <= pages
+    assert {"notebooks/a_filter", "notebooks/from_teacher_to_recurrence"} <= pages
+    assert 'href="notebooks/a_filter/"' in (tmp_path / "index.html").read_text(encoding="utf-8")
+    notebook = (tmp_path / "notebooks/a_filter/index.html").read_text(encoding="utf-8")
+    assert 'src="data:image/png;base64,' in notebook and "real states: error" in notebook
     assert not list(tmp_path.rglob("*.py"))
     text = (tmp_path / "recurrences/index.html").read_text(encoding="utf-8")
     assert 'href="../mixers/#filters-alone"' in text and 'href="../benchmarks/reduction/"' in text

@@ -125,22 +125,26 @@ def test_accumulated_parts_are_one_batch(one, workshop, tmp_path):
 
 
 SHARDED = "tests/launching/sharded.py"
+AGAIN = "training.checkpoint_activations=true"
 
 
-@pytest.mark.parametrize("config, script", [(None, None), ("fsdp", SHARDED), ("zero3", None)])
-def test_activations_computed_again_are_the_same(one, workshop, tmp_path, config, script):
-    words = ["training.checkpoint_activations=true"]
-    if config is None:
-        scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", *SHORT, *words)
-    else:
-        programs = forked(config, workshop, tmp_path, *words, script=script)
-        assert [program.end() for program in programs] == [0, 0], programs[0].err
+def test_activations_computed_again_are_the_same(one, workshop, tmp_path):
+    """As under FSDP and ZeRO-3 below."""
+    scavenger(workshop / "recipe.yaml", f"run_dir={tmp_path}/run", *SHORT, AGAIN)
     assert_same(tmp_path / "run", one)
 
 
 def test_fully_sharded(one, workshop, tmp_path):
     """Each process keeps half of every parameter, in torch's own fully_shard; the finished student is whole."""
-    launched("fsdp", workshop, tmp_path / "run", script=[SHARDED])
+    launched("fsdp", workshop, tmp_path / "run", AGAIN, script=[SHARDED])
+    assert_same(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize("config", ["cpu_two_processes", "fsdp", "zero2"])
+def test_compiled_parts_are_the_same(one, workshop, tmp_path, config):
+    """Their graphs are drawn as for a GPU, but run by torch."""
+    programs = forked(config, workshop, tmp_path, "training.compile=true", script="tests/launching/compiled.py")
+    assert [program.end() for program in programs] == [0, 0], programs[0].err
     assert_same(tmp_path / "run", one)
 
 
@@ -168,7 +172,8 @@ def test_zero_2(one, workshop, tmp_path):
 @pytest.mark.parametrize("config, script", [("zero2", None), ("fsdp", SHARDED)])
 def test_half_precision_rounds_no_filter(one, workshop, tmp_path, config, script):
     """The launcher's own form of bfloat16 would round the filters too: a first tap is then ten times further off."""
-    programs = forked(config, workshop, tmp_path, "baseline=null", script=script, precision="bf16")
+    words = ["baseline=null", "transfer.logits.steps=1"]
+    programs = forked(config, workshop, tmp_path, *words, script=script, precision="bf16")
     assert [program.end() for program in programs] == [0, 0], programs[0].err
     mine, whole = (load_file(run / "transfer/activations/model.safetensors") for run in (tmp_path / "run", one))
     first, exact = (read_json(r / "transfer/activations/history.json")[0] for r in (tmp_path / "run", one))
@@ -182,7 +187,7 @@ def test_half_precision_rounds_no_filter(one, workshop, tmp_path, config, script
 
 def test_zero_3_killed_resumes(one, workshop, tmp_path):
     """SIGKILL to every process after a checkpoint; the same command ends at the same student as one process does."""
-    programs = forked("zero3", workshop, tmp_path, hold=" logits 4")
+    programs = forked("zero3", workshop, tmp_path, AGAIN, hold=" logits 4")
     run = programs[0].run
     steps = run / "transfer.partial/steps"
     assert [program.end(signal.SIGKILL) for program in programs] == 2 * [-signal.SIGKILL]
@@ -190,7 +195,7 @@ def test_zero_3_killed_resumes(one, workshop, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(run / "transfer.partial/activations")
     newest = max(path for path in steps.iterdir() if path.name.isdigit())
     assert_holds_the_student_only(newest / "pytorch_model", student)
-    assert "(resumes)" in launched("zero3", workshop, run).stdout
+    assert "(resumes)" in launched("zero3", workshop, run, AGAIN).stdout
     assert_same(run, one)
 
 
@@ -264,10 +269,10 @@ def test_modal_filters_are_refused_under_deepspeed(workshop, monkeypatch):
         processes.start(load_recipe(str(workshop / "recipe.yaml"), ["student.filter.form=modal"]))
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_compiled_parts_are_refused_where_parameters_are_gathered(workshop, monkeypatch, kind):
-    told(monkeypatch, distributed_type=kind)
-    with pytest.raises(RecipeError, match="training.compile: found true; expected false under FSDP and DeepSpeed"):
+def test_compiled_parts_are_refused_where_every_parameter_is_gathered_by_itself(workshop, monkeypatch):
+    plugin = SimpleNamespace(zero_stage=3)
+    told(monkeypatch, distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(RecipeError, match="training.compile: found true; expected false under ZeRO-3"):
         processes.start(load_recipe(str(workshop / "recipe.yaml"), ["training.compile=true"]))
 
 

@@ -353,9 +353,14 @@ def test_activations_that_are_not_kept_are_computed_again(what, modal):
             assert_close(expected, again, 1e-13)
 
 
-@pytest.mark.parametrize("what", ["teacher", "student", "logits"])
 @pytest.mark.parametrize(
-    "shape", [{}, {"filters": 10, "window": 7}, {"attention_layers": [1], "attention_window": 7}, {"modal": True}]
+    "what, shape",
+    [
+        ("teacher", {}),
+        ("student", {"filters": 10, "window": 7}),
+        ("student", {"attention_layers": [1], "attention_window": 7}),
+        ("logits", {"modal": True}),
+    ],
 )
 def test_compiled_parts_are_the_parts(what, shape, monkeypatch):
     """The same loss and gradients; nothing is compiled again in later steps, for more layers, or in a measurement."""

@@ -64,12 +64,11 @@ def start(recipe: Recipe) -> Accelerator:
         # accelerate leaves each process one thread; use all cores of the machine.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    if recipe.training.compile and accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise RecipeError(
-            "training.compile: found true; expected false under FSDP and DeepSpeed, which gather parameters inside of "
-            "mixers"
-        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if recipe.training.compile and accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise RecipeError(
+                "training.compile: found true; expected false under ZeRO-3, which gathers each parameter by itself"
+            )
         _fit_deepspeed(recipe, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         _fit_fsdp(accelerator)
