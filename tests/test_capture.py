@@ -45,7 +45,7 @@ def captures(monkeypatch):
     def single_step(model, cache, *inputs):
         return CapturedStep(partial(model._advance, cache), model, cache, *inputs)
 
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)
     monkeypatch.setattr(HyenaForCausalLM, "_single_step", single_step)
     monkeypatch.setattr("scavenger.model.capture.record", record)
     monkeypatch.setattr("scavenger.model.modeling_hyena.capturable", lambda x: not torch.is_grad_enabled())
@@ -156,7 +156,7 @@ class Launches(TorchDispatchMode):
 def test_a_step_launches_ten_kernels_a_layer_and_never_waits(shape, monkeypatch):
     """Counted with the mixer's step, one kernel, as one operation of torch."""
     calls = []
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)
     monkeypatch.setattr("scavenger.model.step.available", lambda: True)
     monkeypatch.setattr("scavenger.model.step.step_in_cpp", lambda y, *words: calls.append(1) or y.zero_())
     counts = []

@@ -296,7 +296,7 @@ def test_a_long_prompt_does_not_lengthen_the_short_ones(shape, device):
 @pytest.mark.parametrize("shape", SHAPES[::3])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_rows_are_free_after_an_exception(shape, error, device, monkeypatch):
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)
     model = tiny_student(modal=True, **shape).to(device)
     prompts = [random_ids(n, device=device) for n in (5, 9, 2)]
     decoder, calls = Decoder(model, rows=2), []
@@ -322,7 +322,7 @@ def test_rows_are_free_after_an_exception(shape, error, device, monkeypatch):
 @pytest.mark.parametrize("filters", [5, 3])
 def test_a_step_interrupted_in_the_middle_of_a_state(filters, monkeypatch):
     """The first layer has read a token that the others have not."""
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)
     model = tiny_student(filters, modal=True)
     prompts = [random_ids(n, device="cpu") for n in (5, 9)]
     decoder = Decoder(model, rows=3)
@@ -345,7 +345,7 @@ def test_a_step_interrupted_in_the_middle_of_a_state(filters, monkeypatch):
 @pytest.mark.parametrize("shape", [{}, {"qkv_bias": False, "window": 7}])
 def test_packed_layers_are_the_layers(shape, device, monkeypatch):
     """The mixer's projections are one product, which takes biases and their absence as they are."""
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)
     monkeypatch.setattr("scavenger.model.decoding.PACKING_PAYS", 0)
     model = tiny_student(5, modal=True, **shape).float().to(device)
     ids = random_ids(2, LENGTH, device=device)
@@ -366,7 +366,7 @@ def test_packed_layers_are_the_layers(shape, device, monkeypatch):
 @pytest.mark.parametrize("shape", COMPILED)
 def test_a_step_compiles_to_one_graph(shape, in_torch, monkeypatch, device):
     """Its logits are the eager ones while rows join and leave, and nothing is compiled a second time."""
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)
     if in_torch:
         monkeypatch.setattr("scavenger.model.step.available", lambda: False)
     graphs = Graphs()

@@ -138,7 +138,7 @@ def test_a_state_has_a_dtype_of_floating_point():
 def test_the_kernel_keeps_a_state_in_bfloat16(shape, monkeypatch, request):
     """To a few units of rounding: the interpreter truncates where a GPU, and torch, round to the nearest."""
     model = tiny_student(modal=True, num_hidden_layers=1, **shape | {"attention_layers": []}).float()
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)
     ids = random_ids(4, 2, device="cpu")
     found = []
     prompts = [random_ids(5, device="cpu"), random_ids(7, device="cpu")]

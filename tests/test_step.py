@@ -39,7 +39,7 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs
 def counted(monkeypatch):
     """A list that grows by one with each step in machine code."""
     calls, once = [], step.step
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)  # mixers, not whole tokens
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)  # mixers, not whole tokens
     monkeypatch.setattr(step, "step", lambda *words, **more: calls.append(1) or once(*words, **more))
     return calls
 

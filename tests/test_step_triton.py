@@ -32,7 +32,7 @@ def in_triton(monkeypatch):
     """Steps in C++ become steps in Triton, in tiles smaller than a state, a window and a filter."""
     from scavenger.model import step_triton
 
-    monkeypatch.setattr("scavenger.model.token_cpp.ROWS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)
     monkeypatch.setattr("scavenger.model.step.available", lambda: True)
     monkeypatch.setattr("scavenger.model.step.step_in_cpp", step_triton.step_in_triton)
     monkeypatch.setattr(step_triton, "TILE", 32)

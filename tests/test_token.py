@@ -23,17 +23,17 @@ ACTIVATIONS = [
 ]
 
 
-def both(model, monkeypatch):
+def both(model, monkeypatch, rows=3):
     """Logits and states of a decoder in machine code, and of one in torch, whose rows join and leave."""
     prompts = [random_ids(n, device="cpu") for n in (5, 9, 2)]
-    tokens = random_ids(24, 3, device="cpu")
+    tokens = random_ids(24, rows, device="cpu")
     found = []
     for in_torch in (False, True):
         with monkeypatch.context() as patched:
             if in_torch:
-                patched.setattr(token_cpp, "ROWS", 0)
+                patched.setattr(token_cpp, "WORK", 0)
                 patched.setattr("scavenger.model.step.available", lambda: False)
-            decoder = Decoder(model, rows=3)
+            decoder = Decoder(model, rows)
             assert (decoder.token is None) == in_torch
             decoder.add(prompts[:2])
             own = []
@@ -57,6 +57,16 @@ def test_a_token_in_machine_code_is_one_in_torch(shape, monkeypatch):
         assert_close(expected.double(), found.double(), 5e-14)  # measured 5e-15 at most
 
 
+@pytest.mark.parametrize("rows", [4, 7, 8])
+@pytest.mark.parametrize("shape", [{"filters": 5, "window": 7}, {"filters": 2, **GROUPED, "parallel_residual": False}])
+def test_rows_share_what_is_loaded(shape, rows, monkeypatch, three_threads):
+    """Four rows and two outputs at a time, and what is left of both."""
+    for shape in (shape, shape | {"vocab_size": 98, "intermediate_size": 43}):
+        model = tiny_student(modal=True, **shape)
+        for found, expected in zip(*both(model, monkeypatch, rows), strict=True):
+            assert_close(expected.double(), found.double(), 5e-14)
+
+
 @pytest.mark.parametrize("shape", [KNOWN[1], {"filters": 2, **GROUPED}])
 def test_in_float32_on_several_threads(shape, monkeypatch, three_threads):
     found, expected = both(tiny_student(modal=True, **shape).float(), monkeypatch)
@@ -64,11 +74,14 @@ def test_in_float32_on_several_threads(shape, monkeypatch, three_threads):
         assert_close(y.double(), x.double(), 1e-5)  # measured 1e-6 at most
 
 
-def test_what_stays_in_torch():
-    """Many rows, half precision, an activation or mixers that the source does not know."""
+def test_what_stays_in_torch(monkeypatch):
+    """Much work, half precision, an activation or mixers that the source does not know."""
     model = tiny_student(modal=True)
-    assert Decoder(model, rows=token_cpp.ROWS).token is not None
-    assert Decoder(model, rows=token_cpp.ROWS + 1).token is None
+    weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
+    with monkeypatch.context() as patched:
+        patched.setattr(token_cpp, "WORK", 4 * weights / model.config.num_hidden_layers)
+        assert Decoder(model, rows=4).token is not None
+        assert Decoder(model, rows=5).token is None
     assert Decoder(tiny_student(modal=True).bfloat16(), rows=1).token is None
     for changes in ({"hidden_act": "mish"}, {"filters": 30, "hyena_order": 2}):
         assert Decoder(tiny_student(modal=True, **changes), rows=1).token is None
@@ -142,12 +155,12 @@ def test_generate_is_that_of_the_modules(padded, tokens, monkeypatch):
     words = dict(attention_mask=mask, max_new_tokens=12, pad_token_id=0, eos_token_id=None)
     for more in ({"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 3, "do_sample": False}):
         found = []
-        for rows in (token_cpp.ROWS, 0):
-            monkeypatch.setattr(token_cpp, "ROWS", rows)
+        for work in (token_cpp.WORK, 0):
+            monkeypatch.setattr(token_cpp, "WORK", work)
             before = len(tokens)
             torch.manual_seed(4)
             found.append(model.generate(ids, **words, **more))
-            assert (len(tokens) > before) == (rows > 0 and "num_beams" not in more)
+            assert (len(tokens) > before) == (work > 0 and "num_beams" not in more)
         assert torch.equal(*found)
 
 

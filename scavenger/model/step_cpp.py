@@ -258,7 +258,7 @@ template <typename T> static void step(const Arguments &a) {
 extern "C" void step_float32(const Arguments *a) { step<float>(*a); }
 extern "C" void step_float64(const Arguments *a) { step<double>(*a); }
 
-// A whole student, for few rows.
+// A whole student.
 
 struct Norm { const void *weight, *bias; double eps; int64_t rms; };
 struct Linear { const void *weight, *bias; int64_t in, out; };  // weight (out, in)
@@ -296,17 +296,42 @@ template <typename T> static void normalised(const Norm &norm, const T *x, int64
     }
 }
 
-// Output `o` of a linear layer for one row.
-template <typename T> static T product(const Linear &linear, int64_t o, const T *x) {
-    const T sum = dot((const T *)linear.weight + o * linear.in, x, linear.in);
-    return linear.bias ? sum + ((const T *)linear.bias)[o] : sum;
+// take(o, r, sum_i w_oi x_ri + bias_o) for this thread's outputs of a linear layer and all rows. Two outputs and four
+// rows at a time: a number that is loaded then serves several products.
+template <typename T, typename Take> static void products(const Linear &layer, const T *x, int64_t rows, Take take) {
+    const T *weight = (const T *)layer.weight, *bias = (const T *)layer.bias;
+    const int64_t n = layer.in;
+#pragma omp for schedule(static) nowait
+    for (int64_t pair = 0; pair < (layer.out + 1) / 2; pair++) {
+        const int64_t o = 2 * pair, last = o + 1 < layer.out ? o + 1 : o;
+        const T *a = weight + o * n, *b = weight + last * n;
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) {
+            const T *x0 = x + r * n, *x1 = x0 + n, *x2 = x1 + n, *x3 = x2 + n;
+            T a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
+#pragma omp simd reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3)
+            for (int64_t i = 0; i < n; i++) {
+                a0 += a[i] * x0[i], a1 += a[i] * x1[i], a2 += a[i] * x2[i], a3 += a[i] * x3[i];
+                b0 += b[i] * x0[i], b1 += b[i] * x1[i], b2 += b[i] * x2[i], b3 += b[i] * x3[i];
+            }
+            const T sums[2][4] = {{a0, a1, a2, a3}, {b0, b1, b2, b3}};
+            for (int64_t k = o; k <= last; k++)
+                for (int64_t j = 0; j < 4; j++) take(k, r + j, sums[k - o][j] + (bias ? bias[k] : T(0)));
+        }
+        for (; r < rows; r++)
+            for (int64_t k = o; k <= last; k++)
+                take(k, r, dot(weight + k * n, x + r * n, n) + (bias ? bias[k] : T(0)));
+    }
 }
 
 // Into rows of y that are `stride` apart.
 template <typename T> static void linear(const Linear &layer, const T *x, int64_t rows, T *y, int64_t stride) {
-#pragma omp for schedule(static) nowait
-    for (int64_t o = 0; o < layer.out; o++)
-        for (int64_t r = 0; r < rows; r++) y[r * stride + o] = product(layer, o, x + r * layer.in);
+    products(layer, x, rows, [=](int64_t o, int64_t r, T sum) { y[r * stride + o] = sum; });
+}
+
+// Added to rows of y.
+template <typename T> static void added(const Linear &layer, const T *x, int64_t rows, T *y) {
+    products(layer, x, rows, [=](int64_t o, int64_t r, T sum) { y[r * layer.out + o] += sum; });
 }
 
 template <typename T> static T activated(int64_t kind, T x) {
@@ -318,15 +343,15 @@ template <typename T> static T activated(int64_t kind, T x) {
     }
 }
 
+// A thread has the same outputs of both products.
 template <typename T> static void widened(const Block &b, const T *x, int64_t rows, T *inner) {
-#pragma omp for schedule(static) nowait
-    for (int64_t o = 0; o < b.up.out; o++)
-        for (int64_t r = 0; r < rows; r++) {
-            const T up = product(b.up, o, x + r * b.up.in);
-            T &y = inner[r * b.up.out + o];
-            y = b.gate.out ? activated(b.activation, product(b.gate, o, x + r * b.up.in)) * up
-                           : activated(b.activation, up);
-        }
+    const int64_t n = b.up.out, kind = b.activation;
+    if (!b.gate.out) {
+        products(b.up, x, rows, [=](int64_t o, int64_t r, T sum) { inner[r * n + o] = activated(kind, sum); });
+        return;
+    }
+    products(b.gate, x, rows, [=](int64_t o, int64_t r, T sum) { inner[r * n + o] = activated(kind, sum); });
+    products(b.up, x, rows, [=](int64_t o, int64_t r, T sum) { inner[r * n + o] *= sum; });
 }
 
 // One token of every row. Threads compute norms each for itself, and share the outputs of products and the heads.
@@ -358,22 +383,15 @@ template <typename T> static int token(const Student &s) {
             }
 #pragma omp barrier
             mix<T>(b.mixer, scratch);
-            const T *mixed = (const T *)b.mixer.y;
-#pragma omp for schedule(static)
-            for (int64_t o = 0; o < s.width; o++)
-                for (int64_t r = 0; r < s.rows; r++) {
-                    T sum = product(b.out, o, mixed + r * b.out.in);
-                    if (b.parallel) sum += product(b.down, o, inner + r * b.down.in);
-                    hidden[r * s.width + o] += sum;
-                }
-            if (b.parallel) continue;
-            normalised(b.mlp_norm, hidden, s.rows, s.width, x.data());
-            widened(b, x.data(), s.rows, inner);
+            added(b.out, (const T *)b.mixer.y, s.rows, hidden);
+            if (!b.parallel) {
 #pragma omp barrier
-#pragma omp for schedule(static)
-            for (int64_t o = 0; o < s.width; o++)
-                for (int64_t r = 0; r < s.rows; r++)
-                    hidden[r * s.width + o] += product(b.down, o, inner + r * b.down.in);
+                normalised(b.mlp_norm, hidden, s.rows, s.width, x.data());
+                widened(b, x.data(), s.rows, inner);
+#pragma omp barrier
+            }
+            added(b.down, inner, s.rows, hidden);
+#pragma omp barrier
         }
         normalised(s.norm, hidden, s.rows, s.width, x.data());
         linear(s.head, x.data(), s.rows, (T *)s.logits, s.head.out);
