@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scavenger import families, losses, measure, student, teacher, training
 from scavenger.flops import Flops
 from scavenger.model import HyenaForCausalLM
-from scavenger.recipe import Activations, Logits, Recipe, Stage, TeacherTraining, require_layers
+from scavenger.recipe import EMBEDDED_TEACHER, Activations, Logits, Recipe, Stage, TeacherTraining, require_layers
 from scavenger.recurrence import allocation
 from scavenger.report import report
 from scavenger.run import checkpoint
@@ -111,6 +111,7 @@ def text(recipe: Recipe, planned: list[PlannedStage], processes: int = 1) -> str
     """The models, the table of stages, the memory that they hold, and what comes before and after them."""
     config = _configuration(recipe)
     where = recipe.teacher.folder or recipe.teacher.name or "trained by this run"
+    where = "embedded" if where == EMBEDDED_TEACHER else where
     lines = [
         f"run       {recipe.run_dir}",
         f"data      {recipe.data.path or recipe.data.name or 'the Python standard library on this machine'}"

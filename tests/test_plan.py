@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command_line, tiny_teacher
+from conftest import ROOT, command_line, tiny_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
 from scavenger import losses, measure, plan, teacher
@@ -58,6 +58,9 @@ def test_every_training_is_in_the_plan(recipe, tmp_path):
     assert "Activations end earlier where the held-out error no longer falls" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"], "a plan writes nothing"
     assert torch.equal(torch.get_rng_state(), before)
+    assert f"\nteacher   {recipe.teacher.folder}: gpt_neox, " in shown
+    embedded = plan.text(load_recipe(str(ROOT / "recipes/quickstart.yaml")), [])
+    assert "\nteacher   embedded: gpt_neox, 1,317,632 parameters, 4 layers of width 128\n" in embedded
 
 
 @pytest.mark.parametrize("chunk, processes, positions", [(10**9, 1, 192), (10**9, 2, 96), (4 * 320 * 7, 1, 7)])
