@@ -124,7 +124,7 @@ def test_accumulated_parts_are_one_batch(one, workshop, tmp_path):
     assert_same(tmp_path / "run", one)
 
 
-SHARDED = "tests/launching/sharded.py"
+SHARDED, COMPILED = "tests/launching/sharded.py", "tests/launching/compiled.py"
 AGAIN = "training.checkpoint_activations=true"
 
 
@@ -136,15 +136,7 @@ def test_activations_computed_again_are_the_same(one, workshop, tmp_path):
 
 def test_fully_sharded(one, workshop, tmp_path):
     """Each process keeps half of every parameter, in torch's own fully_shard; the finished student is whole."""
-    launched("fsdp", workshop, tmp_path / "run", AGAIN, script=[SHARDED])
-    assert_same(tmp_path / "run", one)
-
-
-@pytest.mark.parametrize("config", ["cpu_two_processes", "fsdp", "zero2"])
-def test_compiled_parts_are_the_same(one, workshop, tmp_path, config):
-    """Their graphs are drawn as for a GPU, but run by torch."""
-    programs = forked(config, workshop, tmp_path, "training.compile=true", script="tests/launching/compiled.py")
-    assert [program.end() for program in programs] == [0, 0], programs[0].err
+    launched("fsdp", workshop, tmp_path / "run", AGAIN, "training.compile=true", script=[COMPILED])
     assert_same(tmp_path / "run", one)
 
 
@@ -163,8 +155,9 @@ def test_modal_filters_are_fully_sharded(workshop, tmp_path):
 
 
 def test_zero_2(one, workshop, tmp_path):
-    """Two processes with two micro-batches each."""
-    programs = forked("zero2", workshop, tmp_path, "training.accumulate=2")
+    """Two processes with two micro-batches each, and compiled parts."""
+    words = ["training.accumulate=2", "training.compile=true"]
+    programs = forked("zero2", workshop, tmp_path, *words, script=COMPILED)
     assert [program.end() for program in programs] == [0, 0], programs[0].err
     assert_same(tmp_path / "run", one)
 
@@ -172,8 +165,7 @@ def test_zero_2(one, workshop, tmp_path):
 @pytest.mark.parametrize("config, script", [("zero2", None), ("fsdp", SHARDED)])
 def test_half_precision_rounds_no_filter(one, workshop, tmp_path, config, script):
     """The launcher's own form of bfloat16 would round the filters too: a first tap is then ten times further off."""
-    words = ["baseline=null", "transfer.logits.steps=1"]
-    programs = forked(config, workshop, tmp_path, *words, script=script, precision="bf16")
+    programs = forked(config, workshop, tmp_path, "baseline=null", script=script, precision="bf16")
     assert [program.end() for program in programs] == [0, 0], programs[0].err
     mine, whole = (load_file(run / "transfer/activations/model.safetensors") for run in (tmp_path / "run", one))
     first, exact = (read_json(r / "transfer/activations/history.json")[0] for r in (tmp_path / "run", one))
