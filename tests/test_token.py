@@ -57,11 +57,11 @@ def test_a_token_in_machine_code_is_one_in_torch(shape, monkeypatch):
         assert_close(expected.double(), found.double(), 5e-14)  # measured 5e-15 at most
 
 
-@pytest.mark.parametrize("rows", [4, 7, 8])
+@pytest.mark.parametrize("rows", [4, 5])
 @pytest.mark.parametrize("shape", [{"filters": 5, "window": 7}, {"filters": 2, **GROUPED, "parallel_residual": False}])
 def test_rows_share_what_is_loaded(shape, rows, monkeypatch, three_threads):
-    """Four rows and two outputs at a time, and what is left of both."""
-    for odd in ({}, {"vocab_size": 98, "intermediate_size": 43}):
+    """Two rows and four outputs at a time, and what is left of both."""
+    for odd in ({}, {"vocab_size": 98, "intermediate_size": 47}):
         model = tiny_student(modal=True, **shape | odd)
         for found, expected in zip(*both(model, monkeypatch, rows), strict=True):
             assert_close(expected.double(), found.double(), 5e-14)

@@ -296,31 +296,36 @@ template <typename T> static void normalised(const Norm &norm, const T *x, int64
     }
 }
 
-// take(o, r, sum_i w_oi x_ri + bias_o) for this thread's outputs of a linear layer and all rows. Two outputs and four
-// rows at a time: a number that is loaded then serves several products.
+// take(o, r, sum_i w_oi x_ri + bias_o) for this thread's outputs of a linear layer and all rows. Four outputs and two rows
+// at a time: a number that is loaded serves several products, and sums do not wait for one another.
 template <typename T, typename Take> static void products(const Linear &layer, const T *x, int64_t rows, Take take) {
     const T *weight = (const T *)layer.weight, *bias = (const T *)layer.bias;
     const int64_t n = layer.in;
 #pragma omp for schedule(static) nowait
-    for (int64_t pair = 0; pair < (layer.out + 1) / 2; pair++) {
-        const int64_t o = 2 * pair, last = o + 1 < layer.out ? o + 1 : o;
-        const T *a = weight + o * n, *b = weight + last * n;
+    for (int64_t group = 0; group < (layer.out + 3) / 4; group++) {
+        const int64_t o = 4 * group, count = std::min<int64_t>(4, layer.out - o), last = count - 1;
+        const T *a = weight + o * n, *b = a + std::min<int64_t>(1, last) * n, *c = a + std::min<int64_t>(2, last) * n;
+        const T *d = a + last * n;
         int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) {
-            const T *x0 = x + r * n, *x1 = x0 + n, *x2 = x1 + n, *x3 = x2 + n;
-            T a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
-#pragma omp simd reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3)
+        for (; r + 2 <= rows; r += 2) {
+            const T *p = x + r * n, *q = p + n;
+            T ap = 0, bp = 0, cp = 0, dp = 0, aq = 0, bq = 0, cq = 0, dq = 0;
+#pragma omp simd reduction(+ : ap, bp, cp, dp, aq, bq, cq, dq)
             for (int64_t i = 0; i < n; i++) {
-                a0 += a[i] * x0[i], a1 += a[i] * x1[i], a2 += a[i] * x2[i], a3 += a[i] * x3[i];
-                b0 += b[i] * x0[i], b1 += b[i] * x1[i], b2 += b[i] * x2[i], b3 += b[i] * x3[i];
+                ap += a[i] * p[i], bp += b[i] * p[i], cp += c[i] * p[i], dp += d[i] * p[i];
+                aq += a[i] * q[i], bq += b[i] * q[i], cq += c[i] * q[i], dq += d[i] * q[i];
             }
-            const T sums[2][4] = {{a0, a1, a2, a3}, {b0, b1, b2, b3}};
-            for (int64_t k = o; k <= last; k++)
-                for (int64_t j = 0; j < 4; j++) take(k, r + j, sums[k - o][j] + (bias ? bias[k] : T(0)));
+            const T sums[2][4] = {{ap, bp, cp, dp}, {aq, bq, cq, dq}};
+            for (int64_t j = 0; j < 2; j++)
+                for (int64_t k = 0; k < count; k++) take(o + k, r + j, sums[j][k] + (bias ? bias[o + k] : T(0)));
         }
-        for (; r < rows; r++)
-            for (int64_t k = o; k <= last; k++)
-                take(k, r, dot(weight + k * n, x + r * n, n) + (bias ? bias[k] : T(0)));
+        if (r == rows) continue;
+        const T *p = x + r * n;
+        T ap = 0, bp = 0, cp = 0, dp = 0;
+#pragma omp simd reduction(+ : ap, bp, cp, dp)
+        for (int64_t i = 0; i < n; i++) ap += a[i] * p[i], bp += b[i] * p[i], cp += c[i] * p[i], dp += d[i] * p[i];
+        const T sums[4] = {ap, bp, cp, dp};
+        for (int64_t k = 0; k < count; k++) take(o + k, r, sums[k] + (bias ? bias[o + k] : T(0)));
     }
 }
 
