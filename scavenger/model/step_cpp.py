@@ -296,8 +296,8 @@ template <typename T> static void normalised(const Norm &norm, const T *x, int64
     }
 }
 
-// take(o, r, sum_i w_oi x_ri + bias_o) for this thread's outputs of a linear layer and all rows. Four outputs and two rows
-// at a time: a number that is loaded serves several products, and sums do not wait for one another.
+// take(o, r, sum_i w_oi x_ri + bias_o) for this thread's outputs of a linear layer and all rows. Four outputs and two
+// rows at a time: a number that is loaded serves several products, and sums do not wait for one another.
 template <typename T, typename Take> static void products(const Linear &layer, const T *x, int64_t rows, Take take) {
     const T *weight = (const T *)layer.weight, *bias = (const T *)layer.bias;
     const int64_t n = layer.in;
