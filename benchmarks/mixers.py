@@ -31,7 +31,7 @@ from scavenger import families, measure
 from scavenger.model import HyenaConfig
 from scavenger.model.attention import WindowedAttention
 from scavenger.model.hyena import HyenaMixer
-from scavenger.model.modal import CHUNK
+from scavenger.model.modal import HEAD_CHUNK
 from scavenger.model.rotary import Rotary
 from scavenger.run.checkpoint import write_text
 
@@ -190,7 +190,7 @@ class Contender:
             "window": 4 * min(WINDOW, length / 2) * length * width,
             "toeplitz": 2 * length**2 * width,
             "fft": 2 * self.hyena_order * (self.head_width or 1) * width * transform,
-            "scan": 4 * CHUNK * length * width + 8 * MODES * (self.head_width or 1) * length * width,
+            "scan": 4 * HEAD_CHUNK * length * width + 8 * MODES * (self.head_width or 1) * length * width,
         }[self.form]
         operations = shape.batch_size * (8 * length * width**2 + mixing)
         bytes_moved = machine["bytes_per_number"] * (4 * width**2 + shape.batch_size * length * width * (1 + 6 + 1 + 1))

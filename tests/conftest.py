@@ -113,6 +113,12 @@ def seed():
     torch.manual_seed(7)
 
 
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Texts of tests are short; their scans have several chunks."""
+    monkeypatch.setattr("scavenger.model.modal.HEAD_CHUNK", 64)
+
+
 def pytest_collection_finish():
     """What is imported by now is not looked through by every `gc.collect()` of a report."""
     gc.collect()

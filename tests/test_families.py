@@ -153,6 +153,7 @@ def test_every_form_gives_the_same(family, settings, monkeypatch):
         found = []
         for fft, scan in ((-1, torch.inf), (torch.inf, torch.inf), (torch.inf, -1)):
             monkeypatch.setattr(hyena, "FFT_PAYS", fft)
+            monkeypatch.setattr(hyena, "CODE_FFT_PAYS", fft)
             monkeypatch.setattr(hyena, "SCAN_PAYS", scan)
             found.append(logits_of(own, ids))
         with torch.no_grad():

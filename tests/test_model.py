@@ -142,8 +142,11 @@ def test_every_form_is_the_formula_with_gradients(form, widest, queries, length,
         assert_close(a, b, 1e-14)
 
 
-def test_the_form_depends_on_the_shape(monkeypatch, device):
+@pytest.mark.parametrize("machine_code", [False, True])
+def test_the_form_depends_on_the_shape(machine_code, monkeypatch, device):
+    """Matrices in machine code are quicker than FFTs up to greater lengths."""
     taken = []
+    monkeypatch.setattr("scavenger.model.hyena.in_machine_code", lambda v, width: machine_code and not v.is_cuda)
     for name in ("causal_convolution", "outer_product_convolution"):
         whole = getattr(convolution, name)
         monkeypatch.setattr(f"scavenger.model.hyena.{name}", lambda *x, n=name, w=whole: taken.append(n) or w(*x))
@@ -152,7 +155,11 @@ def test_the_form_depends_on_the_shape(monkeypatch, device):
         taps = normal(5, length, device=device)
         slow = reference.for_each_query(reference.mixer, q, k, v, taps)
         assert_close(slow, long_convolution(q, k, v, taps), 1e-13)
-    assert taken == ["causal_convolution", "outer_product_convolution"]
+    assert taken == ["causal_convolution"] + ["outer_product_convolution"] * (not machine_code or device.type == "cuda")
+    if machine_code:
+        q, k, v = normal(1, 1, 3, 193, 2, device=device), *normal(2, 1, 1, 193, 2, device=device)
+        long_convolution(q, k, v, normal(1, 193, device=device))
+        assert taken[-1] == "outer_product_convolution"
 
 
 @pytest.mark.parametrize("filters", [5, 10])
@@ -161,6 +168,7 @@ def test_the_scan_stands_in_for_the_matrices_where_inputs_are_long(filters, monk
     ids = random_ids(2, 391, device=device)
     scans = []
     monkeypatch.setattr("scavenger.model.hyena.modal_scan", lambda *x: scans.append(1) or modal_scan(*x))
+    monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 391 / 8)  # these have 2.5 modes at most
     scanned = model(input_ids=ids, use_cache=False).logits
     assert len(scans) == 3
     monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 1e9)

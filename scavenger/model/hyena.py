@@ -37,6 +37,7 @@ from .norm import head_norm
 from .precision import full_float32
 from .rotary import turn
 from .step import fits, next_token, ready
+from .toeplitz_cpp import takes as in_machine_code
 
 
 try:
@@ -47,17 +48,18 @@ except ImportError:  # without Triton ToeplitzProduct computes the same
         return False
 
 
-# Break-even points of the forms on a CPU (benchmarks/mixers.py compares them). The matrix form reads and writes
-# length² / width scores per channel, the FFT form takes width · log(length) per channel and token: they were equal at
-# 256 tokens for width 8 and beyond 1,024 for width 16; widths 32 and 64 are extrapolated.
-FFT_PAYS = 4  # length / width²
+# Break-even points of the forms, of lengths (benchmarks/mixers.py compares them). The matrix form reads and writes
+# length² / width scores per channel, the FFT form takes width · log(length) per channel and token. On a CPU they were
+# equal at 256 tokens for width 8 in torch, and at 3,200 where the matrix form is machine code.
+FFT_PAYS, CODE_FFT_PAYS = 4, 48  # length / width²
 # The same with the kernels on a GPU, where the FFTs cost memory traffic and the products tensor cores: counted, not
 # measured.
 GPU_FFT_PAYS = 64
-# The scan's cost grows with its state, width · modes per channel and token, that of the matrix form with the length.
-SCAN_PAYS = 8  # length / (width · modes of a filter)
-# The same on a GPU, where the products of a state are in full float32: counted, not measured.
-GPU_SCAN_PAYS = 24
+# The scan's cost grows with its state, that of the matrix form with the length. On a CPU they were equal at 700 to
+# 2,200 tokens for one mode and 1,150 to 3,300 for three, at widths of 64 to 8.
+SCAN_PAYS = 256  # length / (modes of a filter + 4)
+# On a GPU the products of a state are in full float32: counted, not measured.
+GPU_SCAN_PAYS = 24  # length / (width · modes of a filter)
 # Of the gates before a sigmoid and a factor of 2: the window starts as the teacher's attention, filters at a quarter.
 OPEN, AJAR = 0.0, -2.0
 
@@ -267,8 +269,10 @@ class HyenaMixer(nn.Module):
     def _scan_pays(self, length, on_gpu):
         if not isinstance(self.filter, ModalFilter):
             return False
-        least = GPU_SCAN_PAYS if on_gpu else SCAN_PAYS
-        return length * self.num_filters > least * self.filter_head_width * sum(self.filter.state_sizes)
+        modes = sum(self.filter.state_sizes) / self.num_filters
+        if on_gpu:
+            return length > GPU_SCAN_PAYS * self.filter_head_width * modes
+        return length > SCAN_PAYS * (modes + 4)
 
     def _scan(self, q, k, v):
         wide = self.filter.dtype
@@ -440,4 +444,5 @@ def long_convolution(
 
 def fft_pays(v: Tensor, width: int) -> bool:
     """Whether FFTs are quicker than a matrix form, for v (…, length, value width) and k of this width."""
-    return v.shape[-2] > (GPU_FFT_PAYS if takes(v, width) else FFT_PAYS) * width * v.shape[-1]
+    least = GPU_FFT_PAYS if takes(v, width) else CODE_FFT_PAYS if in_machine_code(v, width) else FFT_PAYS
+    return v.shape[-2] > least * width * v.shape[-1]

@@ -228,11 +228,15 @@ def compiled() -> ctypes.CDLL | None:
     return library("toeplitz", SOURCE)
 
 
-def pays(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> bool:
-    """Whether the product is to be made here: on a CPU, all of it in float32 or float64, of a narrow filter."""
-    known = type(q) is Tensor and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
-    known = known and q.dtype == k.dtype == v.dtype == taps.dtype and max(q.shape[-1], v.shape[-1]) <= WIDEST
+def takes(v: Tensor, width: int) -> bool:
+    """Whether the product may be made here for these values and keys of this width: on a CPU, of a narrow filter."""
+    known = v.device.type == "cpu" and v.dtype in (torch.float32, torch.float64) and max(width, v.shape[-1]) <= WIDEST
     return known and not torch.compiler.is_compiling() and compiled() is not None
+
+
+def pays(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> bool:
+    """Whether it is to be made here: all of it is of one type."""
+    return type(q) is Tensor and q.dtype == k.dtype == v.dtype == taps.dtype and takes(v, q.shape[-1])
 
 
 def product(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> Tensor:
