@@ -311,7 +311,7 @@ def verdict(found: dict) -> str:
     rounded = found["bfloat16_state"]
     if rounded is not None and rounded["model"] is not None:
         moved, divergence = rounded["moved_bytes"] / 1024, rounded["model"]["divergence"]
-        parts.append(f"with modes kept in bfloat16 {moved:,.0f} KiB, at KL {divergence:.1e} from that")
+        parts.append(f"modes kept in bfloat16 make that {moved:,.0f} KiB, at a KL of {divergence:.1e} nats per token")
     return "; ".join(parts) + "."
 
 
