@@ -168,7 +168,7 @@ def test_the_scan_stands_in_for_the_matrices_where_inputs_are_long(filters, monk
     ids = random_ids(2, 391, device=device)
     scans = []
     monkeypatch.setattr("scavenger.model.hyena.modal_scan", lambda *x: scans.append(1) or modal_scan(*x))
-    monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 391 / 8)  # these have 2.5 modes at most
+    monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 391 / 8)  # the filters have 2.5 modes
     scanned = model(input_ids=ids, use_cache=False).logits
     assert len(scans) == 3
     monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 1e9)
@@ -189,6 +189,7 @@ def test_filters_and_states_are_multiplied_in_full_float32(modal, monkeypatch):
         return noting
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 391 / 8)  # the filters have 2.5 modes
     monkeypatch.setattr(ImplicitFilter, "_features", noted("filter", ImplicitFilter._features))
     monkeypatch.setattr(Modes, "taps", noted("filter", Modes.taps))
     monkeypatch.setattr("scavenger.model.hyena.modal_scan", noted("states", modal_scan))

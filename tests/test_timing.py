@@ -69,6 +69,7 @@ def rows_of(results, key="rows"):
 def test_a_packed_contender_has_packed_weights(kind, monkeypatch):
     """In the layout of oneDNN instead of the model's own, so that they count once."""
     monkeypatch.setattr("scavenger.model.decoding.PACKING_PAYS", 0)
+    monkeypatch.setattr("scavenger.model.token_cpp.WORK", 0)  # machine code reads the model's own
     model = tiny_teacher().float()
     plain, made = Static(model, Case(3, 17, 5)), kind(model, Case(3, 17, 5))
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
