@@ -230,8 +230,8 @@ class Decoder:
         """A cache of all rows that has read nothing."""
         nothing = torch.zeros(self.rows, 0, dtype=torch.long, device=self.device)
         cache = self.model(input_ids=nothing, use_cache=True).cache
-        for layer in cache.layers if self.state_dtype is not None else []:
-            for modes in getattr(layer, "modal_states", ()):
+        if self.state_dtype is not None:
+            for modes in (modes for layer in cache.layers for modes in getattr(layer, "modal_states", ())):
                 modes.state = modes.state.to(self.state_dtype)
         return cache
 

@@ -50,13 +50,13 @@ except ImportError:  # without Triton ToeplitzProduct computes the same
 
 # Break-even points of the forms, of lengths (benchmarks/mixers.py compares them). The matrix form reads and writes
 # length² / width scores per channel, the FFT form takes width · log(length) per channel and token. On a CPU they were
-# equal at 256 tokens for width 8 in torch, and at 3,200 where the matrix form is machine code.
+# equal at 256 tokens for width 8 in torch, and between 2,048 and 4,096 where the matrix form is machine code.
 FFT_PAYS, CODE_FFT_PAYS = 4, 48  # length / width²
 # The same with the kernels on a GPU, where the FFTs cost memory traffic and the products tensor cores: counted, not
 # measured.
 GPU_FFT_PAYS = 64
-# The scan's cost grows with its state, that of the matrix form with the length. On a CPU they were equal at 700 to
-# 2,200 tokens for one mode and 1,150 to 3,300 for three, at widths of 64 to 8.
+# The scan's cost grows with its state, that of the matrix form with the length. On a CPU, at widths of 64 to 8, they
+# were equal at 700 to 2,200 tokens for one mode and 1,150 to 3,300 for three, by interpolation from 1,024 and 4,096.
 SCAN_PAYS = 256  # length / (modes of a filter + 4)
 # On a GPU the products of a state are in full float32: counted, not measured.
 GPU_SCAN_PAYS = 24  # length / (width · modes of a filter)
