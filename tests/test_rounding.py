@@ -175,6 +175,18 @@ def test_no_input_moves_an_output_further_than_the_bound(kind):
     assert (largest > bounds / 30).all(), largest / bounds  # measured 0.045 to 0.16: the bound is no formality
 
 
+@torch.no_grad()
+def test_rounding_that_is_always_upwards_attains_the_bound():
+    """Of positive poles and residues, with the same input at every token."""
+    filter = made(PositiveFilter)
+    exact, kept = torch.zeros(2, sum(SIZES), dtype=torch.float64)
+    poles = filter.poles.real
+    for _ in range(LENGTH - 1):
+        exact, kept = poles * exact + 1, (1 + rounding.UNIT) * (poles * kept + 1)
+    moved = torch.stack([part.sum() for part in (filter.residues.real * poles * (kept - exact)).split(SIZES)])
+    assert_close(moved / filter(LENGTH).sum(1), rounding.bounds(filter, LENGTH), 3e-14)  # measured 3.3e-15
+
+
 def test_a_filter_that_remembers_nothing_has_no_rounding():
     filter = made(ModalFilter)
     filter.pole.data.zero_()
