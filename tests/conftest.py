@@ -57,11 +57,24 @@ class Done(NamedTuple):
     stderr: str
 
 
+@contextlib.contextmanager
+def importing_from(folder):
+    """Scripts of `folder` import each other, as Python lets them; those of another folder may have the same names."""
+    names = [path.stem for path in folder.glob("*.py")]
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+        try:
+            yield
+        finally:
+            for name in names:
+                sys.modules.pop(name, None)
+            sys.modules.update(others)
+
+
 def command(script, *words):
     """A command of eval/ as typed in the project's folder, called in this process."""
     path = ROOT / script
-    sys.modules.pop("mixers", None)  # eval/ and benchmarks/ have one each
-    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
+    with importing_from(path.parent):
         spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -4,7 +4,7 @@ import argparse
 import ctypes
 import dataclasses
 import gc
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import importing_from
 from reference import assert_close
 from transformers import GPTNeoXForCausalLM
 
@@ -40,18 +41,10 @@ def frozen():
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def benchmark():
     """Load a benchmark anew, as a module that its own processes find, too."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def loaded(name):
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return loaded
+    with importing_from(BENCHMARKS):
+        yield importlib.import_module
 
 
 @pytest.fixture
@@ -89,8 +82,7 @@ def decoding(benchmark):
 def test_mistakes_are_one_line(name, words, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
     monkeypatch.chdir(BENCHMARKS.parent)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))  # as Python does for a script
-    with pytest.raises(SystemExit, match="2"):
+    with importing_from(BENCHMARKS), pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
     shown = capsys.readouterr().err
     assert shown.startswith(f"{name}: error: {said}") and shown.count("\n") == 1

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, command_line, launch, shared
+from conftest import ROOT, command, command_line, importing_from, launch, shared
 from pages import blocks, commands
 
 from scavenger.run.checkpoint import read_json
@@ -133,8 +133,7 @@ def test_evaluation_commands(quickstart, evaluated):
 @pytest.mark.parametrize("script", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.stem)
 def test_scripts_run_their_main(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
-    monkeypatch.syspath_prepend(str(script.parent))
-    with pytest.raises(SystemExit, match="0"):
+    with importing_from(script.parent), pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.startswith(f"usage: {script.name}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import importing_from
 from scipy import linalg
 
 from scavenger.recipe import RecipeError, Recurrence
@@ -420,10 +421,10 @@ def test_a_delay_has_no_slow_pole(length, device):
 
 
 @pytest.fixture
-def gradient(monkeypatch):
+def gradient():
     """The published method, which only the benchmark has."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("gradient")
+    with importing_from(BENCHMARKS):
+        yield importlib.import_module("gradient")
 
 
 def test_gradient_beats_no_floor_and_learns(gradient, device):
