@@ -38,6 +38,7 @@ from scavenger.run.checkpoint import write_text
 
 MODES = 8  # of each filter in modal form; the quickstart's reduced filters have 1 to 16
 WINDOW = 256  # of kept attention
+NEAR = 64  # of attention beside filters
 TOO_LONG = 5.0  # seconds: what took longer is not run at greater lengths
 BYTES = 1 << 29  # of the copy that measures the bandwidth: far more than a cache holds
 ON_CUDA = ([512, 1024, 2048], [8, 16, 8])  # widths and heads of Pythia-70m, 410m and 1b
@@ -127,6 +128,7 @@ def rows(head_width):
         (f"multihyena {head_width}, Toeplitz", head_width, "toeplitz", {}),
         (f"multihyena {head_width}, FFT", head_width, "fft", {}),
         (f"multihyena {head_width}, modal scan", head_width, "scan", {"filter": "modal"}),
+        (f"window {NEAR}, then multihyena {head_width}", head_width, "near and far", {"window": NEAR}),
     ]
 
 
@@ -177,6 +179,8 @@ class Contender:
             return True
         if self.form == "scan":
             return self.module._scan_pays(length, next(self.module.parameters()).is_cuda)
+        if self.form == "near and far":
+            length = max(0, length - NEAR)
         v = next(self.module.parameters()).new_empty(length, self.head_width)
         return hyena.fft_pays(v, self.head_width) == (self.form == "fft")
 
@@ -189,6 +193,7 @@ class Contender:
             "attention": 2 * length**2 * width,
             "window": 4 * min(WINDOW, length / 2) * length * width,
             "toeplitz": 2 * length**2 * width,
+            "near and far": (4 * min(NEAR, length / 2) * length + 2 * max(0, length - NEAR) ** 2) * width,
             "fft": 2 * self.hyena_order * (self.head_width or 1) * width * transform,
             "scan": 4 * HEAD_CHUNK * length * width + 8 * MODES * (self.head_width or 1) * length * width,
         }[self.form]

@@ -99,7 +99,7 @@ def test_mixers_command(benchmark, monkeypatch, tmp_path, capsys):
     words = ["--hidden-size", "64", "32", "--num-heads", "4", "2", "--lengths", "20", "70", "--rounds", "1"]
     assert mixers.main([*words, "--output", str(tmp_path / "mixers.md")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(found["results"]) == 2 * 2 * 9
+    assert len(found["results"]) == 2 * 2 * 10
     assert {(row["hidden_size"], row["batch_size"], row["length"]) for row in found["results"]} == {
         (width, 1, length) for width in (64, 32) for length in (20, 70)
     }
@@ -124,7 +124,8 @@ def test_forms_that_are_timed_are_the_mixers_own(benchmark, monkeypatch):
         with contender.forced():
             outputs[name] = contender.module(hidden, cos, sin).detach()
     forms = ["ToeplitzProduct", "outer_product_convolution"]
-    assert taken == [*forms, *forms, "modal_scan", *["ToeplitzProduct"] * 2]  # a product in each of two chunks
+    # The scan has a product in each of two chunks, the filters beyond a window one.
+    assert taken == [*forms, *forms, "modal_scan", *["ToeplitzProduct"] * 2, "ToeplitzProduct"]
     assert_close(outputs["multihyena 8, Toeplitz"], outputs["multihyena 8, FFT"], 1e-5)
     assert_close(outputs["multihyena 16, Toeplitz"], outputs["multihyena 16, FFT"], 1e-5)
     scanned = rows["multihyena 16, modal scan"]

@@ -160,7 +160,7 @@ def test_a_mixer_takes_the_kernels_where_they_are_for_its_tensors(dtype, monkeyp
 @pytest.mark.slow
 def test_the_kernels_compile_without_a_gpu():
     """Into machine code that shares no more memory than any multiprocessor has."""
-    sizes = toeplitz_triton._sizes(torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16))
+    sizes = toeplitz_triton.sizes_for(torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16))
     constants = {name: sizes.pop(name) for name in ("BLOCK", "N", "M", "PRECISION")}
     matrices = dict.fromkeys(["q", "k", "v", "dy"], "*bf16")
     kernels = [

@@ -16,6 +16,15 @@ from .rotary import turn
 from .step import fits, next_token, ready
 
 
+try:
+    from .toeplitz_triton import takes
+    from .window_triton import near_and_far
+except ImportError:  # without Triton torch's attention computes the same
+
+    def takes(v, width):
+        return False
+
+
 # Queries of one attention mask: as many as the window, so that half of a block's scores count, but no fewer than make a
 # call worth while, and no more than keep memory linear in the length.
 BLOCKS = (128, 512)
@@ -114,6 +123,10 @@ def _blocks(q, tokens, window):
     queries = q.shape[1] // k.shape[1]
     if real is None and keys == length and (window == 0 or window >= length):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=queries > 1)
+    if real is None and keys == length and takes(v, q.shape[3]):
+        q, k = q.to(v.dtype).unflatten(1, (-1, queries)), k.to(v.dtype)  # under autocast both may be wider
+        y, *_ = near_and_far(q, k, v, None, None, window, q.shape[-1] ** -0.5)
+        return y.flatten(1, 2)
     if queries > 1:  # with a mask, kernels take as many heads of k and v as of q
         k, v = (z.repeat_interleave(queries, dim=1) for z in (k, v))
     window = window or max(keys, 1)

@@ -42,6 +42,7 @@ from .toeplitz_cpp import takes as in_machine_code
 
 try:
     from .toeplitz_triton import takes, toeplitz_product
+    from .window_triton import near_and_far
 except ImportError:  # without Triton ToeplitzProduct computes the same
 
     def takes(v, width):
@@ -197,6 +198,8 @@ class HyenaMixer(nn.Module):
 
     def _near_and_far(self, gates, q, tokens, between, layer_cache):
         """The gated sum of the window's attention and the filters on what left it, (batch, head, length, channel)."""
+        if layer_cache is None and self._in_one_pass(tokens):
+            return self._one_pass(gates, q, tokens)
         ring = layer_cache.near if layer_cache else None
         near, left = attention(q, tokens, self.window, ring)
         if not self.num_filters:
@@ -210,6 +213,23 @@ class HyenaMixer(nn.Module):
         far = F.pad(far, (0, 0, near.shape[2] - far.shape[2], 0))
         near_gate, far_gate = (2 * torch.sigmoid(gates)).transpose(1, 2)[..., None].chunk(2, dim=1)
         return near_gate * near + far_gate * far
+
+    def _in_one_pass(self, tokens):
+        """Whether one kernel is for window and filters: of the teacher's heads, without padding, on a GPU."""
+        beyond, width = tokens.values[:, :, self.window :], self.head_dim
+        if not self.num_filters or self.features is not None or self.filter_head_width < width:
+            return False
+        if tokens.real is not None or beyond.shape[2] == 0 or not takes(beyond, width):
+            return False
+        return not fft_pays(beyond, width) and not self._scan_pays(beyond.shape[2], on_gpu=True)
+
+    def _one_pass(self, gates, q, tokens):
+        q, k, v = self.heads.grouped(q, tokens.keys, tokens.values, self.num_filters)
+        beyond = k.shape[2] - self.window
+        if isinstance(self.filter, ImplicitFilter):
+            self.filter.warn_beyond_training(beyond)
+        y, *_ = near_and_far(q, k, v, self.filter(beyond), gates, self.window, self.scale)
+        return self.heads.ungrouped(y)
 
     def _far(self, q, tokens, between, layer_cache):
         """The long filters' output for q (batch, head, length, channel) and as many tokens."""

@@ -32,21 +32,21 @@ LAG_PROGRAMS = 1024
 
 
 @triton.jit
-def _load(matrix, stride, first, rows, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def load(matrix, stride, first, rows, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """BLOCK rows of a matrix (rows, columns) from row `first` on, which `matrix` points to; zero outside."""
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
     return tl.load(matrix + row * stride + column, mask=(first + row < rows) & (column < columns), other=0.0)
 
 
 @triton.jit
-def _store(matrix, stride, first, rows, columns, values, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def store(matrix, stride, first, rows, columns, values, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
     inside = (first + row < rows) & (column < columns)
     tl.store(matrix + row * stride + column, values.to(matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _taps(taps, lag, length):
+def taps_of(taps, lag, length):
     """T_ts of a tile of lags t - s."""
     return tl.load(taps + lag, mask=(lag >= 0) & (lag < length), other=0.0).to(tl.float32)
 
@@ -70,16 +70,16 @@ def _product(
     v += batch * v_batch + filter * v_filter
     taps += filter * taps_filter
     lag = first + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
-    own = _load(q, q_row, first, length, width, BLOCK, N)
+    own = load(q, q_row, first, length, width, BLOCK, N)
     total = tl.zeros((BLOCK, M), tl.float32)
     for start in range(0, first + BLOCK, BLOCK):
-        keys = _load(k, k_row, start, length, width, BLOCK, N)
-        values = _load(v, v_row, start, length, value_width, BLOCK, M)
-        scores = tl.dot(own, tl.trans(keys), input_precision=PRECISION) * _taps(taps, lag - start, length)
+        keys = load(k, k_row, start, length, width, BLOCK, N)
+        values = load(v, v_row, start, length, value_width, BLOCK, M)
+        scores = tl.dot(own, tl.trans(keys), input_precision=PRECISION) * taps_of(taps, lag - start, length)
         total = tl.dot(scores.to(values.dtype), values, total, input_precision=PRECISION)
         k += BLOCK * k_row
         v += BLOCK * v_row
-    _store(y, y_row, first, length, value_width, total, BLOCK, M)
+    store(y, y_row, first, length, value_width, total, BLOCK, M)
 
 
 @triton.jit
@@ -108,23 +108,23 @@ def _columns(
     dv += batch * dv_batch + filter * dv_filter + skipped * dv_row
     taps += filter * taps_filter
     lag = tl.arange(0, BLOCK)[None, :] - tl.arange(0, BLOCK)[:, None]
-    keys = _load(k, k_row, first, length, width, BLOCK, N)
-    values = _load(v, v_row, first, length, value_width, BLOCK, M)
+    keys = load(k, k_row, first, length, width, BLOCK, N)
+    values = load(v, v_row, first, length, value_width, BLOCK, M)
     to_keys, to_values = tl.zeros((BLOCK, N), tl.float32), tl.zeros((BLOCK, M), tl.float32)
     for query in range(queries):
         q_rows, dy_rows = q + query * q_query, dy + query * dy_query
         for start in range(first, length, BLOCK):
-            own = _load(q_rows, q_row, start, length, width, BLOCK, N)
-            slope = _load(dy_rows, dy_row, start, length, value_width, BLOCK, M)
-            matrix = _taps(taps, lag + (start - first), length)
+            own = load(q_rows, q_row, start, length, width, BLOCK, N)
+            slope = load(dy_rows, dy_row, start, length, value_width, BLOCK, M)
+            matrix = taps_of(taps, lag + (start - first), length)
             scores = tl.dot(keys, tl.trans(own), input_precision=PRECISION) * matrix
             to_values = tl.dot(scores.to(slope.dtype), slope, to_values, input_precision=PRECISION)
             weights = tl.dot(values, tl.trans(slope), input_precision=PRECISION) * matrix
             to_keys = tl.dot(weights.to(own.dtype), own, to_keys, input_precision=PRECISION)
             q_rows += BLOCK * q_row
             dy_rows += BLOCK * dy_row
-    _store(dk, dk_row, first, length, width, to_keys, BLOCK, N)
-    _store(dv, dv_row, first, length, value_width, to_values, BLOCK, M)
+    store(dk, dk_row, first, length, width, to_keys, BLOCK, N)
+    store(dv, dv_row, first, length, value_width, to_values, BLOCK, M)
 
 
 @triton.jit
@@ -152,10 +152,10 @@ def _lags(
         k_rows = k + batch * k_batch + filter * k_filter
         v_rows = v + batch * v_batch + filter * v_filter
         for start in range(distance * BLOCK, length, BLOCK):
-            own = _load(q_rows, q_row, start, length, width, BLOCK, N)
-            slope = _load(dy_rows, dy_row, start, length, value_width, BLOCK, M)
-            keys = _load(k_rows, k_row, start - distance * BLOCK, length, width, BLOCK, N)
-            values = _load(v_rows, v_row, start - distance * BLOCK, length, value_width, BLOCK, M)
+            own = load(q_rows, q_row, start, length, width, BLOCK, N)
+            slope = load(dy_rows, dy_row, start, length, value_width, BLOCK, M)
+            keys = load(k_rows, k_row, start - distance * BLOCK, length, width, BLOCK, N)
+            values = load(v_rows, v_row, start - distance * BLOCK, length, value_width, BLOCK, M)
             scores = tl.dot(own, tl.trans(keys), input_precision=PRECISION)
             total += scores * tl.dot(slope, tl.trans(values), input_precision=PRECISION)
             q_rows += BLOCK * q_row
@@ -180,8 +180,8 @@ def toeplitz_product(
     taps: Tensor,  # (filter, length or more), of any dtype
 ) -> Tensor:  # (batch, filter, query, length, value width)
     """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s; q, k and v of one dtype of 32 bits or fewer, sums in float32."""
-    q, k, v, taps = _dense(q, k, v, taps)
-    y = _empty(q, v.shape[-1])
+    q, k, v, taps = dense(q, k, v, taps)
+    y = empty(q, v.shape[-1])
     with torch.cuda.device_of(q):
         _launch(_product, q[..., 0, 0].numel(), (q, k, v, y), taps, taps.stride(0))
     return y
@@ -189,7 +189,7 @@ def toeplitz_product(
 
 @toeplitz_product.register_fake
 def _(q, k, v, taps):
-    return _empty(q, v.shape[-1])
+    return empty(q, v.shape[-1])
 
 
 @library.custom_op(f"{NAMESPACE}::toeplitz_gradients", mutates_args=())
@@ -197,24 +197,31 @@ def toeplitz_gradients(
     q: Tensor, k: Tensor, v: Tensor, taps: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and taps."""
-    batch, filters, queries, length, _ = q.shape
-    q, k, v, taps, dy = _dense(q, k, v, taps, dy)
-    dq, dk, dv = (_empty(x, x.shape[-1]) for x in (q, k, v))
+    batch, filters, queries = q.shape[:3]
+    q, k, v, taps, dy = dense(q, k, v, taps, dy)
+    dq, dk, dv = (empty(x, x.shape[-1]) for x in (q, k, v))
     with torch.cuda.device_of(q):
         _launch(_product, batch * filters * queries, (dy, v, k, dq), taps, taps.stride(0))
         _launch(_columns, batch * filters, (q, k, v, dy, dk, dv), taps, taps.stride(0))
-        block = _sizes(q, v)["BLOCK"]
-        blocks = triton.cdiv(length, block)
-        parts = max(1, min(LAG_PROGRAMS // (filters * blocks), batch * queries))
-        table = q.new_empty(filters, parts, block, blocks * block, dtype=torch.float32)
-        _launch(_lags, filters * parts, (q, k, v, dy), table, parts, batch)
+        dtaps = taps_gradient(q, k, v, dy, taps)
+    return dq, dk, dv, dtaps
+
+
+def taps_gradient(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, taps: Tensor) -> Tensor:
+    """The gradient of the taps alone, by one kernel."""
+    batch, filters, queries, length, _ = q.shape
+    block = sizes_for(q, v)["BLOCK"]
+    blocks = triton.cdiv(length, block)
+    parts = max(1, min(LAG_PROGRAMS // (filters * blocks), batch * queries))
+    table = q.new_empty(filters, parts, block, blocks * block, dtype=torch.float32)
+    _launch(_lags, filters * parts, (q, k, v, dy), table, parts, batch)
     dtaps = along_lags(table.sum(1))[:, :length]
-    return dq, dk, dv, F.pad(dtaps, (0, taps.shape[1] - length)).to(taps.dtype)
+    return F.pad(dtaps, (0, taps.shape[1] - length)).to(taps.dtype)
 
 
 @toeplitz_gradients.register_fake
 def _(q, k, v, taps, dy):
-    return *(_empty(x, x.shape[-1]) for x in (q, k, v)), taps.new_empty(taps.shape)
+    return *(empty(x, x.shape[-1]) for x in (q, k, v)), taps.new_empty(taps.shape)
 
 
 def _save(ctx, inputs, output):
@@ -234,17 +241,17 @@ def takes(v: Tensor, width: int) -> bool:
     return v.is_cuda and v.dtype != torch.float64 and widest * v.element_size() <= ROW_BYTES
 
 
-def _dense(*tensors):
-    """The tensors, with the numbers of their last axis next to each other in memory."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def dense(*tensors):
+    """The tensors, with the numbers of their last axis next to each other in memory; None stays None."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _empty(x, width):
+def empty(x, width):
     """A tensor as x of another width, in memory (batch, length, filter, …): as the projections write and read it."""
     return x.new_empty(*x.movedim(-2, 1).shape[:-1], width).movedim(1, -2)
 
 
-def _sizes(q, v):
+def sizes_for(q, v):
     """The constants of the kernels: with these, few registers are spilled on GPUs of compute capability 8 and 9."""
     N, M = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))  # 16: the least that tl.dot takes
     half, wider = q.element_size() == 2, max(N, M)
@@ -262,7 +269,7 @@ def _sizes(q, v):
 def _launch(kernel, heads, matrices, *others):
     """Run a kernel on q, k, v, … or what stands for them: one program for each block of rows of `heads` heads."""
     q, _, v, *_ = matrices
-    sizes = _sizes(q, v)
+    sizes = sizes_for(q, v)
     strided = [argument for x in matrices for argument in (x, *x.stride()[:-1])]
     shape = (*q.shape[1:], v.shape[-1])
     kernel[(heads * triton.cdiv(q.shape[3], sizes["BLOCK"]),)](*strided, *others, *shape, **sizes)
