@@ -29,6 +29,7 @@ if not torch.cuda.is_available():  # before Triton is imported: its kernels are 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scavenger.model import HyenaConfig, HyenaForCausalLM
@@ -526,6 +527,27 @@ class Kernel:
                 self.kernel[grid](*given, **constants)
 
         return launch
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that launch a kernel on a GPU, and those for which the host waits."""
+
+    VIEWS = {"view", "_unsafe_view", "expand", "select", "slice", "t", "transpose", "unsqueeze", "squeeze", "detach",
+             "alias", "split", "split_with_sizes", "unbind", "permute", "as_strided", "new_empty", "empty", "unfold",
+             "lift_fresh", "empty_like", "_reshape_alias", "new_empty_strided", "promote_types"}  # fmt: skip
+    WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal"}
+
+    def __init__(self):
+        super().__init__()
+        self.launched, self.waited = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.WAITS:
+            self.waited.append(name)
+        elif name not in self.VIEWS:
+            self.launched.append(name)
+        return function(*args, **(kwargs or {}))
 
 
 def watched(monkeypatch, module, names, runs=True):

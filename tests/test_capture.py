@@ -9,9 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_ids, tiny_student
+from conftest import Launches, random_ids, tiny_student
 from reference import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scavenger.model import HyenaCache, HyenaForCausalLM
 from scavenger.model.capture import CapturedStep
@@ -129,27 +128,6 @@ def test_a_decoder_captures_once_and_looks_for_ends_late(shape, late, captures, 
     for _ in range(2):
         assert [x.tolist() for x in decoder.generate(prompts, 9, end)] == [x.tolist() for x in expected]
     assert len(captures) == 1 and sorted(decoder.free) == [0, 1, 2]
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that launch a kernel on a GPU, and those for which the host waits."""
-
-    VIEWS = {"view", "_unsafe_view", "expand", "select", "slice", "t", "transpose", "unsqueeze", "squeeze", "detach",
-             "alias", "split", "split_with_sizes", "unbind", "permute", "as_strided", "new_empty", "empty", "unfold",
-             "lift_fresh", "empty_like", "_reshape_alias"}  # fmt: skip
-    WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal"}
-
-    def __init__(self):
-        super().__init__()
-        self.launched, self.waited = [], []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in self.WAITS:
-            self.waited.append(name)
-        elif name not in self.VIEWS:
-            self.launched.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])

@@ -190,7 +190,7 @@ def test_filters_and_states_are_multiplied_in_full_float32(modal, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 391 / 8)  # the filters have 2.5 modes
-    monkeypatch.setattr(ImplicitFilter, "_features", noted("filter", ImplicitFilter._features))
+    monkeypatch.setattr(ImplicitFilter, "_of_time", noted("filter", ImplicitFilter._of_time))
     monkeypatch.setattr(Modes, "taps", noted("filter", Modes.taps))
     monkeypatch.setattr("scavenger.model.hyena.modal_scan", noted("states", modal_scan))
     monkeypatch.setattr("scavenger.model.hyena.long_convolution", noted("products", long_convolution))

@@ -165,8 +165,11 @@ def test_a_reduction_moves_normalised_sums_by_no_more_than_its_bound(shape, devi
                 torch.cat([mixer.q(hidden), mixer.k(hidden), mixer.v(hidden)], -1), mixer.short_filter
             )
             q, k, v, _ = mixer._split(x, cos, sin)
-            tokens = mixer.heads.tokens(Tokens(k, v, None), False)
-            sums.append(mixer._far(mixer.heads.take(q, False, mixer.heads.queries), tokens, [], None))
+            if mixer.heads.kept:
+                q = mixer.heads.parted(q, mixer.heads.queries)[1]
+                k, v = (mixer.heads.parted(z)[1] for z in (k, v))
+            tokens = Tokens(k, v, None)
+            sums.append(mixer._far(q, tokens, [], None))
         moved = (sums[0] - sums[1]).norm(dim=-1).amax((0, 2)).unflatten(0, (len(facts), -1)).amax(1)
         largest = tokens.values.norm(dim=-1).amax((0, 2))
         largest = largest.repeat_interleave(len(facts) // len(largest))

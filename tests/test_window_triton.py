@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from conftest import GROUPED, Graphs, compiled, normal, tiny_student, watched
+from conftest import GROUPED, Graphs, Launches, compiled, normal, tiny_student, watched
 from reference import assert_close
 
 from scavenger.model import attention, hyena, toeplitz_triton, window_triton
@@ -251,3 +251,33 @@ def test_the_kernels_compile_without_a_gpu():
         kernels.append((name, types, constants, sizes))
     shared = compiled(window_triton, kernels, 90)
     assert max(shared) <= 99 * 2**10, shared
+
+
+def test_launches_of_a_layer(monkeypatch):
+    """Of a layer of a training on a GPU, not compiled: mixer with its filter, norms, MLP."""
+    as_on_a_gpu(monkeypatch, near_and_far)
+    kernels = watched(monkeypatch, window_triton, KERNELS, runs=False)
+    lags = watched(monkeypatch, toeplitz_triton, ["_lags"], runs=False)
+    taps_gradient, inside, counts = window_triton.taps_gradient, [], []
+
+    def counted(*given):  # modes of torch do not see what an operator does
+        with Launches() as found:
+            dtaps = taps_gradient(*given)
+        inside.extend(found.launched)
+        return dtaps
+
+    monkeypatch.setattr(window_triton, "taps_gradient", counted)
+    for layers in (1, 1, 2):  # the first makes what later ones keep
+        model, ids = tiny_student(num_hidden_layers=layers, window=7).float(), torch.randint(1, 97, (1, 29))
+        inside.clear()
+        for kernel in (*kernels, *lags):
+            kernel.launches.clear()
+        with Launches() as forward:
+            loss = model(input_ids=ids, use_cache=False).logits.sum()
+        with Launches() as backward:
+            loss.backward()
+        operators = sum(name.startswith("near_and_far") for name in backward.launched)
+        launched = sum(len(kernel.launches) for kernel in (*kernels[1:], *lags))
+        counts.append((len(forward.launched), len(backward.launched) - operators + launched + len(inside)))
+    (*one,), (*two,) = counts[1:]
+    assert two[0] - one[0] <= 35 and two[1] - one[1] <= 85, (one, two)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .capture import EAGER, Buffers
-from .hyena import HyenaMixer
+from .hyena import HyenaMixer, joined
 from .precision import WideModule
 from .token_cpp import Token, knows
 
@@ -286,16 +286,11 @@ def packed(model: nn.Module, rows: int, lays_out: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def _at_once(projections):
-    """Linear layers of the same input as one, whose output is theirs one after the other."""
-    weight = torch.cat([projection.weight for projection in projections])
+    weight, bias = joined(projections)
     made = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
-    if any(projection.bias is not None for projection in projections):
-        biases = [
-            projection.weight.new_zeros(len(projection.weight)) if projection.bias is None else projection.bias
-            for projection in projections
-        ]
-        made.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
     return made
 
 

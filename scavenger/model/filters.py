@@ -3,6 +3,7 @@
 Positive filters are modal ones with real poles and residues above zero.
 """
 
+import functools
 import math
 
 import torch
@@ -71,19 +72,13 @@ class ImplicitFilter(WideModule):
         device = self.direct.device
         with torch.autocast(device.type, enabled=False), full_float32():
             wide = torch.promote_types(self.direct.dtype, torch.float32)
-            time = torch.arange(length, device=device, dtype=wide)
-            hidden = self._features(time)
+            hidden, decay, now = self._of_time(length, device, wide)
             for layer in self.inner:
                 hidden = torch.sin(
                     self.frequency.to(wide) * nn.functional.linear(hidden, layer.weight.to(wide), layer.bias.to(wide))
                 )
             taps = (hidden @ self.head.weight.to(wide).T).T
-            spread = self.num_filters // self.hyena_order
-            slowest = -math.log(FADED) / self.window
-            decay = torch.linspace(slowest, slowest / FASTEST, spread, device=device, dtype=wide)
-            decay = decay.repeat(self.hyena_order)
-            taps = taps * torch.exp(-decay[:, None] * time / self.context_length)
-            return torch.cat([taps[:, :1] + self.direct.to(wide)[:, None], taps[:, 1:]], dim=1)
+            return torch.addcmul(self.direct.to(wide)[:, None] * now, taps, decay)
 
     def warn_beyond_training(self, length: int):
         """Warn once where a sequence is longer than those of training."""
@@ -93,11 +88,31 @@ class ImplicitFilter(WideModule):
                 "on; their taps beyond that length are untrained"
             )
 
-    def _features(self, time):
-        bands = (self.position_features - 1) // 2
-        frequencies = torch.linspace(1e-4, max(bands - 1, 1e-4), bands, device=time.device, dtype=time.dtype)
-        angle = 2 * math.pi * time[:, None] / self.context_length * frequencies
-        return torch.cat([time[:, None] / (self.context_length - 1), angle.cos(), -angle.sin()], dim=1)
+    def _of_time(self, length, device, dtype):
+        """The network's input (length, feature), the decay of each filter (filter, length), and [t = 0] (length)."""
+        spread = self.num_filters // self.hyena_order
+        shape = length, self.position_features, spread, self.hyena_order, self.context_length, self.window
+        # A training asks for one length in every layer, again and again; in decoding lengths grow.
+        # Parameters of another type, as in a plan, may have no numbers.
+        kept = torch.is_grad_enabled() and type(self.direct) is nn.Parameter and not torch.compiler.is_compiling()
+        return (_kept_of_time if kept else _of_time)(*shape, device, dtype)
+
+
+def _of_time(length, features, filters, hyena_order, context_length, window, device, dtype):
+    time = torch.arange(length, device=device, dtype=dtype)
+    bands = (features - 1) // 2
+    frequencies = torch.linspace(1e-4, max(bands - 1, 1e-4), bands, device=device, dtype=dtype)
+    angle = 2 * math.pi * time[:, None] / context_length * frequencies
+    slowest = -math.log(FADED) / window
+    decay = torch.linspace(slowest, slowest / FASTEST, filters, device=device, dtype=dtype).repeat(hyena_order)
+    return (
+        torch.cat([time[:, None] / (context_length - 1), angle.cos(), -angle.sin()], dim=1),
+        torch.exp(-decay[:, None] * time / context_length),
+        (time == 0).to(dtype),
+    )
+
+
+_kept_of_time = functools.lru_cache(maxsize=2)(_of_time)
 
 
 class ModalFilter(WideModule):

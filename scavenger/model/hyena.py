@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Tokens, attention
-from .convolution import ToeplitzProduct, causal_convolution, outer_product_convolution, short_convolution
+from .convolution import (
+    ShortConvolution,
+    ToeplitzProduct,
+    causal_convolution,
+    outer_product_convolution,
+    short_convolution,
+)
 from .filters import ImplicitFilter, ModalFilter, PositiveFilter
 from .modal import ChannelState, HeadState, chunk_of, modal_scan
 from .norm import head_norm
@@ -127,20 +133,20 @@ class HyenaMixer(nn.Module):
         if self.at_once and projected.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
             if ready(projected, layer_cache):
                 return self.out(next_token(self, projected, gates, cos, sin, mask, layer_cache))
-        x, conv_state = short_convolution(
-            projected, self.short_filter.to(projected.dtype), layer_cache.conv_state if layer_cache else None
-        )
+        taps = self.short_filter.to(projected.dtype)
+        if layer_cache is None:
+            x = ShortConvolution.apply(projected, taps)
+        else:
+            x, conv_state = short_convolution(projected, taps, layer_cache.conv_state)
         q, k, v, between = self._split(x, cos, sin)
         tokens = Tokens(k, v, None if mask is None else mask.bool())
         kept = None
         if self.heads.kept:
-            kept, _ = attention(
-                self.heads.take(q, True, self.heads.queries),
-                self.heads.tokens(tokens, True),
-                self.kept_window,
-                layer_cache.kept if layer_cache else None,
-            )
-            q, tokens = self.heads.take(q, False, self.heads.queries), self.heads.tokens(tokens, False)
+            of_kept, q = self.heads.parted(q, self.heads.queries)
+            (own_keys, keys), (own_values, values) = self.heads.parted(k), self.heads.parted(v)
+            ring = layer_cache.kept if layer_cache else None
+            kept, _ = attention(of_kept, Tokens(own_keys, own_values, tokens.real), self.kept_window, ring)
+            tokens = Tokens(keys, values, tokens.real)
         y = (
             self._near_and_far(gates, q, tokens, between, layer_cache)
             if self.window
@@ -160,13 +166,17 @@ class HyenaMixer(nn.Module):
 
     def _projections(self, hidden):
         """q, k, v and the gates between, (batch, length, channel), and the gates of window and filters or None."""
-        if self.projected_at_once is None:
+        if self.projected_at_once is not None:
+            every = self.projected_at_once(hidden)
+        elif torch.is_grad_enabled() and all(map(_plain, self.projections)):
+            every = F.linear(hidden, *joined(self.projections))
+        else:
             every = [projection(hidden) for projection in self.projections]
-            joined = every.pop() if self.join is not None else None
-            return torch.cat(every, dim=-1), joined
-        every = self.projected_at_once(hidden)
-        streams = sum(self.streams)
-        return every[..., :streams], every[..., streams:] if self.join is not None else None
+            gates = every.pop() if self.join is not None else None
+            return torch.cat(every, dim=-1), gates
+        if self.join is None:
+            return every, None
+        return every.split([sum(self.streams), self.join.out_features], dim=-1)
 
     def step_words(self, layer_cache, dtype: torch.dtype) -> dict:
         """The arguments of `step` (step.py) that this mixer and its cache decide."""
@@ -188,12 +198,16 @@ class HyenaMixer(nn.Module):
 
     def _split(self, x, cos, sin):
         """q, k and v (batch, head, length, channel), q and k normalised and turned; the gates between, flat."""
-        q, k, v, *between = x.split(self.streams, dim=-1)
-        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
-        q, k = self.q_norm(q), self.k_norm(k)
+        queries, keys, *others = self.streams
+        both, v, *between = x.split([queries + keys, *others], dim=-1)
+        both, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (both, v))
+        heads = [queries // self.head_dim, keys // self.head_dim]
+        if not isinstance(self.q_norm, nn.Identity):
+            q, k = both.split(heads, dim=2)
+            both = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         if self.rotary:
-            q, k = (turn(z, cos, sin, adjacent=True) for z in (q, k))
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms, cos and sin are wider than the projections
+            both = turn(both, cos, sin, adjacent=True)
+        q, k = both.to(v.dtype).split(heads, dim=2)  # under autocast norms, cos and sin are wider than the projections
         return *(z.transpose(1, 2) for z in (q, k, v)), between
 
     def _near_and_far(self, gates, q, tokens, between, layer_cache):
@@ -358,12 +372,13 @@ class _Heads:
             else:
                 self.runs.append((head in self.kept, head, head + 1))
 
-    def take(self, x, kept, queries=1):
-        """The heads that keep attention, or else the others, of x (batch, head, …)."""
-        return torch.cat([x[:, queries * a : queries * b] for own, a, b in self.runs if own == kept], dim=1)
-
-    def tokens(self, tokens, kept):
-        return Tokens(self.take(tokens.keys, kept), self.take(tokens.values, kept), tokens.real)
+    def parted(self, x, queries=1):
+        """The heads that keep attention and the others, of x (batch, head, …)."""
+        kinds = {True: [], False: []}
+        parts = x.split([queries * (b - a) for _, a, b in self.runs], dim=1)
+        for (kept, _, _), part in zip(self.runs, parts, strict=True):
+            kinds[kept].append(part)
+        return [torch.cat(own, dim=1) if len(own) > 1 else own[0] for own in kinds.values()]
 
     def merge(self, kept, others):
         """All heads of q in order again."""
@@ -430,6 +445,22 @@ def normalised(y: Tensor) -> Tensor:  # (…, width + 1) -> (…, width)
     """The sums of values divided by the sum of weights, their last channel; zero where nothing was summed."""
     weight = y[..., -1:]
     return y[..., :-1] / torch.where(weight == 0, 1.0, weight)
+
+
+def _plain(linear):
+    """Whether a projection is its weight and bias: no adapter, no hook, by which ZeRO-3 gathers its parameters."""
+    hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
+    own = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and "forward" not in vars(linear)
+    return own and not any(hooks)
+
+
+def joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of linear layers of the same input as one, whose output is theirs one after the other."""
+    weight, biases = torch.cat([linear.weight for linear in linears]), [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return weight, None
+    biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
+    return weight, torch.cat(biases)
 
 
 def _filter(config, layer_index):

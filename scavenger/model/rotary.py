@@ -47,12 +47,12 @@ def turn(
     teacher. With adjacent pairs, groups of an even number of channels split none.
     """
     pairs = cos.shape[-1]
-    channels = 2 * pairs
+    x, others = x.split([2 * pairs, x.shape[-1] - 2 * pairs], dim=-1)
     shape, axis = ((pairs, 2), -1) if adjacent else ((2, pairs), -2)
-    a, b = x[..., :channels].unflatten(-1, shape).unbind(axis)
+    a, b = x.unflatten(-1, shape).unbind(axis)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2)
-    return torch.cat([turned, x[..., channels:]], dim=-1)
+    return torch.cat([turned, others], dim=-1)
 
 
 def adjacent_pairs(
