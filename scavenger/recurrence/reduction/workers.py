@@ -11,7 +11,6 @@ import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from unittest import mock
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ def started(count: int) -> Iterator[Map]:
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
     try:
-        with mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}):  # each would import the script
+        with _no_main_script():
             yield pool.map
     except BrokenProcessPool as error:
         raise RecipeError(
@@ -60,6 +59,17 @@ def reduce(method: str, taps: np.ndarray, aim: dict, max_state_size: int) -> lis
     """The reductions of a group of filters, `taps` (filter, length), by a method's name, to one aim."""
     module = importlib.import_module(f"scavenger.recurrence.reduction.{method}")
     return module.reduce(torch.from_numpy(taps), **aim, max_state_size=max_state_size)
+
+
+@contextlib.contextmanager
+def _no_main_script():
+    """Each worker would import the script that is running."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _begin():
