@@ -1,12 +1,15 @@
 """The student is one model in each of its forms: whole sequence, prompt and steps, any split."""
 
 import math
+from functools import partial
+from unittest import mock
 
 import pytest
 import reference
 import torch
 from conftest import GROUPED, GROUPED_SHAPES, normal, random_ids, tiny_student
 from reference import assert_close, relative_error
+from torch import nn
 from transformers import DynamicCache
 
 from scavenger import losses, measure
@@ -21,7 +24,7 @@ from scavenger.model.convolution import (
     transform_size,
 )
 from scavenger.model.filters import ImplicitFilter, ModalFilter
-from scavenger.model.hyena import long_convolution
+from scavenger.model.hyena import OneProduct, long_convolution
 from scavenger.model.modal import Layout, Modes, modal_scan
 from scavenger.model.modeling_hyena import HyenaCacheLayer
 from scavenger.model.norm import RMSNorm
@@ -190,7 +193,7 @@ def test_filters_and_states_are_multiplied_in_full_float32(modal, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("scavenger.model.hyena.SCAN_PAYS", 391 / 8)  # the filters have 2.5 modes
-    monkeypatch.setattr(ImplicitFilter, "_of_time", noted("filter", ImplicitFilter._of_time))
+    monkeypatch.setattr(ImplicitFilter, "_constants", noted("filter", ImplicitFilter._constants))
     monkeypatch.setattr(Modes, "taps", noted("filter", Modes.taps))
     monkeypatch.setattr("scavenger.model.hyena.modal_scan", noted("states", modal_scan))
     monkeypatch.setattr("scavenger.model.hyena.long_convolution", noted("products", long_convolution))
@@ -767,3 +770,54 @@ def _modes(device):
     poles = torch.polar(radius, torch.tensor([0.1, 2.0, 0.0, 3.0, 1.0], dtype=F64))
     residues = torch.randn(5, dtype=torch.complex128).to(device)
     return Modes(poles.to(device), residues, normal(3, device=device), Layout([2, 1, 2], device))
+
+
+def hooked(linear):
+    linear.register_forward_hook(lambda *_: None)
+
+
+def replaced(linear):
+    linear.forward = partial(nn.Linear.forward, linear)
+
+
+def adapted(linear):
+    linear.__class__ = type("Adapted", (nn.Linear,), {})
+
+
+@pytest.mark.parametrize("change", [None, hooked, replaced, adapted])
+@pytest.mark.parametrize("biased", [(), ("q", "k"), ("q", "k", "v", "join")])
+def test_projections_are_one_product_where_they_are_plain(change, biased, device):
+    """Output and gradients are those of the projections one by one; a projection that is changed is called."""
+    mixer = tiny_student(window=7, qkv_bias=True).model.layers[0].mixer.to(device)
+    for name in {"q", "k", "v", "join"} - {*biased}:
+        getattr(mixer, name).bias = None
+    hidden = normal(2, 9, 30, device=device).requires_grad_()
+    inputs = [hidden, *(p for projection in mixer.projections for p in projection.parameters())]
+    expected = torch.cat([projection(hidden) for projection in mixer.projections], dim=-1)
+    if change is not None:
+        change(mixer.k)
+    with mock.patch.object(OneProduct, "apply", wraps=OneProduct.apply) as joined:
+        found = torch.cat(mixer._projections(hidden), dim=-1)
+    assert joined.called == (change is None)
+    assert_close(expected, found, 1e-15)
+    slope = torch.randn_like(expected)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, slope) for y in (expected, found)), strict=True):
+        assert_close(one, other, 1e-14)
+
+
+def test_one_product_keeps_weights_and_no_copy_of_them():
+    mixer = tiny_student(window=7).model.layers[0].mixer
+    hidden, kept = torch.randn(1, 2, 30, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        mixer._projections(hidden)
+    own = {projection.weight.data_ptr() for projection in mixer.projections}
+    assert own <= {x.data_ptr() for x in kept}
+    assert all(x.data_ptr() in own or x.numel() <= hidden.numel() for x in kept)
+
+
+def test_constants_of_a_filter_made_without_gradients_serve_a_training():
+    filter = ImplicitFilter(3, 1, 7, 9, 1.0, 63, 0.8)
+    with torch.inference_mode(), torch.enable_grad():
+        filter(47)
+    filter(47).sum().backward()
+    assert filter.head.weight.grad is not None

@@ -107,13 +107,20 @@ def test_any_strides_and_a_constant_gradient(device):
     q, k, v, taps, gates, _ = tensors(2, 1, 2, 19, 5, 4, device=device)
     others = [torch.stack([z, z]).movedim(0, -1)[..., 1] for z in (q, k, v, taps, gates)]
     others[0] = q.transpose(0, 4).contiguous().transpose(0, 4)
+
+    def moved(x):  # as a hook that keeps tensors elsewhere
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
     found = []
     for given in ((q, k, v, taps, gates), others):
         given = [z.detach().requires_grad_() for z in given]
-        y, *_ = near_and_far(*given, 5, 0.5)
+        with torch.autograd.graph.saved_tensors_hooks(moved, moved):
+            y, *_ = near_and_far(*given, 5, 0.5)
         found.append((y, *torch.autograd.grad(y.sum(), given)))
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    y, *_ = near_and_far(*given, 5, 0.5)
+    found.append((y, *torch.autograd.grad(y.sum(), given)))
+    for one, *others in zip(*found, strict=True):
+        assert all(torch.equal(one, other) for other in others)
 
 
 def test_launches_and_memory(monkeypatch, device):
@@ -222,6 +229,17 @@ def test_students_on_a_gpu(changes, calls, monkeypatch):
     assert len(found) == sum(calls)
 
 
+def test_a_student_on_a_gpu_under_autocast(monkeypatch):
+    """Where norms and angles are wider than projections, kernels get tensors of one dtype."""
+    model, ids, found = tiny_student(window=7, **KEPT).float(), torch.randint(1, 97, (2, 29)), []
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = curve(model, ids, use_cache=False)
+        as_on_a_gpu(monkeypatch, in_torch(found))
+        for one, other in zip(plain, curve(model, ids, use_cache=False), strict=True):
+            assert_close(one, other, 0.2)  # measured 5e-2 in the gradient of one bias, rounded to bfloat16
+    assert len(found) == 5
+
+
 def test_a_students_kernels(monkeypatch, device):
     """A layer with heads of both kinds, whose projections they read and write as they lie in memory."""
     model = tiny_student(num_hidden_layers=1, window=5, attention_heads=[[1]], attention_window=11).to(device)
@@ -240,7 +258,7 @@ def test_the_kernels_compile_without_a_gpu():
     """Into machine code that shares no more memory than any multiprocessor has."""
     sizes = toeplitz_triton.sizes_for(torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16)) | {"BLOCK": 64}
     constants = {name: sizes.pop(name) for name in ("BLOCK", "N", "PRECISION")}
-    constants |= {"FAR": True, "LOG2_E": window_triton.LOG2_E}
+    constants["LOG2_E"] = window_triton.LOG2_E
     del sizes["M"]
     matrices = dict.fromkeys(["q", "k", "v", "gates", "dy", "dgates", "y", "near_part", "far_part", "to_far"], "*bf16")
     matrices |= dict.fromkeys(["dq", "dk", "dv"], "*bf16") | dict.fromkeys(["taps", "masses", "dots"], "*fp32")
@@ -248,7 +266,7 @@ def test_the_kernels_compile_without_a_gpu():
     for name in KERNELS:
         names = getattr(window_triton, name).arg_names
         types = {each: kind for each, kind in matrices.items() if each in names} | {"scale": "fp32"}
-        kernels.append((name, types, constants, sizes))
+        kernels += [(name, types, constants | {"FAR": far}, sizes) for far in (True, False)]
     shared = compiled(window_triton, kernels, 90)
     assert max(shared) <= 99 * 2**10, shared
 
@@ -280,4 +298,4 @@ def test_launches_of_a_layer(monkeypatch):
         launched = sum(len(kernel.launches) for kernel in (*kernels[1:], *lags))
         counts.append((len(forward.launched), len(backward.launched) - operators + launched + len(inside)))
     (*one,), (*two,) = counts[1:]
-    assert two[0] - one[0] <= 35 and two[1] - one[1] <= 85, (one, two)
+    assert two[0] - one[0] <= 35 and two[1] - one[1] <= 86, (one, two)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .capture import EAGER, Buffers
-from .hyena import HyenaMixer, joined
+from .hyena import HyenaMixer, biases_of
 from .precision import WideModule
 from .token_cpp import Token, knows
 
@@ -286,11 +286,11 @@ def packed(model: nn.Module, rows: int, lays_out: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def _at_once(projections):
-    weight, bias = joined(projections)
+    weight, biases = torch.cat([projection.weight for projection in projections]), biases_of(projections)
     made = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias, requires_grad=False)
+    if biases:
+        made.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     return made
 
 

@@ -72,7 +72,7 @@ class ImplicitFilter(WideModule):
         device = self.direct.device
         with torch.autocast(device.type, enabled=False), full_float32():
             wide = torch.promote_types(self.direct.dtype, torch.float32)
-            hidden, decay, now = self._of_time(length, device, wide)
+            hidden, decay, now = self._constants(length, device, wide)
             for layer in self.inner:
                 hidden = torch.sin(
                     self.frequency.to(wide) * nn.functional.linear(hidden, layer.weight.to(wide), layer.bias.to(wide))
@@ -88,17 +88,17 @@ class ImplicitFilter(WideModule):
                 "on; their taps beyond that length are untrained"
             )
 
-    def _of_time(self, length, device, dtype):
+    def _constants(self, length, device, dtype):
         """The network's input (length, feature), the decay of each filter (filter, length), and [t = 0] (length)."""
-        spread = self.num_filters // self.hyena_order
-        shape = length, self.position_features, spread, self.hyena_order, self.context_length, self.window
-        # A training asks for one length in every layer, again and again; in decoding lengths grow.
-        # Parameters of another type, as in a plan, may have no numbers.
-        kept = torch.is_grad_enabled() and type(self.direct) is nn.Parameter and not torch.compiler.is_compiling()
-        return (_kept_of_time if kept else _of_time)(*shape, device, dtype)
+        filters = self.num_filters // self.hyena_order
+        settings = length, self.position_features, filters, self.hyena_order, self.context_length, self.window
+        # A training asks for the same length again and again. In decoding lengths grow, so nothing is kept there.
+        # In a plan tensors have no numbers, and parameters are of another type.
+        keeps = torch.is_grad_enabled() and type(self.direct) is nn.Parameter and not torch.compiler.is_compiling()
+        return (_kept_constants if keeps else _constants)(*settings, device, dtype)
 
 
-def _of_time(length, features, filters, hyena_order, context_length, window, device, dtype):
+def _constants(length, features, filters, hyena_order, context_length, window, device, dtype):
     time = torch.arange(length, device=device, dtype=dtype)
     bands = (features - 1) // 2
     frequencies = torch.linspace(1e-4, max(bands - 1, 1e-4), bands, device=device, dtype=dtype)
@@ -112,7 +112,10 @@ def _of_time(length, features, filters, hyena_order, context_length, window, dev
     )
 
 
-_kept_of_time = functools.lru_cache(maxsize=2)(_of_time)
+@functools.lru_cache(maxsize=8)  # layers with as many filters share an entry
+def _kept_constants(*settings):
+    with torch.inference_mode(False):  # else a training could not use them later
+        return _constants(*settings)
 
 
 class ModalFilter(WideModule):

@@ -27,6 +27,7 @@ on single channels, with x^1 = k and x^N = q of the teacher; the gates between t
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .attention import Tokens, attention
@@ -49,7 +50,7 @@ from .toeplitz_cpp import takes as in_machine_code
 try:
     from .toeplitz_triton import takes, toeplitz_product
     from .window_triton import near_and_far
-except ImportError:  # without Triton ToeplitzProduct computes the same
+except ImportError:  # without Triton torch computes the same
 
     def takes(v, width):
         return False
@@ -133,11 +134,11 @@ class HyenaMixer(nn.Module):
         if self.at_once and projected.shape[1] == 1 and layer_cache is not None and layer_cache.begun:
             if ready(projected, layer_cache):
                 return self.out(next_token(self, projected, gates, cos, sin, mask, layer_cache))
-        taps = self.short_filter.to(projected.dtype)
+        short_filter = self.short_filter.to(projected.dtype)
         if layer_cache is None:
-            x = ShortConvolution.apply(projected, taps)
+            x = ShortConvolution.apply(projected, short_filter)
         else:
-            x, conv_state = short_convolution(projected, taps, layer_cache.conv_state)
+            x, conv_state = short_convolution(projected, short_filter, layer_cache.conv_state)
         q, k, v, between = self._split(x, cos, sin)
         tokens = Tokens(k, v, None if mask is None else mask.bool())
         kept = None
@@ -169,7 +170,8 @@ class HyenaMixer(nn.Module):
         if self.projected_at_once is not None:
             every = self.projected_at_once(hidden)
         elif torch.is_grad_enabled() and all(map(_plain, self.projections)):
-            every = F.linear(hidden, *joined(self.projections))
+            weights = [projection.weight for projection in self.projections]
+            every = OneProduct.apply(hidden, len(weights), *weights, *biases_of(self.projections))
         else:
             every = [projection(hidden) for projection in self.projections]
             gates = every.pop() if self.join is not None else None
@@ -229,7 +231,7 @@ class HyenaMixer(nn.Module):
         return near_gate * near + far_gate * far
 
     def _in_one_pass(self, tokens):
-        """Whether one kernel is for window and filters: of the teacher's heads, without padding, on a GPU."""
+        """Whether one kernel computes window and filters: on a GPU, for filters as wide as a head, without padding."""
         beyond, width = tokens.values[:, :, self.window :], self.head_dim
         if not self.num_filters or self.features is not None or self.filter_head_width < width:
             return False
@@ -448,19 +450,44 @@ def normalised(y: Tensor) -> Tensor:  # (…, width + 1) -> (…, width)
 
 
 def _plain(linear):
-    """Whether a projection is its weight and bias: no adapter, no hook, by which ZeRO-3 gathers its parameters."""
+    """Whether a projection is its weight and bias, without an adapter or hooks (ZeRO-3 gathers parameters in hooks)."""
     hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
     own = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and "forward" not in vars(linear)
     return own and not any(hooks)
 
 
-def joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of linear layers of the same input as one, whose output is theirs one after the other."""
-    weight, biases = torch.cat([linear.weight for linear in linears]), [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
-        return weight, None
-    biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
-    return weight, torch.cat(biases)
+def biases_of(linears: list[nn.Linear]) -> list[Tensor]:
+    """Zeros for a layer without a bias; nothing if none has one."""
+    if all(linear.bias is None for linear in linears):
+        return []
+    return [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
+
+
+class OneProduct(torch.autograd.Function):
+    """Linear layers of the same input as one, whose output is theirs one after the other.
+
+    `parameters` are `count` weights and as many biases or none. They are kept for the gradient, and no copy: where FSDP
+    shards parameters again after a layer, copies would keep them whole.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, count, *parameters):
+        weights, biases = parameters[:count], parameters[count:]
+        y = F.linear(hidden, torch.cat(weights), torch.cat(biases) if biases else None)
+        ctx.biased = bool(biases)
+        ctx.save_for_backward(hidden.to(y.dtype), *weights)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        hidden, *weights = ctx.saved_tensors
+        rows, sizes, to_hidden = dy.flatten(0, -2), [len(weight) for weight in weights], None
+        if ctx.needs_input_grad[0]:
+            to_hidden = dy @ torch.cat(weights).to(dy.dtype)
+        to_weights = (rows.mT @ hidden.flatten(0, -2)).split(sizes)
+        to_biases = rows.sum(0).split(sizes) if ctx.biased else []
+        return to_hidden, None, *to_weights, *to_biases
 
 
 def _filter(config, layer_index):

@@ -63,7 +63,8 @@ def _product(
     """y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s for one block of rows t, one query, filter and sequence."""
     blocks = tl.cdiv(length, BLOCK)
     head, first = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK  # the longest sum first
-    batch, filter, query = (head // queries // filters).to(tl.int64), head // queries % filters, head % queries
+    head = head.to(tl.int64)
+    batch, filter, query = head // queries // filters, head // queries % filters, head % queries
     q += batch * q_batch + filter * q_filter + query * q_query + first.to(tl.int64) * q_row
     y += batch * y_batch + filter * y_filter + query * y_query + first.to(tl.int64) * y_row
     k += batch * k_batch + filter * k_filter
@@ -99,7 +100,8 @@ def _columns(
     """
     blocks = tl.cdiv(length, BLOCK)
     head, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
-    batch, filter, skipped = (head // filters).to(tl.int64), head % filters, first.to(tl.int64)
+    head = head.to(tl.int64)
+    batch, filter, skipped = head // filters, head % filters, first.to(tl.int64)
     q += batch * q_batch + filter * q_filter + skipped * q_row
     dy += batch * dy_batch + filter * dy_filter + skipped * dy_row
     k += batch * k_batch + filter * k_filter + skipped * k_row
@@ -142,7 +144,7 @@ def _lags(
     """
     blocks = tl.cdiv(length, BLOCK)
     distance, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    filter, part = part // parts, part % parts
+    filter, part = (part // parts).to(tl.int64), part % parts
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for item in range(part, batches * queries, parts):
         batch, query = tl.cast(item // queries, tl.int64), item % queries
@@ -164,7 +166,7 @@ def _lags(
             v_rows += BLOCK * v_row
     columns = blocks * BLOCK
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    table += (filter * parts + part).to(tl.int64) * BLOCK * columns + (blocks - 1 - distance) * BLOCK
+    table += (filter * parts + part) * BLOCK * columns + (blocks - 1 - distance) * BLOCK
     tl.store(table + row * columns + column, total)
 
 

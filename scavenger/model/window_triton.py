@@ -77,7 +77,8 @@ def _rows(
     """y, its two parts before their gates and log2 Σ_s 2^score of the window, for one block of rows of one head."""
     blocks = tl.cdiv(length, BLOCK)
     head, first = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK  # the longest sum first
-    batch, filter, query = (head // queries // filters).to(tl.int64), head // queries % filters, head % queries
+    head = head.to(tl.int64)
+    batch, filter, query = head // queries // filters, head // queries % filters, head % queries
     skipped, rows = first.to(tl.int64), first + tl.arange(0, BLOCK)
     k += batch * k_batch + filter * k_filter
     v += batch * v_batch + filter * v_filter
@@ -85,7 +86,7 @@ def _rows(
                BLOCK, N)  # fmt: skip
     distance = rows[:, None] - tl.arange(0, BLOCK)[None, :]
     near, far = tl.zeros((BLOCK, N), tl.float32), tl.zeros((BLOCK, N), tl.float32)
-    # -1e30 and not -∞, whose difference to itself is none.
+    # -1e30 and not -∞, since -∞ - -∞ would be NaN.
     best, mass = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
     begin = tl.maximum(0, first - window + 1) // BLOCK * BLOCK  # the first tile that the window reaches
     edge = tl.maximum(0, first + 2 * BLOCK - 1 - window) // BLOCK * BLOCK  # the first tile wholly inside it
@@ -108,7 +109,7 @@ def _rows(
             LOG2_E, True, False, BLOCK, N, PRECISION,
         )  # fmt: skip
     near = near / mass[:, None]
-    tl.store(masses + head.to(tl.int64) * length + rows, best + tl.log2(mass), mask=rows < length)
+    tl.store(masses + head * length + rows, best + tl.log2(mass), mask=rows < length)
     place = batch * y_batch + filter * y_filter + query * y_query + skipped * y_row
     if FAR:
         gates += batch * gates_batch + rows.to(tl.int64) * gates_row + filter * queries + query
@@ -121,7 +122,7 @@ def _rows(
 
 @triton.jit
 def _softmax(scores, distance, masses, window, scale, LOG2_E: tl.constexpr):
-    """Of a tile of q · k."""
+    """The window's softmax of a tile; scores are q · k, masses log2 of the denominators."""
     within = (distance >= 0) & (distance < window)
     return tl.exp2(tl.where(within, scores * (scale * LOG2_E) - masses, float("-inf")))
 
@@ -140,7 +141,8 @@ def _row_gradients(
     """dq, the gates' gradients, g' dy and the softmax's own dot product g (near · dy), for a block of rows."""
     blocks = tl.cdiv(length, BLOCK)
     head, first = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK
-    batch, filter, query = (head // queries // filters).to(tl.int64), head // queries % filters, head % queries
+    head = head.to(tl.int64)
+    batch, filter, query = head // queries // filters, head // queries % filters, head % queries
     skipped, rows = first.to(tl.int64), first + tl.arange(0, BLOCK)
     k += batch * k_batch + filter * k_filter
     v += batch * v_batch + filter * v_filter
@@ -167,8 +169,8 @@ def _row_gradients(
         dgates += filters * queries
         tl.store(dgates, (far_dot * far_gate * (1 - far_gate / 2)).to(kind), mask=rows < length)
     dot *= gate
-    tl.store(dots + head.to(tl.int64) * length + rows, dot, mask=rows < length)
-    own_masses = tl.load(masses + head.to(tl.int64) * length + rows, mask=rows < length, other=0.0)
+    tl.store(dots + head * length + rows, dot, mask=rows < length)
+    own_masses = tl.load(masses + head * length + rows, mask=rows < length, other=0.0)
     distance = rows[:, None] - tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((BLOCK, N), tl.float32)
     begin = tl.maximum(0, first - window + 1) // BLOCK * BLOCK
@@ -207,7 +209,8 @@ def _column_gradients(
     """dk and dv, also over the queries, for one block of columns of one filter; tiles are (column, row)."""
     blocks = tl.cdiv(length, BLOCK)
     head, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
-    batch, filter, skipped = (head // filters).to(tl.int64), head % filters, first.to(tl.int64)
+    head = head.to(tl.int64)
+    batch, filter, skipped = head // filters, head % filters, first.to(tl.int64)
     q += batch * q_batch + filter * q_filter
     dy += batch * dy_batch + filter * dy_filter
     keys = load(k + batch * k_batch + filter * k_filter + skipped * k_row, k_row, first, length, width, BLOCK, N)
@@ -220,7 +223,7 @@ def _column_gradients(
     to_keys, to_values = tl.zeros((BLOCK, N), tl.float32), tl.zeros((BLOCK, N), tl.float32)
     end = tl.minimum(length, first + (window + BLOCK + ROWS - 2) // ROWS * ROWS)  # where no row's window reaches
     for query in range(queries):
-        one = (head.to(tl.int64) * queries + query) * length
+        one = (head * queries + query) * length
         for start in range(first, length if FAR else end, ROWS):
             rows, place = start + row, tl.cast(start, tl.int64)
             own = load(q + query * q_query + place * q_row, q_row, start, length, width, ROWS, N)
@@ -298,6 +301,10 @@ def near_and_far_gradients(
     dq, to_far = empty(q, q.shape[-1]), q.new_empty(0) if taps is None else empty(q, q.shape[-1])
     dk, dv = (empty(k, k.shape[-1]) for _ in range(2))
     dtaps, dgates = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (taps, gates))
+    # Saved tensors may come back in another layout, as from a hook that moves them to the host.
+    near, far = (
+        x if x.stride() == dq.stride() or x.numel() == 0 else torch.empty_like(dq).copy_(x) for x in (near, far)
+    )
     dots = torch.empty_like(masses)
     slope = [dy, *_strides(dy)]
     with torch.cuda.device_of(q):
@@ -350,7 +357,7 @@ def _launch(kernel, heads, matrices, gates, others, taps, window, scale):
     sizes = sizes_for(q, v)
     del sizes["M"]
     strided = [argument for x in matrices for argument in (x, *_strides(x))]
-    # Of what is not there, any tensor: no kernel reads it.
+    # An absent tensor is replaced by q, which no kernel reads in its place.
     gated = (q, 0, 0) if gates is None else (gates, *_strides(gates))
     filtered = (q, 0) if taps is None else (taps, taps.stride(0))
     grid = (heads * triton.cdiv(q.shape[3], sizes["BLOCK"]),)
