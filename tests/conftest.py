@@ -401,6 +401,39 @@ def workshop(tmp_path_factory):
     return shared(tmp_path_factory, "workshop", make_workshop)
 
 
+QUICKSTART = "accelerate launch recipes/quickstart.yaml"
+SMALL = [
+    "transfer.activations.steps=8",
+    "transfer.activations.warmup_steps=2",
+    "transfer.activations.batch_size=2",
+    "transfer.logits.steps=8",
+    "transfer.logits.warmup_steps=2",
+    "transfer.logits.batch_size=2",
+    "baseline.warmup_steps=2",
+    "data.evaluation_tokens=1024",
+    "recurrence.max_state_size=4",
+    "report.context_lengths=[16, 64]",
+    "report.cases=[2x16+4]",
+    "report.sample_tokens=8",
+    "report.examples=4",
+    "report.prompts=3",
+    "report.rounds=1",
+]
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    """A run of the quickstart with smaller numbers, and what it printed. All stages, on the standard library's text."""
+
+    def make(folder):
+        made = launch(*QUICKSTART.split(), f"run_dir={folder}/run", *SMALL)
+        assert made.returncode == 0, made.stderr
+        (folder / "printed").write_text(made.stdout)
+
+    folder = shared(tmp_path_factory, "quickstart", make)
+    return folder / "run", (folder / "printed").read_text()
+
+
 def make_workshop(folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

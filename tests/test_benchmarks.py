@@ -457,7 +457,7 @@ def test_gpu_command(gpu, monkeypatch, tmp_path, capsys):
     of_mixers = [record["mixers"] for record in measured["training"] if "mixers" in record]
     measured["training"] = [record for record in measured["training"] if record["stage"] != "mixers"]
     for rows in of_mixers:
-        assert len(rows) == 9 and all(0 < row["floor"] and 0 < row["forward"] < math.inf for row in rows)
+        assert len(rows) == 10 and all(0 < row["floor"] and 0 < row["forward"] < math.inf for row in rows)
     for name in ("decoding", "prefill", "training", "reduction"):
         for record in measured[name]:
             numbers = [value for value in record.values() if isinstance(value, float)]

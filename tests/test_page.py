@@ -4,7 +4,6 @@ import re
 import shutil
 
 import pytest
-from conftest import scavenger, shared
 
 from scavenger.report import page
 from scavenger.run.checkpoint import read_json
@@ -27,20 +26,9 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def report(finished, workshop, tmp_path_factory):
-    """A run's report with everything that it can have: contexts long enough for recall, and a case of its own."""
-    words = [
-        "data.context_length=64",
-        "data.evaluation_tokens=1280",
-        "transfer.activations.steps=4",
-        "transfer.logits.steps=4",
-        "report.cases=[2x20+6]",
-        "report.examples=3",
-        "report.prompts=2",
-    ]
-    run = shared(
-        tmp_path_factory, "page", lambda folder: scavenger(workshop / "recipe.yaml", f"run_dir={folder}", *words)
-    )
+def report(quickstart):
+    """A report with everything that it can have."""
+    run, _ = quickstart
     return run / "report"
 
 

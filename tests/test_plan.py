@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, command_line, tiny_teacher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scavenger import losses, measure, plan, teacher
@@ -94,6 +95,9 @@ def test_what_layers_keep_is_what_they_really_keep(recipe, form):
     config = plan._configuration(recipe)
     body = HyenaForCausalLM(plan._student_configuration(recipe, config)).model
     planned = plan.kept_activations(body, torch.randn(8, 24, 30))
+    with FakeTensorMode():  # as a plan counts
+        unnumbered = HyenaForCausalLM(plan._student_configuration(recipe, config)).model
+        assert plan.kept_activations(unnumbered, torch.zeros(8, 24, 30)) == planned
     kept = {}
     own = {parameter.untyped_storage()._cdata for parameter in body.parameters()}
 

@@ -9,49 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, command_line, importing_from, launch, shared
+from conftest import QUICKSTART, ROOT, command, command_line, importing_from, launch
 from pages import blocks, commands
 
 from scavenger.run.checkpoint import read_json
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = [
-    "transfer.activations.steps=8",
-    "transfer.activations.warmup_steps=2",
-    "transfer.activations.batch_size=2",
-    "transfer.logits.steps=8",
-    "transfer.logits.warmup_steps=2",
-    "transfer.logits.batch_size=2",
-    "baseline.warmup_steps=2",
-    "data.evaluation_tokens=1024",
-    "recurrence.max_state_size=4",
-    "report.context_lengths=[16, 64]",
-    "report.cases=[2x16+4]",
-    "report.sample_tokens=8",
-    "report.examples=4",
-    "report.prompts=3",
-    "report.rounds=1",
-]
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """A run of the quickstart with smaller numbers: the embedded teacher, the standard library, every stage."""
-    line = "accelerate launch recipes/quickstart.yaml"
-    assert line in README
-
-    def make(folder):
-        made = launch(*line.split(), f"run_dir={folder}/run", *SMALL)
-        assert made.returncode == 0, made.stderr
-        (folder / "printed").write_text(made.stdout)
-
-    folder = shared(tmp_path_factory, "quickstart", make)
-    return folder / "run", (folder / "printed").read_text()
 
 
 def test_quickstart(quickstart):
     folder, printed = quickstart
+    assert QUICKSTART in README
     assert (folder / "report/index.html").is_file() and "recurrent" in printed
     models = read_json(folder / "report/report.json")["models"]
     assert models["teacher"]["tokens_seen"] >= 20e6
