@@ -191,10 +191,9 @@ class ShortConvolution(torch.autograd.Function):
 
 def _shifts(x, weight):
     """Each tap of an earlier token, the tokens that it reads, and those that it is added to."""
-    length, taps = x.shape[1], weight.shape[1]
-    return [
-        (tap, slice(length - late), slice(late, None)) for tap in range(taps - 1) if (late := taps - 1 - tap) < length
-    ]
+    length, last = x.shape[1], weight.shape[1] - 1
+    behind = [(tap, last - tap) for tap in range(last) if last - tap < length]
+    return [(tap, slice(length - by), slice(by, None)) for tap, by in behind]
 
 
 def toeplitz_block(
