@@ -16,6 +16,7 @@ from scavenger import losses, measure
 from scavenger.model import HyenaCache, HyenaConfig, HyenaForCausalLM, convolution, toeplitz_cpp
 from scavenger.model.attention import AttentionCacheLayer, Tokens, attention
 from scavenger.model.convolution import (
+    ShortConvolution,
     ToeplitzProduct,
     causal_convolution,
     outer_product_convolution,
@@ -821,3 +822,9 @@ def test_constants_of_a_filter_made_without_gradients_serve_a_training():
         filter(47)
     filter(47).sum().backward()
     assert filter.head.weight.grad is not None
+
+
+def test_a_short_convolution_of_fewer_tokens_than_taps(device):
+    x, weight = normal(2, 3, 4, device=device), normal(4, 7, device=device)
+    slow = reference.convolution(x.transpose(1, 2), weight.flip(1)).transpose(1, 2)
+    assert_close(slow, ShortConvolution.apply(x, weight), 1e-15)
